@@ -1,0 +1,44 @@
+"""Where files live: XDG folders, or everything under one `--data-dir`.
+
+Knows folder names only; it creates nothing and reads nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+APP = "kvchat"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Every place kvchat writes to or reads from."""
+
+    config_file: Path
+    """TOML defaults for the flags."""
+    database: Path
+    """Conversations and figures (SQLite)."""
+    models: Path
+    """Fetched and converted models, one folder each."""
+    logs: Path
+    """Output of the engine process."""
+
+    def described(self) -> dict[str, Path]:
+        """Name → path, in the order `kvchat paths` prints them."""
+        return {
+            "config": self.config_file,
+            "database": self.database,
+            "models": self.models,
+            "logs": self.logs,
+        }
+
+
+def find_paths(data_dir: Path | None = None) -> Paths:
+    """The user's XDG folders; with `data_dir`, everything inside that folder except the config file."""
+    config_file = platformdirs.user_config_path(APP) / "config.toml"
+    if data_dir is not None:
+        root = data_dir.expanduser().absolute()
+        return Paths(config_file, root / "kvchat.db", root / "models", root / "log")
+    data = platformdirs.user_data_path(APP)
+    return Paths(config_file, data / "kvchat.db", data / "models", platformdirs.user_log_path(APP))
