@@ -1,0 +1,45 @@
+"""Which part of a cache a prompt can reuse, decided in token ids alone.
+
+A key or value depends on every token before it, so a cache is good exactly up to the first token that
+differs. It knows no tensors and no text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """How a prompt splits against a cache: `reused` tokens are kept, the next `prefilled` ones are read."""
+
+    reused: int
+    prefilled: int
+    dropped: int
+    """Cached tokens past the common prefix, cropped away."""
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix of two id lists, by halving on slices (they compare in C)."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tuple(a[low:middle]) == tuple(b[low:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def plan_reuse(cached: Sequence[int], prompt: Sequence[int]) -> Reuse:
+    """Keeps the longest common prefix, but reads at least the last token of the prompt.
+
+    The logits that choose the first new token come out of reading the last prompt token, and a cache holds
+    none, so a full match still reads one token.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    if not prompt:
+        raise ValueError("a prompt has at least one token")
+    reused = min(common_prefix(cached, prompt), len(prompt) - 1)
+    return Reuse(reused, len(prompt) - reused, len(cached) - reused)

@@ -1,0 +1,88 @@
+"""Messages and conversations as pure values, and the path through their tree.
+
+Messages form a tree by `parent_id`: regenerating or editing starts a new branch beside the old one, and the
+conversation's `head` says which leaf is shown. It knows no storage and no engine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnStats
+
+TITLE_LENGTH = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One node of a conversation's tree."""
+
+    id: int
+    parent_id: int | None
+    role: str
+    text: str
+    created_at: str
+    """UTC, ISO 8601."""
+    token_ids: tuple[int, ...] = ()
+    tokenizer: str = ""
+    finish_reason: str | None = None
+    """Of an answer; None while it is being written, or where writing it was cut off by a crash."""
+    stats: TurnStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation with the messages on the path to its head, oldest first."""
+
+    id: str
+    title: str = ""
+    system_prompt: str = ""
+    mode: CacheMode = CacheMode.ON
+    sampling: Sampling = field(default_factory=Sampling)
+    model: str = ""
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def head(self) -> Message | None:
+        """The last message shown."""
+        return self.messages[-1] if self.messages else None
+
+    def prompt(self) -> tuple[PromptMessage, ...]:
+        """The messages as an engine reads them.
+
+        User messages that follow each other (the first was never answered) become one, since many chat
+        templates insist on alternation.
+        """
+        prompt = [PromptMessage("system", self.system_prompt)] if self.system_prompt else []
+        for message in self.messages:
+            if message.role == "user" and prompt and prompt[-1].role == "user":
+                prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
+            else:
+                prompt.append(PromptMessage(message.role, message.text, message.token_ids, message.tokenizer))
+        return tuple(prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A conversation as a list shows it."""
+
+    id: str
+    title: str
+    updated_at: str
+    messages: int
+
+
+def title_from(text: str) -> str:
+    """A title out of the first message: its first line, cut at a word."""
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    if len(line) <= TITLE_LENGTH:
+        return line
+    return line[:TITLE_LENGTH].rsplit(" ", 1)[0].rstrip(" ,;:") + "…"
+
+
+def path_to(messages: Mapping[int, Message], head: int | None) -> tuple[Message, ...]:
+    """The messages from the root down to `head`."""
+    path: list[Message] = []
+    while head is not None:
+        path.append(messages[head])
+        head = messages[head].parent_id
+    return tuple(reversed(path))

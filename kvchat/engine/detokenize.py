@@ -1,0 +1,16 @@
+"""Token ids become text while they arrive; half a character waits for its other half."""
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """Decodes one answer. Constant time per token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete, and for control tokens."""
+        return self._stream.step(self._tokenizer, token) or ""

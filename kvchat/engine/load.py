@@ -1,0 +1,177 @@
+"""Loads a prepared model folder into memory.
+
+Knows transformers and the processor; refuses remote code and pickled weights. Where the folder comes from is
+`prepare`'s business.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from kvchat.contract import ModelFacts
+from kvchat.errors import KvchatError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CROPPABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer and what a screen may tell about it."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    chat: TokenizersBackend
+    """transformers' tokenizer: it carries the chat template."""
+    end_ids: frozenset[int]
+    """Generating one of these ends the turn."""
+    facts: ModelFacts
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def automatic_precision(device: str) -> str:
+    """`bf16` where the device computes in it, else `fp32`."""
+    if device != "cpu":
+        return "bf16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags else "fp32"
+
+
+def automatic_device() -> str:
+    """The first of CUDA, Apple's MPS and the CPU that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(
+    folder: Path,
+    name: str,
+    *,
+    precision: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+) -> LoadedModel:
+    """Loads weights and tokenizer from `folder` (config.json, *.safetensors, tokenizer.json).
+
+    Args:
+        precision: `auto`, `fp32` or `bf16`.
+        threads: for torch; None takes every physical core.
+        context: tokens at most; None takes what the model was made for.
+
+    Raises:
+        KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
+    """
+    device = automatic_device() if device == "auto" else device
+    precision = automatic_precision(device) if precision == "auto" else precision
+    torch.set_num_threads(threads or physical_cores())
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    chat = _load_tokenizer(folder, name)
+    model = _load_weights(folder, name, DTYPES[precision]).to(device)  # type: ignore[arg-type]
+    return assemble(model, chat, name, precision=precision, context=context)
+
+
+def assemble(
+    model: PreTrainedModel, chat: TokenizersBackend, name: str, *, precision: str, context: int | None = None
+) -> LoadedModel:
+    """Puts a model and its tokenizer together and reads off the facts.
+
+    Raises:
+        KvchatError: there is no chat template, or some layers can't be cropped.
+    """
+    if not getattr(chat, "chat_template", None):
+        raise KvchatError(f"{name} has no chat template, so it can't chat. Take an instruction-tuned model.")
+    config = model.config.get_text_config()
+    _refuse_recurrent_layers(config, name)
+    tokenizer = chat.backend_tokenizer
+    facts = ModelFacts(
+        name=name,
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        kv_dtype=precision,
+        kv_dtype_bytes=DTYPES[precision].itemsize,
+        weights_dtype=precision,
+        weights_bytes=weights_bytes(model),
+        context_limit=_context_limit(config, context),
+        threads=torch.get_num_threads(),
+        path=f"eager {precision}",
+        tokenizer=tokenizer_fingerprint(tokenizer),
+    )
+    return LoadedModel(model.eval(), tokenizer, chat, end_ids(model, chat), facts)
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """16 hex digits: two tokenizers with the same ones give the same ids."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all distinct weight tensors; tied ones count once."""
+    storages = (parameter.untyped_storage() for parameter in model.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
+    """The end-of-turn ids of the generation config, with the tokenizer's own."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, chat.eos_token_id) if i is not None)
+
+
+def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
+    own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
+    return min(own, asked) if asked else own
+
+
+def _refuse_recurrent_layers(config: PreTrainedConfig, name: str) -> None:
+    others = set(getattr(config, "layer_types", None) or ()) - CROPPABLE_LAYERS
+    if others:
+        raise KvchatError(
+            f"{name} has layers of the kind {', '.join(sorted(others))}. Their state can't be cropped, "
+            "and kvchat can't keep them exact yet. Take a model that has attention layers only."
+        )
+
+
+def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:
+    try:
+        chat = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise KvchatError(f"{name}: the tokenizer in {folder} can't be read: {_first_line(error)}") from error
+    if not isinstance(chat, TokenizersBackend):
+        raise KvchatError(f"{name} has no tokenizer.json, and kvchat streams text through that format only.")
+    return chat
+
+
+def _load_weights(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise KvchatError(f"{name}: the weights in {folder} can't be loaded: {_first_line(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
