@@ -188,6 +188,8 @@ class Tokens:
     token_ids: tuple[int, ...]
     step_s: tuple[float, ...]
     """Seconds each of `token_ids` took."""
+    tokenizer: str
+    """Fingerprint: `token_ids` belong to it."""
     kv_tokens: int
     kv_bytes: int
 
@@ -198,6 +200,7 @@ class Tokens:
             self.text + later.text,
             self.token_ids + later.token_ids,
             self.step_s + later.step_s,
+            later.tokenizer,
             later.kv_tokens,
             later.kv_bytes,
         )

@@ -73,12 +73,13 @@ class LocalEngine:
         self._kept: dict[str, Kept] = {}
         self._why_empty: dict[str, str] = {}
         self._stopped_turn = ""
+        self._closing = False
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         """Answers; every failure becomes a `TurnFailed`, and the cache stays consistent."""
         meter = Meter()
         try:
-            with stopping_between_layers(self._loaded.model, lambda: self._stopped_turn == request.turn):
+            with stopping_between_layers(self._loaded.model, lambda: self._is_stopped(request.turn)):
                 yield from self._answer(request, meter)
         except KvchatError as error:
             yield TurnFailed(request.turn, str(error))
@@ -89,6 +90,10 @@ class LocalEngine:
     def stop(self, turn: str) -> None:
         """Ends that turn before the next layer is computed."""
         self._stopped_turn = turn
+
+    def stop_all(self) -> None:
+        """Ends whatever turn runs, and every later one: nobody listens any more."""
+        self._closing = True
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""
@@ -159,7 +164,9 @@ class LocalEngine:
             took = meter.token(text)
             if token in self._loaded.end_ids:
                 return
-            yield Tokens(request.turn, text, (token,), (took,), len(kv), kv.storage_bytes)
+            yield Tokens(
+                request.turn, text, (token,), (took,), self.facts.tokenizer, len(kv), kv.storage_bytes
+            )
             if end := self._end(request, prompt, answer):
                 answer.finish = end
                 return
@@ -182,13 +189,16 @@ class LocalEngine:
         return logits
 
     def _end(self, request: TurnRequest, prompt: Sequence[int], answer: Answer) -> FinishReason | None:
-        if self._stopped_turn == request.turn:
+        if self._is_stopped(request.turn):
             return FinishReason.CANCELLED
         if len(answer.ids) >= request.sampling.max_tokens:
             return FinishReason.LENGTH
         if len(prompt) + len(answer.ids) >= self.facts.context_limit:
             return FinishReason.CONTEXT
         return None
+
+    def _is_stopped(self, turn: str) -> bool:
+        return self._closing or self._stopped_turn == turn
 
     def _refuse_too_long(self, prompt: Sequence[int]) -> None:
         if len(prompt) >= self.facts.context_limit:

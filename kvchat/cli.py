@@ -1,0 +1,345 @@
+"""The command line: the composition root, and the only place that knows both the screen and the engine.
+
+Everything heavy is imported inside the command that needs it: the child process of the engine imports this
+module again, and the screen must paint before torch is there.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+from click_default_group import DefaultGroup
+
+from kvchat import settings
+from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
+from kvchat.contract import CacheMode
+from kvchat.errors import KvchatError
+from kvchat.paths import Paths, find_paths
+from kvchat.text import megabytes, one_line
+
+if TYPE_CHECKING:
+    from kvchat.session import Session
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
+"""Sources that override what a resumed conversation was set to."""
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
+    """A flag that `KVCHAT_NAME` and the configuration file set too."""
+    variable = "KVCHAT_" + names[-1].lstrip("-").replace("-", "_").upper()
+    return click.option(*names, envvar=variable, **attributes)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator."""
+
+    def decorate(command: Command) -> Command:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return decorate
+
+
+data_dir = option("--data-dir", type=click.Path(path_type=Path), help="Keep everything in this folder.")
+model_options = together(
+    option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file."),
+    option(
+        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the weights."
+    ),
+    option("--threads", type=click.IntRange(1), help="For torch; default: every physical core."),
+    option("--context", type=click.IntRange(16), help="Tokens a conversation may hold at most."),
+    option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+    data_dir,
+)
+chat_options = together(
+    option("-s", "--system", help="System prompt."),
+    option("-c", "--continue", "resume_latest", is_flag=True, help="Continue the conversation used last."),
+    option("-r", "--resume", metavar="ID", help="Continue this conversation."),
+    option(
+        "--cache",
+        type=click.Choice([mode.value for mode in CacheMode]),
+        help="Keep the KV cache: default on.",
+    ),
+    option("--max-tokens", type=click.IntRange(1), help="Of an answer."),
+    option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
+    option("--top-p", type=click.FloatRange(0, 1, min_open=True)),
+    option("--top-k", type=click.IntRange(0)),
+    option("--min-p", type=click.FloatRange(0, 1)),
+    option("--repeat-penalty", type=click.FloatRange(0, min_open=True)),
+    option("--seed", type=click.IntRange(0)),
+    option("--private", is_flag=True, help="Write nothing to disk."),
+)
+
+
+class ChatByDefault(DefaultGroup):  # type: ignore[misc]
+    """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`; another word is a mistyped command."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands or cmd_name.startswith("-"):
+            command: click.Command | None = super().get_command(ctx, cmd_name)
+            return command
+        return None
+
+
+@click.group(
+    cls=ChatByDefault,
+    default="chat",
+    default_if_no_args=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="kvchat")
+def cli() -> None:
+    """Chat with a model that runs on this machine, and see its KV cache work.
+
+    `kvchat` alone opens the chat.
+    """
+
+
+@cli.command()
+@model_options
+@chat_options
+@click.pass_context
+def chat(ctx: click.Context, **given: Any) -> None:  # noqa: ANN401 - click's own
+    """Open the chat."""
+    from kvchat.link import EngineOptions, LinkedEngine, allow_spawning
+    from kvchat.locate import is_prepared
+    from kvchat.ui.app import ChatApp
+
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        raise KvchatError("The chat needs a terminal. `kvchat run PROMPT` works without one.")
+    paths = find_paths(given["data_dir"])
+    session = open_session(ctx, paths)
+    name = session.current.model
+    if is_prepared(name, paths.models) is None and (code := _pull_as_child(name, given["data_dir"])):
+        sys.exit(code)
+    folder = is_prepared(name, paths.models)
+    assert folder is not None
+    allow_spawning()
+    options = EngineOptions(
+        folder,
+        name,
+        paths.logs / "engine.log",
+        given["precision"],
+        given["threads"],
+        given["context"],
+        given["device"],
+    )
+    app = ChatApp(session, lambda on_status: LinkedEngine(options, on_status), model=name)
+    app.run()
+    if session.current.messages and not given["private"]:
+        click.echo(f"Continue with: kvchat -r {session.current.id}")
+
+
+@cli.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a turn on stdout.")
+@model_options
+@chat_options
+@click.pass_context
+def run(ctx: click.Context, prompts: Sequence[str], as_json: bool, **given: Any) -> None:  # noqa: ANN401
+    """Answer without a screen. Several prompts are several turns of one conversation.
+
+    `-`, or a pipe and no prompt, reads the prompt from standard input.
+    """
+    from kvchat.headless import run_turns
+    from kvchat.progress import reported
+
+    prompts = read_prompts(prompts)
+    paths = find_paths(given["data_dir"])
+    session = open_session(ctx, paths)
+    from kvchat.engine.engine import LocalEngine
+    from kvchat.engine.load import load_model
+    from kvchat.engine.prepare import prepare
+
+    name = session.current.model
+    with reported(name) as report:
+        folder = prepare(name, paths.models, report)
+    loaded = load_model(
+        folder,
+        name,
+        precision=given["precision"],
+        threads=given["threads"],
+        context=given["context"],
+        device=given["device"],
+    )
+    sys.exit(run_turns(session, LocalEngine(loaded), prompts, as_json=as_json))
+
+
+def read_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts, with standard input for `-`, and for none at all.
+
+    Raises:
+        KvchatError: there is no prompt, or an empty one.
+    """
+    if not prompts and sys.stdin.isatty():
+        raise KvchatError('What is the prompt? kvchat run "PROMPT", or pipe it in.')
+    texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts or ["-"]]
+    if any(not text.strip() for text in texts):
+        raise KvchatError("The prompt is empty.")
+    return texts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise KvchatError(f"Standard input is not text: {error}") from error
+
+
+def open_session(ctx: click.Context, paths: Paths) -> "Session":
+    """The conversation that the flags ask for, set as they say."""
+    from kvchat.session import Defaults, Session
+    from kvchat.store import Store
+
+    given = ctx.params
+    explicit = {k: v for k, v in given.items() if ctx.get_parameter_source(k) in EXPLICIT}
+    name = given["model"] or DEFAULT_MODEL
+    defaults = Defaults(
+        model=name,
+        system_prompt=given["system"] or "",
+        mode=CacheMode(given["cache"] or CacheMode.ON),
+        sampling=settings.changed(settings.sampling_of(find_card(name)), given),
+    )
+    session = Session(Store(None if given["private"] else paths.database), defaults)
+    if given["resume"]:
+        session.open(given["resume"])
+    elif given["resume_latest"]:
+        session.open_latest()
+    session.configure(
+        mode=CacheMode(explicit["cache"]) if explicit.get("cache") else None,
+        system_prompt=explicit.get("system"),
+        sampling=settings.changed(session.current.sampling, explicit),
+        model=explicit.get("model") or session.current.model or name,
+    )
+    return session
+
+
+def _pull_as_child(name: str, data_dir: Path | None) -> int:
+    """Fetches and converts in a process of its own: converting imports torch, and the screen must not."""
+    command = [sys.executable, "-m", "kvchat", "models", "pull", name]
+    if data_dir:
+        command += ["--data-dir", str(data_dir)]
+    return subprocess.run(command, check=False).returncode
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True)
+@data_dir
+def sessions(as_json: bool, data_dir: Path | None) -> None:
+    """List the conversations, the last used first."""
+    from dataclasses import asdict
+
+    from kvchat.store import Store
+
+    found = Store(find_paths(data_dir).database).summaries()
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in found]))
+        return
+    for each in found:
+        click.echo(
+            f"{each.id}  {each.updated_at[:16].replace('T', ' ')}  {each.messages:>4}  {one_line(each.title)}"
+        )
+    if not found:
+        click.echo("No conversations yet. `kvchat` starts one.", err=True)
+
+
+@cli.command(name="paths")
+@data_dir
+def show_paths(data_dir: Path | None) -> None:
+    """Print where kvchat keeps its files."""
+    for name, path in find_paths(data_dir).described().items():
+        click.echo(f"{name:<9}{path}")
+
+
+@cli.group()
+def models() -> None:
+    """List, fetch, find and remove models."""
+
+
+@models.command(name="list")
+@data_dir
+def list_models(data_dir: Path | None) -> None:
+    """The models that have a card, and those that are here."""
+    from kvchat.locate import installed, is_prepared
+
+    models_dir = find_paths(data_dir).models
+    sizes = {model.path: model.bytes for model in installed(models_dir)}
+    for card in load_cards():
+        folder = is_prepared(card.name, models_dir)
+        here = (
+            "not here"
+            if folder is None
+            else f"here, {megabytes(sizes[folder])}"
+            if folder in sizes
+            else "here"
+        )
+        notes = [here, f"context {card.context:,}", card.licence]
+        notes += ["gated"] if card.gated else []
+        notes += [] if card.tried else ["not tried yet"]
+        click.echo(f"{card.name:<24}{card.parameters / 1e6:>7,.0f}M  {' · '.join(notes)}")
+        click.echo(f"{'':<34}{card.summary}")
+    names = {card.name for card in load_cards()}
+    for model in installed(models_dir):
+        if model.name not in names:
+            click.echo(f"{model.name:<34}here, {megabytes(model.bytes)}")
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@data_dir
+def pull(name: str, data_dir: Path | None) -> None:
+    """Fetch a model and make it ready; does nothing if it is."""
+    from kvchat.engine.prepare import prepare
+    from kvchat.progress import reported
+
+    with reported(name) as report:
+        folder = prepare(name, find_paths(data_dir).models, report)
+    click.echo(f"{name} is ready in {folder}", err=True)
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@data_dir
+def path(name: str, data_dir: Path | None) -> None:
+    """Print the folder of a model that is ready."""
+    from kvchat.locate import is_prepared
+
+    folder = is_prepared(name, find_paths(data_dir).models)
+    if folder is None:
+        raise KvchatError(f"{name} is not here yet. `kvchat models pull {name}` fetches it.")
+    click.echo(str(folder))
+
+
+@models.command()
+@click.argument("name")
+@data_dir
+def rm(name: str, data_dir: Path | None) -> None:
+    """Delete a fetched or converted model."""
+    from kvchat.locate import remove_installed
+
+    freed = remove_installed(name, find_paths(data_dir).models)
+    click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
+
+
+def main() -> None:
+    """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
+    try:
+        config = settings.read_config(find_paths().config_file, _setting_names())
+        cli(prog_name="kvchat", default_map=dict.fromkeys(cli.commands, config))
+    except KvchatError as error:
+        click.echo(f"kvchat: {error}", err=True)
+        sys.exit(1)
+
+
+def _setting_names() -> set[str]:
+    """Every flag with an environment variable is a setting of the file too."""
+    parameters = [parameter for command in (chat, run) for parameter in command.params]
+    return {p.name for p in parameters if p.name and p.envvar} - {"resume", "resume_latest"}

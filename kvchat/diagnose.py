@@ -1,0 +1,31 @@
+"""On SIGUSR1 a running kvchat process says what it is doing: its imported packages and its threads' stacks.
+
+Costs nothing until it is asked. `kill -USR1 PID` writes `report-PID.txt` into the log folder.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+
+def report_on_signal(folder: Path) -> None:
+    """Installs the handler; does nothing where the system has no SIGUSR1. Call from the main thread."""
+    if not hasattr(signal, "SIGUSR1"):
+        return
+
+    def write(_signal: int, _frame: FrameType | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"report-{os.getpid()}.partial"
+        partial.write_text(_report(), encoding="utf-8")
+        partial.rename(partial.with_suffix(".txt"))
+
+    signal.signal(signal.SIGUSR1, write)
+
+
+def _report() -> str:
+    packages = sorted({name.partition(".")[0] for name in sys.modules})
+    stacks = ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
+    return f"packages: {' '.join(packages)}\n\n" + "\n".join(stacks)

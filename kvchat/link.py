@@ -1,0 +1,264 @@
+"""The engine in a child process: both halves of the wire.
+
+The child imports torch, holds the model and may die; none of that may freeze the screen or lose a message. So
+nothing here ever makes its caller wait for the child: a thread writes requests, a thread reads events, and
+death shows on the process's sentinel. It knows processes and pipes; it refuses to know textual, and imports
+the engine in the child only.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+from kvchat.contract import (
+    Died,
+    Loading,
+    Ready,
+    Status,
+    Tokens,
+    TurnEvent,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+)
+from kvchat.diagnose import report_on_signal
+from kvchat.errors import KvchatError
+
+BATCH_S = 1 / 15
+"""Tokens cross the wire in batches at most this often."""
+LOG_TAIL_LINES = 6
+CLOSING_S = 2.0
+"""How long a closing child may take before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the child has to load."""
+
+    folder: Path
+    name: str
+    log_file: Path
+    precision: str = "auto"
+    threads: int | None = None
+    context: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    turn: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    conversation: str
+
+
+Request = TurnRequest | Stop | Forget
+
+
+def allow_spawning() -> None:
+    """Starts multiprocessing's helper now: it needs a real stderr, and a running screen has none."""
+    resource_tracker.ensure_running()
+
+
+class LinkedEngine:
+    """An engine in a child process; satisfies `contract.Engine` and never blocks but in `turn`."""
+
+    def __init__(self, options: EngineOptions, on_status: Callable[[Status], None]) -> None:
+        """`on_status` is called from a thread of this object."""
+        self._options = options
+        self._on_status = on_status
+        self._events: SimpleQueue[TurnEvent] = SimpleQueue()
+        self._outbox: SimpleQueue[Request | None] = SimpleQueue()
+        self._turn = ""
+        self._closing = False
+
+    def start(self) -> None:
+        """Starts the child; `Loading` and then `Ready` or `Died` follow. Also restarts one that died."""
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._outbox = SimpleQueue()
+        self._process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
+        self._process.start()
+        theirs.close()
+        Thread(target=self._write, args=(ours, self._outbox), daemon=True, name="engine-writer").start()
+        Thread(target=self._read, args=(ours,), daemon=True, name="engine-reader").start()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child."""
+        return self._process.pid
+
+    def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
+        """Sends the request and yields what comes back; blocks between events."""
+        self._events = SimpleQueue()
+        self._turn = request.turn
+        self._outbox.put(request)
+        if not self._process.is_alive():
+            self._events.put(TurnFailed(request.turn, "The engine is not running."))
+        while True:
+            event = self._events.get()
+            if event.turn == request.turn:
+                yield event
+                if isinstance(event, TurnFinished | TurnFailed):
+                    self._turn = ""
+                    return
+
+    def stop(self, turn: str) -> None:
+        """Ends that turn soon."""
+        self._outbox.put(Stop(turn))
+
+    def forget(self, conversation: str) -> None:
+        """Frees a conversation's cache."""
+        self._outbox.put(Forget(conversation))
+
+    def close(self) -> None:
+        """Ends the child; kills it if it takes too long."""
+        self._closing = True
+        self._outbox.put(None)
+        self._process.join(CLOSING_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _write(self, pipe: Connection, outbox: "SimpleQueue[Request | None]") -> None:
+        with suppress(OSError):  # a dead child: the reader notices and tells
+            while (request := outbox.get()) is not None:
+                pipe.send(request)
+            pipe.send(None)
+
+    def _read(self, pipe: Connection) -> None:
+        failed = ""
+        while True:
+            ready = wait([pipe, self._process.sentinel])
+            try:
+                while pipe in ready and pipe.poll():
+                    event = pipe.recv()
+                    if isinstance(event, Died):
+                        failed = event.reason
+                    elif isinstance(event, Loading | Ready):
+                        self._on_status(event)
+                    else:
+                        self._events.put(event)
+            except (EOFError, OSError):
+                self._process.join()
+                break
+            if self._process.sentinel in ready and not pipe.poll():
+                break
+        self._bury(failed)
+
+    def _bury(self, failed: str) -> None:
+        """The child is gone: whoever waits is told."""
+        self._outbox.put(None)
+        if self._closing:
+            return
+        self._process.join()
+        reason = failed or _cause_of_death(self._process.exitcode)
+        died = Died(reason, () if failed else log_tail(self._options.log_file))
+        if self._turn:
+            self._events.put(TurnFailed(self._turn, reason))
+        self._on_status(died)
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "The engine was killed (signal 9: often the system ran out of memory)."
+    if exit_code is not None and exit_code < 0:
+        return f"The engine was ended by signal {-exit_code}."
+    return f"The engine ended with code {exit_code}."
+
+
+def log_tail(log_file: Path) -> tuple[str, ...]:
+    """The last lines the engine printed."""
+    try:
+        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    return tuple(line for line in lines if line.strip())[-LOG_TAIL_LINES:]
+
+
+def batched(events: Iterator[TurnEvent], seconds: float = BATCH_S) -> Iterator[TurnEvent]:
+    """Joins tokens that come within `seconds`; the first ones, and everything else, pass at once."""
+    waiting: Tokens | None = None
+    passed = -seconds
+    for event in events:
+        if isinstance(event, Tokens):
+            waiting = waiting.joined(event) if waiting else event
+            if time.monotonic() - passed < seconds:
+                continue
+            event, waiting, passed = waiting, None, time.monotonic()
+        elif waiting:
+            yield waiting
+            waiting = None
+        yield event
+
+
+def serve(pipe: Connection, options: EngineOptions) -> None:
+    """The child's whole life: load, then answer until the other side hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _redirect_output(options.log_file)
+    report_on_signal(options.log_file.parent)
+    pipe.send(Loading("importing torch"))
+    try:
+        _serve(pipe, options)
+    except KvchatError as error:
+        pipe.send(Died(str(error)))
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _serve(pipe: Connection, options: EngineOptions) -> None:
+    from kvchat.engine.engine import LocalEngine
+    from kvchat.engine.load import load_model
+
+    pipe.send(Loading(f"loading {options.name}"))
+    loaded = load_model(
+        options.folder,
+        options.name,
+        precision=options.precision,
+        threads=options.threads,
+        context=options.context,
+        device=options.device,
+    )
+    engine = LocalEngine(loaded)
+    requests: SimpleQueue[TurnRequest | Forget | None] = SimpleQueue()
+
+    def receive() -> None:
+        with suppress(EOFError, OSError):
+            while (request := pipe.recv()) is not None:
+                if isinstance(request, Stop):
+                    engine.stop(request.turn)
+                else:
+                    requests.put(request)
+        requests.put(None)
+        engine.stop_all()
+
+    Thread(target=receive, daemon=True, name="requests").start()
+    pipe.send(Ready(engine.facts))
+    while (request := requests.get()) is not None:
+        if isinstance(request, Forget):
+            engine.forget(request.conversation)
+        else:
+            for event in batched(engine.turn(request)):
+                pipe.send(event)
+
+
+def _redirect_output(log_file: Path) -> None:
+    """Points file descriptors 1 and 2 at the log: whatever prints would paint over the screen."""
+    log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

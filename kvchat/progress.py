@@ -1,0 +1,86 @@
+"""Progress of fetching and converting on stderr: a bar with bytes, rate and time left."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.text import Text
+
+from kvchat.fetch import Progress, Report
+
+BYTES = {"download", "unpack"}
+WORDS = {
+    "waiting": "waiting for another kvchat that fetches",
+    "download": "downloading",
+    "unpack": "unpacking",
+    "convert": "converting (once)",
+    "save": "saving",
+}
+
+
+class _OnlyForBytes(ProgressColumn):
+    """A column that is empty while nothing is counted in bytes."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> Text:
+        shown = self._column.render(task) if task.fields["bytes"] else Text("")
+        return shown if isinstance(shown, Text) else Text(str(shown))
+
+
+@contextmanager
+def reported(name: str) -> Iterator[Report]:
+    """Inside the block, the yielded function draws progress; on a pipe, each stage is one line."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _line_per_stage(name)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f} %"),
+        _OnlyForBytes(DownloadColumn()),
+        _OnlyForBytes(TransferSpeedColumn()),
+        TimeRemainingColumn(compact=True),
+    )
+    with Bar(*columns, console=console) as bar:
+        yield _bar_per_stage(bar, name)
+
+
+def _bar_per_stage(bar: Bar, name: str) -> Report:
+    tasks = {}
+
+    def report(progress: Progress) -> None:
+        stage = progress.stage
+        if stage not in tasks:
+            words = f"{name}: {WORDS.get(stage, stage)}"
+            tasks[stage] = bar.add_task(words, total=progress.total, bytes=stage in BYTES)
+        bar.update(tasks[stage], completed=progress.done, total=progress.total)
+
+    return report
+
+
+def _line_per_stage(name: str) -> Report:
+    seen: set[str] = set()
+
+    def report(progress: Progress) -> None:
+        if progress.stage not in seen:
+            seen.add(progress.stage)
+            print(f"{name}: {WORDS.get(progress.stage, progress.stage)} …", file=sys.stderr, flush=True)  # noqa: T201
+
+    return report

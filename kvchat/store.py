@@ -1,0 +1,297 @@
+"""Conversations on disk: SQLite through sqlite-utils.
+
+One `Store` belongs to one thread. Several processes may share the file: opening and migrating happen under
+a file lock, and every change is one `BEGIN IMMEDIATE` transaction, so that what was read before writing is
+still true. It knows rows and values; it refuses to know engines and screens.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from sqlite_utils import Database, Migrations
+
+from kvchat.contract import CacheMode, Sampling, TurnStats
+from kvchat.conversation import Conversation, Message, Summary, path_to
+from kvchat.errors import KvchatError
+
+BUSY_S = 30.0
+"""How long a write waits for another process."""
+UNSAVED = ""
+"""Key of the draft that belongs to no conversation yet."""
+
+SELECT_MESSAGES = "select turns.*, messages.* from messages left join turns on turns.message = messages.id"
+
+migrations = Migrations("kvchat")
+
+
+@migrations()
+def m001_conversations(db: Database) -> None:
+    db.create_table(
+        "conversations",
+        {
+            "id": str,
+            "title": str,
+            "system_prompt": str,
+            "model": str,
+            "mode": str,
+            "sampling": str,
+            "head": int,
+            "created_at": str,
+            "updated_at": str,
+        },
+        pk="id",
+    )
+    db.create_table(
+        "messages",
+        {
+            "id": int,
+            "conversation": str,
+            "parent_id": int,
+            "role": str,
+            "text": str,
+            "thinking": str,
+            "token_ids": str,
+            "tokenizer": str,
+            "finish_reason": str,
+            "created_at": str,
+        },
+        pk="id",
+        foreign_keys=[("conversation", "conversations", "id"), ("parent_id", "messages", "id")],
+    )
+    db.table("messages").create_index(["conversation"])
+    db.create_table("drafts", {"conversation": str, "text": str}, pk="conversation")
+
+
+@migrations()
+def m002_turns(db: Database) -> None:
+    texts = "cache_mode kv_dtype weights_dtype path finish_reason reuse_note"
+    counts = "prompt_tokens reused_tokens prefilled_tokens generated_tokens evaluated_tokens"
+    sizes = "kv_tokens kv_bytes kv_used_bytes weights_bytes rss_bytes context_limit"
+    seconds = "ttft_s prefill_s decode_s prefill_tok_s decode_tok_s"
+    columns: dict[str, type] = {"message": int}
+    for names, kind in ((texts, str), (counts, int), (sizes, int), (seconds, float)):
+        columns |= dict.fromkeys(names.split(), kind)
+    db.create_table("turns", columns, pk="message", foreign_keys=[("message", "messages", "id")])
+
+
+class Store:
+    """The conversations of one user."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Opens or makes the database; None keeps everything in memory and writes nothing.
+
+        Raises:
+            KvchatError: the file can't be opened, or is no kvchat database.
+        """
+        try:
+            self._db = _open(path)
+        except (sqlite3.Error, OSError) as error:
+            raise KvchatError(
+                f"The conversations in {path} can't be opened: {error}. "
+                "Free the file, or choose another folder with --data-dir."
+            ) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Database]:
+        """One transaction that holds the write lock from its first read on."""
+        self._db.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.conn.rollback()
+            raise
+        self._db.conn.commit()
+
+    def summaries(self) -> list[Summary]:
+        """All conversations, the last used first."""
+        rows = self._db.query(
+            "select c.id, c.title, c.updated_at, count(m.id) as messages from conversations c "
+            "left join messages m on m.conversation = c.id group by c.id "
+            "order by c.updated_at desc, c.rowid desc"
+        )
+        return [Summary(**row) for row in rows]
+
+    def load(self, conversation: str) -> Conversation:
+        """A conversation with the messages up to its head.
+
+        Raises:
+            KvchatError: there is no such conversation.
+        """
+        row = self._row(conversation)
+        messages = {message.id: message for message in self._messages(conversation)}
+        return Conversation(
+            id=row["id"],
+            title=row["title"],
+            system_prompt=row["system_prompt"],
+            mode=CacheMode(row["mode"]),
+            sampling=Sampling(**json.loads(row["sampling"])),
+            model=row["model"],
+            messages=path_to(messages, row["head"]),
+        )
+
+    def find(self, prefix: str) -> str:
+        """The id that starts with `prefix`.
+
+        Raises:
+            KvchatError: none does, or several do.
+        """
+        ids = [s.id for s in self.summaries() if s.id.startswith(prefix)] if prefix else []
+        if len(ids) != 1:
+            found = f"{len(ids)} conversations start" if ids else "No conversation starts"
+            raise KvchatError(f"{found} with {prefix!r}. `kvchat sessions` lists them.")
+        return ids[0]
+
+    def exists(self, conversation: str) -> bool:
+        """Whether the conversation was saved and not deleted since."""
+        return bool(self._db["conversations"].count_where("id = ?", [conversation]))
+
+    def create(self, conversation: Conversation) -> None:
+        """Saves a new conversation, without messages."""
+        now = _now()
+        with self._writing() as db:
+            db.table("conversations").insert(
+                {
+                    "id": conversation.id,
+                    "title": conversation.title,
+                    "head": None,
+                    "created_at": now,
+                    "updated_at": now,
+                    **_settings(conversation),
+                }
+            )
+
+    def save_settings(self, conversation: Conversation) -> None:
+        """Saves title, system prompt, model, mode and sampling."""
+        with self._writing() as db:
+            db.execute(
+                "update conversations set title = :title, system_prompt = :system_prompt, model = :model, "
+                "mode = :mode, sampling = :sampling where id = :id",
+                {"id": conversation.id, "title": conversation.title, **_settings(conversation)},
+            )
+
+    def set_head(self, conversation: str, head: int | None) -> None:
+        """Makes another message the last one shown; nothing is deleted."""
+        with self._writing() as db:
+            _set_head(db, conversation, head)
+
+    def add_message(self, conversation: str, message: Message) -> Message:
+        """Saves a message under its parent and makes it the head; returns it with its id."""
+        row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
+        row |= {"role": message.role, "thinking": "", "created_at": message.created_at or _now()}
+        with self._writing() as db:
+            number = db.table("messages").insert(row).last_pk
+            _set_head(db, conversation, number)
+        return self._message(number)
+
+    def update_message(self, message: Message) -> None:
+        """Saves text, ids, finish reason and figures of a message."""
+        with self._writing() as db:
+            db.table("messages").update(message.id, _message_row(message))
+            if message.stats is not None:
+                db.table("turns").upsert({"message": message.id, **asdict(message.stats)}, pk="message")
+
+    def delete(self, conversation: str) -> None:
+        """Deletes a conversation, its messages, figures and draft."""
+        of_it = "in (select id from messages where conversation = ?)"
+        with self._writing() as db:
+            db.execute(f"delete from turns where message {of_it}", [conversation])
+            db.execute("update conversations set head = null where id = ?", [conversation])
+            db.execute("delete from messages where conversation = ?", [conversation])
+            db.execute("delete from drafts where conversation = ?", [conversation])
+            db.execute("delete from conversations where id = ?", [conversation])
+
+    def draft(self, conversation: str) -> str:
+        """The unsent prompt of a conversation."""
+        rows = self._db.query("select text from drafts where conversation = ?", [conversation])
+        return next((row["text"] for row in rows), "")
+
+    def save_draft(self, conversation: str, text: str) -> None:
+        """Remembers an unsent prompt; an empty one is forgotten."""
+        with self._writing() as db:
+            if text:
+                db.table("drafts").upsert({"conversation": conversation, "text": text}, pk="conversation")
+            else:
+                db.execute("delete from drafts where conversation = ?", [conversation])
+
+    def _row(self, conversation: str) -> dict[str, Any]:
+        rows = self._db.query("select * from conversations where id = ?", [conversation])
+        if (row := next(rows, None)) is None:
+            raise KvchatError(f"There is no conversation {conversation!r}. `kvchat sessions` lists them.")
+        return row
+
+    def _messages(self, conversation: str) -> list[Message]:
+        rows = self._db.query(f"{SELECT_MESSAGES} where conversation = ?", [conversation])
+        return [_message(row) for row in rows]
+
+    def _message(self, number: int) -> Message:
+        return _message(next(iter(self._db.query(f"{SELECT_MESSAGES} where id = ?", [number]))))
+
+
+def _open(path: Path | None) -> Database:
+    if path is None:
+        db = Database(memory=True)
+        migrations.apply(db)
+        return db
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(f"{path}.lock"):
+        path.touch(mode=0o600)
+        db = Database(sqlite3.connect(path, timeout=BUSY_S))
+        db.enable_wal()
+        db.execute("pragma synchronous = normal")
+        migrations.apply(db)
+    return db
+
+
+def _set_head(db: Database, conversation: str, head: int | None) -> None:
+    db.execute("update conversations set head = ?, updated_at = ? where id = ?", [head, _now(), conversation])
+
+
+def _settings(conversation: Conversation) -> dict[str, str]:
+    return {
+        "system_prompt": conversation.system_prompt,
+        "model": conversation.model,
+        "mode": conversation.mode.value,
+        "sampling": json.dumps(asdict(conversation.sampling)),
+    }
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    return {
+        "text": message.text,
+        "token_ids": json.dumps(message.token_ids),
+        "tokenizer": message.tokenizer,
+        "finish_reason": message.finish_reason,
+    }
+
+
+def _message(row: Mapping[str, Any]) -> Message:
+    return Message(
+        id=row["id"],
+        parent_id=row["parent_id"],
+        role=row["role"],
+        text=row["text"],
+        created_at=row["created_at"],
+        token_ids=tuple(json.loads(row["token_ids"])),
+        tokenizer=row["tokenizer"],
+        finish_reason=row["finish_reason"],
+        stats=_stats(row) if row["message"] is not None else None,
+    )
+
+
+def _stats(row: Mapping[str, Any]) -> TurnStats:
+    return TurnStats(**{field.name: row[field.name] for field in fields(TurnStats)})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,25 @@
+"""Untrusted text made safe to show: a model's words, titles and logs may hold terminal escapes.
+
+What is stored stays as it was; only what is shown goes through here.
+"""
+
+BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+"""Marks that reorder what follows on the line."""
+CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *BIDI) if code not in (0x09, 0x0A)}
+
+
+def clean(text: str) -> str:
+    """`text` without control characters (C0 but tab and newline, DEL, C1, bidirectional marks)."""
+    return text.translate(CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """`text` cleaned and on one line, for titles."""
+    return " ".join(clean(text).split())
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: `31.0 MB`, `1.24 GB`."""
+    if count >= 1_000_000_000:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB"
