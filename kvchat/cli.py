@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from click_default_group import DefaultGroup
 
 from kvchat import settings
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
@@ -29,6 +28,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources that override what a resumed conversation was set to."""
+
+
+OWN_FLAGS = {"-h", "--help", "--version"}
+"""Of `kvchat` itself; any other flag without a command belongs to the chat."""
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
@@ -79,20 +82,17 @@ chat_options = together(
 )
 
 
-class ChatByDefault(DefaultGroup):  # type: ignore[misc]
-    """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`; another word is a mistyped command."""
+class ChatByDefault(click.Group):
+    """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`."""
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in self.commands or cmd_name.startswith("-"):
-            command: click.Command | None = super().get_command(ctx, cmd_name)
-            return command
-        return None
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in OWN_FLAGS):
+            args = ["chat", *args]
+        return super().parse_args(ctx, args)
 
 
 @click.group(
     cls=ChatByDefault,
-    default="chat",
-    default_if_no_args=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="kvchat")
@@ -107,7 +107,7 @@ def cli() -> None:
 @model_options
 @chat_options
 @click.pass_context
-def chat(ctx: click.Context, **given: Any) -> None:  # noqa: ANN401 - click's own
+def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
     """Open the chat."""
     from kvchat.link import EngineOptions, LinkedEngine, allow_spawning
     from kvchat.locate import is_prepared
@@ -144,7 +144,7 @@ def chat(ctx: click.Context, **given: Any) -> None:  # noqa: ANN401 - click's ow
 @model_options
 @chat_options
 @click.pass_context
-def run(ctx: click.Context, prompts: Sequence[str], as_json: bool, **given: Any) -> None:  # noqa: ANN401
+def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Answer without a screen. Several prompts are several turns of one conversation.
 
     `-`, or a pipe and no prompt, reads the prompt from standard input.

@@ -36,7 +36,7 @@ from kvchat.errors import KvchatError
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
 LOG_TAIL_LINES = 6
-CLOSING_S = 2.0
+CLOSING_S = 0.5
 """How long a closing child may take before it is killed."""
 
 

@@ -85,7 +85,8 @@ def recognise(model: str) -> Place:
     if card is not None:
         return _place_of_card(card)
     path = Path(model).expanduser()
-    if path.is_dir():
+    # an empty name would be the folder the user stands in
+    if model and path.is_dir():
         return FolderModel(path.absolute())
     if path.suffix.lower() == ".gguf":
         return GgufModel(_existing_file(path))

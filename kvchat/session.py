@@ -171,6 +171,12 @@ class Session:
         if pending.text:
             self._save_reply(pending, FinishReason.ERROR.value)
 
+    def abandon_turn(self) -> None:
+        """Ends the turn under way because the program ends: what was written stays, as after a stop."""
+        pending, self.pending = self.pending, None
+        if pending and pending.text:
+            self._save_reply(pending, FinishReason.CANCELLED.value)
+
     def draft(self) -> str:
         """The unsent prompt of the open conversation."""
         return self._store.draft(self._draft_key())

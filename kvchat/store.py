@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 from sqlite_utils import Database, Migrations
@@ -190,7 +190,7 @@ class Store:
         row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
         row |= {"role": message.role, "thinking": "", "created_at": message.created_at or _now()}
         with self._writing() as db:
-            number = db.table("messages").insert(row).last_pk
+            number = cast(int, db.table("messages").insert(row).last_pk)
             _set_head(db, conversation, number)
         return self._message(number)
 

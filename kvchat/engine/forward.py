@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvchat.cache.kv import ConversationKV
 
@@ -71,7 +72,9 @@ def stopping_between_layers(model: PreTrainedModel, stopped: Callable[[], bool])
         if stopped():
             raise Stopped
 
-    hooks = [layer.register_forward_pre_hook(check) for layer in model.get_decoder().layers]
+    # every decoder layer in transformers is one of these; what the list of them is called differs
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    hooks = [layer.register_forward_pre_hook(check) for layer in layers]
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -105,7 +106,7 @@ def assemble(
     tokenizer = chat.backend_tokenizer
     facts = ModelFacts(
         name=name,
-        layers=config.num_hidden_layers,
+        layers=config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0),
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         kv_dtype=precision,
@@ -139,7 +140,9 @@ def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
 
 
 def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
-    own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
+    own: int = (
+        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    )
     return min(own, asked) if asked else own
 
 
@@ -155,7 +158,7 @@ def _refuse_recurrent_layers(config: PreTrainedConfig, name: str) -> None:
 def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:
     try:
         chat = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files raise whatever the libraries under transformers raise
         raise KvchatError(f"{name}: the tokenizer in {folder} can't be read: {_first_line(error)}") from error
     if not isinstance(chat, TokenizersBackend):
         raise KvchatError(f"{name} has no tokenizer.json, and kvchat streams text through that format only.")
@@ -164,11 +167,19 @@ def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:
 
 def _load_weights(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # damaged files raise whatever the libraries under transformers raise
         raise KvchatError(f"{name}: the weights in {folder} can't be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise KvchatError(f"{name}: the weights in {folder} lack {missing[0]} ({len(missing)} in all).")
     assert isinstance(model, PreTrainedModel)
     return model
 

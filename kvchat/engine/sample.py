@@ -31,7 +31,7 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor, context: Sequence[int]) -> int:
         """The next id from logits `[1, vocabulary]`; `context` may be empty unless `reads_context`."""
-        seen = torch.tensor([list(context)], dtype=torch.long)
+        seen = torch.LongTensor([list(context)])
         scores = self._processors(seen, logits.float().cpu())
         if self._greedy:
             return int(scores.argmax(dim=-1))

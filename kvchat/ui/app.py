@@ -1,0 +1,70 @@
+"""The Textual application: one screen, the palette, and Ctrl-C's three meanings."""
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding
+from textual.screen import Screen
+from textual.widgets import TextArea
+
+from kvchat.session import Session
+from kvchat.ui.bridge import EngineFactory
+from kvchat.ui.commands import COMMANDS
+from kvchat.ui.screens.chat import ChatScreen
+
+QUIT_WITHIN_S = 2.0
+"""A second Ctrl-C within this time quits."""
+
+
+class ChatApp(App[None]):
+    """kvchat in a terminal."""
+
+    TITLE = "kvchat"
+    CSS_PATH = "kvchat.tcss"
+    BINDINGS = [Binding("ctrl+c", "interrupt", show=False, priority=True)]
+
+    def __init__(self, session: Session, factory: EngineFactory, *, model: str) -> None:
+        super().__init__()
+        self._chat = ChatScreen(session, factory, model)
+        self._interrupted_at = 0.0
+
+    def get_default_screen(self) -> Screen[None]:
+        """The chat is the only screen there is; dialogs open over it."""
+        return self._chat
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: every command, then Textual's own."""
+        for command in COMMANDS:
+            yield SystemCommand(command.title, command.help, self._runner(command.name))
+        for system in super().get_system_commands(screen):
+            if system.title != "Quit":
+                yield system
+
+    def action_interrupt(self) -> None:
+        """Copies a selection; else stops the answer; else asks once more before it quits."""
+        if selected := self._selected_text():
+            self.copy_to_clipboard(selected)
+            self.notify("Sent to the clipboard.", markup=False)
+        elif self._chat.answering:
+            self._chat.action_stop()
+        elif time.monotonic() - self._interrupted_at < QUIT_WITHIN_S:
+            self.exit()
+        else:
+            self._interrupted_at = time.monotonic()
+            self.notify("Ctrl+C again quits.", timeout=QUIT_WITHIN_S, markup=False)
+
+    def on_unmount(self) -> None:
+        """However it ends, nothing unsaved is lost and no process stays."""
+        self._chat.leave()
+
+    def _selected_text(self) -> str:
+        if isinstance(self.focused, TextArea) and self.focused.selected_text:
+            return self.focused.selected_text
+        return self.screen.get_selected_text() or ""
+
+    def _runner(self, name: str) -> Callable[[], Awaitable[None]]:
+        async def run() -> None:
+            await self._chat.run_action(name)
+
+        return run

@@ -1,0 +1,78 @@
+"""Between the screen and an engine: a thread per turn that turns events into messages, and nothing else.
+
+It knows the `Engine` protocol; whether a process is behind it is not its business.
+"""
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Protocol
+
+from textual.message_pump import MessagePump
+
+from kvchat.contract import Died, Engine, Ready, Status, TurnRequest
+from kvchat.ui.messages import EngineStatus, TurnProgress
+
+RESTARTS = 3
+"""Deaths in a row, none of them after a `Ready`, before the engine is left alone."""
+
+
+class StartableEngine(Engine, Protocol):
+    """An engine that takes a while to come, and may have to come again."""
+
+    def start(self) -> None:
+        """Loads; reports by status."""
+        ...
+
+
+EngineFactory = Callable[[Callable[[Status], None]], StartableEngine]
+
+
+class EngineBridge:
+    """Starts the engine, runs turns on it, and starts it again when it died."""
+
+    def __init__(self, factory: EngineFactory, target: MessagePump) -> None:
+        self._target = target
+        self._engine = factory(self._report)
+        self._deaths = 0
+        self._closing = False
+
+    def start(self) -> None:
+        """Starts loading; returns at once."""
+        Thread(target=self._engine.start, daemon=True, name="engine-start").start()
+
+    def run_turn(self, request: TurnRequest) -> None:
+        """Runs a turn; its events arrive as `TurnProgress`."""
+        Thread(target=self._relay, args=(request,), daemon=True, name="turn").start()
+
+    def stop(self, turn: str) -> None:
+        """Ends a turn soon."""
+        self._engine.stop(turn)
+
+    def forget(self, conversation: str) -> None:
+        """Frees a conversation's cache."""
+        self._engine.forget(conversation)
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._closing = True
+        self._engine.close()
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the engine died too often to be started again."""
+        return self._deaths >= RESTARTS
+
+    def _relay(self, request: TurnRequest) -> None:
+        for event in self._engine.turn(request):
+            self._target.post_message(TurnProgress(event))
+
+    def _report(self, status: Status) -> None:
+        if self._closing:
+            return
+        if isinstance(status, Ready):
+            self._deaths = 0
+        if isinstance(status, Died):
+            self._deaths += 1
+            if not self.gave_up:
+                self.start()
+        self._target.post_message(EngineStatus(status))

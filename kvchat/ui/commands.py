@@ -1,0 +1,119 @@
+"""Every command, declared once: keys, palette, slash words and help are made from this table."""
+
+from dataclasses import dataclass
+
+from textual.binding import Binding, BindingType
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Something the user can ask for; `action_<name>` of the chat screen does it."""
+
+    name: str
+    title: str
+    help: str
+    key: str
+    """Empty where only the slash word and the palette reach it."""
+    slash: str
+    argument: str = ""
+    """What the slash word takes after it, for the help."""
+    footer: str = ""
+    """Word in the footer; empty keeps the key out of it."""
+
+
+COMMANDS = (
+    Command("help", "Help", "Keys and commands.", "f1", "help", footer="help"),
+    Command("panel", "Panel", "Show or hide the cache panel.", "f3", "panel", footer="panel"),
+    Command(
+        "cache",
+        "Cache mode",
+        "Keep the KV cache (on), throw it away after each turn (turn), or do without (off).",
+        "f4",
+        "cache",
+        "on|turn|off",
+        footer="cache",
+    ),
+    Command("new", "New conversation", "Start an empty conversation.", "ctrl+n", "new", footer="new"),
+    Command(
+        "conversations",
+        "Conversations",
+        "Go to the list of conversations: Enter opens, R renames, D deletes.",
+        "ctrl+s",
+        "sessions",
+        footer="conversations",
+    ),
+    Command(
+        "stop",
+        "Stop",
+        "Stop the answer; what there is stays, with its cache.",
+        "escape",
+        "stop",
+        footer="stop",
+    ),
+    Command("regenerate", "Write again", "Write the last answer again, as a new branch.", "ctrl+r", "regen"),
+    Command("system", "System prompt", "Set the system prompt of this conversation.", "", "system", "TEXT"),
+    Command("rename", "Rename", "Give this conversation another title.", "", "rename", "TITLE"),
+    Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear"),
+    Command("delete", "Delete", "Delete this conversation for good.", "", "delete"),
+    Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit"),
+)
+
+ALIASES = {"quit": "exit", "bye": "exit", "?": "help", "retry": "regen", "resume": "sessions"}
+
+
+def bindings() -> list[BindingType]:
+    """The keys, each with an id so that it can be re-mapped."""
+    return [
+        Binding(
+            command.key,
+            command.name,
+            command.footer or command.title,
+            show=bool(command.footer),
+            priority=command.key.startswith(("f", "ctrl")),
+            id=command.name,
+            tooltip=command.help,
+        )
+        for command in COMMANDS
+        if command.key
+    ]
+
+
+def parse_slash(text: str) -> tuple[Command, str] | None:
+    """The command that `/word argument` names, with its argument; None for other text."""
+    word, _, argument = text.strip().removeprefix("/").partition(" ")
+    word = ALIASES.get(word, word)
+    command = next((c for c in COMMANDS if c.slash == word), None)
+    return (command, argument.strip()) if command else None
+
+
+def key_label(key: str) -> str:
+    """`ctrl+n` → `Ctrl+N`."""
+    return "+".join(part.capitalize() for part in key.replace("escape", "esc").split("+"))
+
+
+def help_markdown() -> str:
+    """The help screen's text."""
+    rows = [f"| {key_label(c.key)} | {_slash_label(c)} | {c.help} |" for c in COMMANDS]
+    table = "\n".join(("| key | command | what it does |", "|---|---|---|", *rows))
+    return f"{table}\n\n{MORE_HELP}"
+
+
+def _slash_label(command: Command) -> str:
+    """`/cache on/turn/off` as code; a bar would end the table's cell."""
+    words = f"/{command.slash} {command.argument}".strip().replace("|", "/")
+    return f"`{words}`"
+
+
+MORE_HELP = """\
+**Writing.** Enter sends; Shift+Enter, Ctrl+J or Alt+Enter breaks the line; Up and Down at the edges bring \
+back what was sent before. Ctrl+P opens the palette. Ctrl+C copies a selection, else stops the answer, else \
+asks before it quits.
+
+**Reading the panel.** *reused* tokens were in the cache and cost nothing; *read* tokens went through the \
+model once; *written* ones were generated. *TTFT* is the time to the first text. A KV cache grows with every \
+token by 2 (keys and values) × layers × KV heads × head dim × bytes of a number.
+
+**The three modes.** `on` keeps the cache across turns: a turn reads its new tokens only. `turn` throws it \
+away after each answer: the next turn reads everything once. `off` never makes one: every single token reads \
+everything again. Press F4 and send a message to feel the difference.
+"""

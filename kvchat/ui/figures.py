@@ -1,0 +1,115 @@
+"""Events of a turn become figures for the panel. Plain values in, plain values out; no widgets."""
+
+import time
+from dataclasses import replace
+
+from kvchat.contract import (
+    CacheMode,
+    ModelFacts,
+    PrefillProgress,
+    Tokens,
+    TurnFinished,
+    TurnStarted,
+    TurnStats,
+)
+from kvchat.conversation import Conversation
+from kvchat.ui.widgets.panel import ENOUGH_TOKENS, PanelState, TurnFigures
+
+KEPT_STEPS = 64
+"""Tokens whose milliseconds the sparkline remembers."""
+
+
+class Figures:
+    """Keeps the panel's state up to date."""
+
+    def __init__(self) -> None:
+        self.state = PanelState()
+        self._asked_at = 0.0
+        self._largest_prefill = 0
+
+    def ready(self, model: ModelFacts) -> None:
+        """The engine is there."""
+        self.state = replace(self.state, model=model)
+
+    def mode(self, mode: CacheMode) -> None:
+        """The mode of the open conversation."""
+        self.state = replace(self.state, mode=mode)
+
+    def opened(self, conversation: Conversation) -> None:
+        """Another conversation is shown: its last turn's figures, from the file."""
+        turns = [m.stats for m in conversation.messages if m.stats]
+        by_mode = {stats.cache_mode: stats for stats in turns}
+        figures = figures_of(turns[-1]) if turns else TurnFigures()
+        self.state = replace(self.state, mode=conversation.mode, turn=figures, step_ms=(), by_mode=by_mode)
+
+    def asked(self) -> None:
+        """A turn begins."""
+        self._asked_at = time.perf_counter()
+        kept = self.state.turn
+        self.state = replace(
+            self.state, turn=TurnFigures(kv_tokens=kept.kv_tokens, kv_bytes=kept.kv_bytes), step_ms=()
+        )
+
+    def started(self, event: TurnStarted) -> None:
+        """What is reused and what has to be read is known."""
+        self._change(reused=event.reused_tokens, read=event.prefilled_tokens, reuse_note=event.reuse_note)
+
+    def prefilled(self, event: PrefillProgress) -> None:
+        """A chunk of a long prompt was read."""
+        elapsed = time.perf_counter() - self._asked_at
+        left = elapsed / event.done * (event.total - event.done)
+        reading = f"reading {event.done:,} of {event.total:,}, {left:.0f} s left" if left >= 0.5 else ""
+        self._change(reading=reading)
+
+    def tokens(self, event: Tokens) -> None:
+        """Tokens were written."""
+        turn = self.state.turn
+        ttft = (
+            turn.ttft_s if turn.ttft_s is not None or not event.text else time.perf_counter() - self._asked_at
+        )
+        steps = [step * 1000 for step in event.step_s]
+        # the first step of a turn is its prefill, not a decode step
+        fresh = steps[1:] if turn.written == 0 else steps
+        step_ms = (*self.state.step_ms, *fresh)[-KEPT_STEPS:]
+        decode = 1000 * len(step_ms) / sum(step_ms) if step_ms else None
+        self.state = replace(self.state, step_ms=step_ms)
+        self._change(
+            written=turn.written + len(event.token_ids),
+            ttft_s=ttft,
+            decode_tok_s=decode,
+            kv_tokens=event.kv_tokens,
+            kv_bytes=event.kv_bytes,
+            reading="",
+        )
+
+    def finished(self, event: TurnFinished) -> None:
+        """The turn is over: measured figures replace what was counted on the way."""
+        stats = event.stats
+        rate = self.state.prefill_rate
+        if stats.prefilled_tokens >= max(ENOUGH_TOKENS, self._largest_prefill) and stats.prefill_tok_s:
+            self._largest_prefill, rate = stats.prefilled_tokens, stats.prefill_tok_s
+        self.state = replace(
+            self.state,
+            turn=figures_of(stats),
+            rss_bytes=stats.rss_bytes,
+            prefill_rate=rate,
+            by_mode={**self.state.by_mode, stats.cache_mode: stats},
+        )
+
+    def _change(self, **changes: object) -> None:
+        self.state = replace(self.state, turn=replace(self.state.turn, **changes))  # type: ignore[arg-type]
+
+
+def figures_of(stats: TurnStats) -> TurnFigures:
+    """The measured figures of a finished turn."""
+    return TurnFigures(
+        reused=stats.reused_tokens,
+        read=stats.prefilled_tokens,
+        written=stats.generated_tokens,
+        ttft_s=stats.ttft_s,
+        prefill_tok_s=stats.prefill_tok_s,
+        decode_tok_s=stats.decode_tok_s,
+        kv_tokens=stats.kv_tokens,
+        kv_bytes=stats.kv_bytes,
+        reuse_note=stats.reuse_note,
+    )

@@ -1,0 +1,1 @@
+"""Whole screens: each composes widgets and routes their messages."""

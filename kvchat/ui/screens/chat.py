@@ -1,0 +1,288 @@
+"""The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, Static, TextArea
+
+from kvchat.contract import CacheMode
+from kvchat.errors import KvchatError
+from kvchat.session import Session
+from kvchat.text import clean, one_line
+from kvchat.ui.bridge import EngineBridge, EngineFactory
+from kvchat.ui.commands import bindings, parse_slash
+from kvchat.ui.messages import EngineStatus, TurnProgress
+from kvchat.ui.screens.dialogs import AskLine, Confirm, Help
+from kvchat.ui.turns import Turns
+from kvchat.ui.widgets.conversations import ConversationList
+from kvchat.ui.widgets.panel import CachePanel
+from kvchat.ui.widgets.prompt import Prompt
+from kvchat.ui.widgets.transcript import Transcript
+
+DRAFT_AFTER_S = 1.0
+"""An unsent prompt is saved this long after the last key."""
+PANEL_EVERY_S = 0.5
+"""The panel is drawn this often while an answer streams."""
+
+
+class ChatScreen(Screen[None]):
+    """Conversations on the left, the transcript and the prompt in the middle, the cache on the right."""
+
+    BINDINGS = bindings()
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide")]
+
+    def __init__(self, session: Session, factory: EngineFactory, model: str) -> None:
+        super().__init__()
+        self._session = session
+        self._model = model
+        self._bridge = EngineBridge(factory, self)
+        self._draft_timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="status")
+        with Horizontal(id="body"):
+            with Vertical(id="side"):
+                yield Static("conversations", classes="head")
+                yield ConversationList(id="conversations")
+            with Vertical(id="middle"):
+                yield Static(id="title", classes="head")
+                yield Transcript()
+                yield Prompt()
+            with Vertical(id="panel"):
+                yield Static("cache", classes="head")
+                with VerticalScroll(can_focus=False):
+                    yield CachePanel()
+        yield Footer(show_command_palette=True)
+
+    async def on_mount(self) -> None:
+        """Shows the conversation; the engine starts loading after the first paint."""
+        self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
+        await self._opened()
+        self.call_after_refresh(self._bridge.start)
+        self.set_interval(PANEL_EVERY_S, self._refresh_while_answering)
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is under way."""
+        return self._turns.answering is not None
+
+    def leave(self) -> None:
+        """Saves what isn't saved and ends the engine."""
+        self._save_draft()
+        self._session.abandon_turn()
+        self._bridge.close()
+
+    @on(EngineStatus)
+    async def _engine_status(self, message: EngineStatus) -> None:
+        await self._turns.on_status(message.status)
+        self._refresh_all()
+
+    @on(TurnProgress)
+    async def _turn_progress(self, message: TurnProgress) -> None:
+        was_answering = self._turns.answering
+        await self._turns.on_event(message.event)
+        if was_answering and not self._turns.answering:
+            self._refresh_all()
+
+    @on(Prompt.Submitted)
+    async def _submitted(self, message: Prompt.Submitted) -> None:
+        prompt = self.query_one(Prompt)
+        try:
+            if message.text.startswith("/") and (parsed := parse_slash(message.text)):
+                prompt.text = ""
+                command, argument = parsed
+                await self.run_action(f"{command.name}({argument!r})" if argument else command.name)
+            elif message.text.startswith("/") and "\n" not in message.text:
+                self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
+            else:
+                await self._turns.send(message.text)
+                prompt.text = ""
+                self._save_draft()
+                self._refresh_all()
+        except KvchatError as error:
+            self._say(str(error))
+
+    @on(TextArea.Changed)
+    def _prompt_changed(self) -> None:
+        if self._draft_timer:
+            self._draft_timer.stop()
+        self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)
+
+    @on(ConversationList.Opened)
+    async def _conversation_opened(self, message: ConversationList.Opened) -> None:
+        self._save_draft()
+        self._session.open(message.conversation)
+        await self._opened()
+        self.query_one(Prompt).focus()
+
+    @on(ConversationList.RenameAsked)
+    def _rename_asked(self, message: ConversationList.RenameAsked) -> None:
+        self._ask_title(message.conversation)
+
+    @on(ConversationList.DeleteAsked)
+    def _delete_asked(self, message: ConversationList.DeleteAsked) -> None:
+        self._ask_delete(message.conversation)
+
+    async def action_new(self) -> None:
+        """Opens an empty conversation."""
+        self._save_draft()
+        self._session.new()
+        await self._opened()
+        self.query_one(Prompt).focus()
+
+    def action_help(self) -> None:
+        """Shows the keys."""
+        self.app.push_screen(Help())
+
+    def action_panel(self) -> None:
+        """Shows or hides the panel, whatever the width would have it be."""
+        self._toggle("panel")
+
+    def action_conversations(self) -> None:
+        """Goes to the list; from the list, back to the prompt."""
+        conversations = self.query_one(ConversationList)
+        if conversations.has_focus:
+            self._toggle("side", False)
+            self.query_one(Prompt).focus()
+        else:
+            self._toggle("side", True)
+            conversations.focus()
+
+    def action_cache(self, mode: str = "") -> None:
+        """Sets the cache mode, or takes the next one."""
+        modes = list(CacheMode)
+        following = modes[(modes.index(self._session.current.mode) + 1) % len(modes)]
+        if mode and mode not in set(CacheMode):
+            self._say(f"The cache modes are on, turn and off; not {mode}.")
+            return
+        self._session.configure(mode=CacheMode(mode) if mode else following)
+        self._turns.figures.mode(self._session.current.mode)
+        self._refresh_all()
+
+    def action_stop(self) -> None:
+        """Stops the answer; without one, goes to the prompt."""
+        if not self._turns.stop():
+            self.query_one(Prompt).focus()
+
+    async def action_regenerate(self) -> None:
+        """Asks for the last answer again."""
+        try:
+            await self._turns.regenerate()
+        except KvchatError as error:
+            self._say(str(error))
+        self._refresh_all()
+
+    def action_system(self, text: str = "") -> None:
+        """Sets the system prompt, or asks for it."""
+        if text:
+            self._set_system(text)
+        else:
+            question = "System prompt of this conversation (empty: the model's own)"
+            self.app.push_screen(AskLine(question, self._session.current.system_prompt), self._set_system)
+
+    def action_rename(self, title: str = "") -> None:
+        """Renames the open conversation, or asks for the title."""
+        if not self._session.current.messages:
+            self._say("This conversation has no messages yet; its first one gives it a title.")
+        elif title:
+            self._rename(self._session.current.id, title)
+        else:
+            self._ask_title(self._session.current.id)
+
+    async def action_clear(self) -> None:
+        """Empties the open conversation."""
+        self.action_stop()
+        self._session.clear()
+        self._turns.forget(self._session.current.id)
+        await self._opened()
+
+    def action_delete(self) -> None:
+        """Asks, then deletes the open conversation."""
+        if self._session.current.messages:
+            self._ask_delete(self._session.current.id)
+
+    def action_leave(self) -> None:
+        """Leaves kvchat."""
+        self.app.exit()
+
+    def _ask_title(self, conversation: str) -> None:
+        title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
+        self.app.push_screen(AskLine("Title", title), lambda new: self._rename(conversation, new or ""))
+
+    def _rename(self, conversation: str, title: str) -> None:
+        self._session.rename(conversation, title)
+        self._refresh_all()
+
+    def _ask_delete(self, conversation: str) -> None:
+        title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
+
+        async def delete(sure: bool | None) -> None:
+            if sure:
+                await self._delete(conversation)
+
+        self.app.push_screen(Confirm(f"Delete “{one_line(title)}” for good?", "Delete"), delete)
+
+    async def _delete(self, conversation: str) -> None:
+        answering = self._turns.answering
+        if answering and answering.conversation == conversation:
+            self._turns.stop()
+        self._session.delete(conversation)
+        self._turns.forget(conversation)
+        if self._session.current.id not in {s.id for s in self._session.conversations()}:
+            await self._opened()
+        self._refresh_all()
+
+    def _set_system(self, text: str | None) -> None:
+        if text is not None:
+            self._session.configure(system_prompt=text)
+            self._say("The next turn reads the conversation again, with the new system prompt.")
+
+    async def _opened(self) -> None:
+        prompt = self.query_one(Prompt)
+        prompt.text = self._session.draft()
+        prompt.move_cursor(prompt.document.end)
+        prompt.set_history([m.text for m in self._session.current.messages if m.role == "user"])
+        await self._turns.show_conversation()
+        self._refresh_all()
+
+    def _save_draft(self) -> None:
+        self._session.save_draft(self.query_one(Prompt).text)
+
+    def _toggle(self, part: str, shown: bool | None = None) -> None:
+        widget = self.query_one(f"#{part}")
+        shown = not widget.display if shown is None else shown
+        self.set_class(shown, f"show-{part}")
+        self.set_class(not shown, f"hide-{part}")
+
+    def _refresh_while_answering(self) -> None:
+        if self._turns.answering:
+            self._refresh_figures()
+
+    def _refresh_figures(self) -> None:
+        self.query_one(CachePanel).show(self._turns.figures.state)
+        self.query_one("#status", Static).update(self._status_line())
+
+    def _refresh_all(self) -> None:
+        self._refresh_figures()
+        current = self._session.current
+        self.query_one("#title", Static).update(Content(one_line(current.title) or "new conversation"))
+        summaries = self._session.conversations()
+        self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
+        self.query_one(Prompt).set_history([m.text for m in current.messages if m.role == "user"])
+
+    def _status_line(self) -> Content:
+        state = self._turns.figures.state
+        parts = [f"{one_line(self._model)}"]
+        if state.model:
+            threads = f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"
+            used = f"{state.turn.kv_tokens:,} / {state.model.context_limit:,}"
+            parts += [state.model.path, threads, f"context {used}"]
+        answering = self._turns.answering
+        parts.append("writing, Esc stops" if answering and state.model else self._turns.status)
+        return Content.assemble(("kvchat  ", "bold $text-accent"), (" · ".join(parts), "$text-muted"))
+
+    def _say(self, text: str) -> None:
+        self.notify(clean(text), markup=False)

@@ -1,0 +1,158 @@
+"""Follows a turn on the screen: asks the session, runs it on the engine, shows what comes back.
+
+It knows the session, the bridge and the widgets that show a turn; it refuses to know keys and commands.
+"""
+
+from kvchat.contract import (
+    Died,
+    Loading,
+    PrefillProgress,
+    Ready,
+    Status,
+    Tokens,
+    TurnEvent,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    WarmCache,
+)
+from kvchat.session import PendingTurn, Session
+from kvchat.ui.bridge import EngineBridge
+from kvchat.ui.figures import Figures
+from kvchat.ui.widgets.transcript import Transcript, answer_note
+
+
+class Turns:
+    """The turns of this run of the program."""
+
+    def __init__(self, session: Session, bridge: EngineBridge, transcript: Transcript, who: str) -> None:
+        self._session = session
+        self._bridge = bridge
+        self._transcript = transcript
+        self._who = who
+        self.figures = Figures()
+        self.status = "starting"
+        self.warm: dict[str, WarmCache] = {}
+
+    @property
+    def answering(self) -> PendingTurn | None:
+        """The turn under way, in whichever conversation."""
+        return self._session.pending
+
+    async def show_conversation(self) -> None:
+        """Shows the open conversation, and the answer that streams in it."""
+        conversation = self._session.current
+        pending = self._pending_here()
+        partial = pending.reply.id if pending and pending.reply else None
+        await self._transcript.show([m for m in conversation.messages if m.id != partial], self._who)
+        self.figures.opened(conversation)
+        if pending:
+            await self._transcript.begin_answer(self._who)
+            self._append(pending.text)
+
+    async def send(self, text: str) -> None:
+        """Saves and shows the user's message, and asks the engine.
+
+        Raises:
+            KvchatError: another answer is under way.
+        """
+        request = self._session.begin_turn(text)
+        await self._transcript.ask(text)
+        await self._run(request)
+
+    async def regenerate(self) -> None:
+        """Asks for the last answer again.
+
+        Raises:
+            KvchatError: there is none, or another answer is under way.
+        """
+        request = self._session.regenerate()
+        await self._transcript.drop_answers_after_last_question()
+        await self._run(request)
+
+    async def _run(self, request: TurnRequest) -> None:
+        await self._transcript.begin_answer(self._who)
+        self.figures.asked()
+        self._bridge.run_turn(request)
+
+    def stop(self) -> bool:
+        """Stops the answer under way; False if there is none."""
+        if self.answering:
+            self._bridge.stop(self.answering.turn)
+            return True
+        return False
+
+    def forget(self, conversation: str) -> None:
+        """Frees a conversation's cache."""
+        self.warm.pop(conversation, None)
+        self._bridge.forget(conversation)
+
+    async def on_event(self, event: TurnEvent) -> None:
+        """Shows what happened in a turn; one whose conversation was deleted shows nothing."""
+        pending = self.answering
+        if pending is None or pending.turn != event.turn:
+            return
+        here = self._pending_here() is not None
+        match event:
+            case TurnStarted() if here:
+                self.figures.started(event)
+            case PrefillProgress() if here:
+                self.figures.prefilled(event)
+            case Tokens():
+                self._session.keep_partial(event)
+                if here:
+                    self.figures.tokens(event)
+                    self._append(event.text)
+            case TurnFinished():
+                await self._finish(event, here=here)
+            case TurnFailed():
+                await self._fail(event, here=here)
+
+    async def on_status(self, status: Status) -> None:
+        """Notes how the engine is."""
+        match status:
+            case Loading():
+                self.status = f"{status.stage} …"
+            case Ready():
+                self.status = "ready"
+                self.figures.ready(status.model)
+            case Died():
+                self.warm.clear()
+                self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
+                again = (
+                    "" if self._bridge.gave_up else "\nIt starts again; /regen asks for the answer once more."
+                )
+                said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
+                await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
+
+    async def _finish(self, event: TurnFinished, *, here: bool) -> None:
+        message = self._session.finish_turn(event)
+        self.warm = {cache.conversation: cache for cache in event.warm}
+        if here and message:
+            self.figures.finished(event)
+            if self._transcript.streaming:
+                note = answer_note(event.stats, message.finish_reason)
+                await self._transcript.streaming.finish(event.text, note)
+            self._transcript.streaming = None
+
+    async def _fail(self, event: TurnFailed, *, here: bool) -> None:
+        text = self.answering.text if self.answering else ""
+        self._session.fail_turn(event.turn)
+        streaming, self._transcript.streaming = self._transcript.streaming, None
+        if not here or streaming is None:
+            return
+        if text:
+            await streaming.finish(text, answer_note(None, "error"))
+        else:
+            await streaming.remove()
+        await self._transcript.notice(event.reason, error=True)
+
+    def _append(self, text: str) -> None:
+        if self._transcript.streaming and text:
+            self._transcript.streaming.say("")
+            self._transcript.streaming.append(text)
+
+    def _pending_here(self) -> PendingTurn | None:
+        pending = self.answering
+        return pending if pending and pending.conversation == self._session.current.id else None

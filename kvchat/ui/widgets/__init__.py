@@ -1,0 +1,1 @@
+"""Parts of the screen: each shows one thing and posts messages about it."""

@@ -1,0 +1,91 @@
+"""The list of conversations, with what of each is warm."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.cells import cell_len, set_cell_size
+from textual.binding import Binding
+from textual.content import Content
+from textual.message import Message
+from textual.widgets import OptionList
+from textual.widgets.option_list import Option
+
+from kvchat.contract import WarmCache
+from kvchat.conversation import Summary
+from kvchat.text import megabytes, one_line
+
+WARM, COLD = "●", "○"
+TITLE_CELLS = 19
+
+
+def fitted(text: str, cells: int) -> str:
+    """`text` in exactly so many cells; CJK and emoji take two each."""
+    if cell_len(text) <= cells:
+        return set_cell_size(text, cells)
+    return set_cell_size(set_cell_size(text, cells - 1).rstrip() + "…", cells)
+
+
+class ConversationList(OptionList):
+    """Conversations, the last used first. Enter opens, R renames, D deletes."""
+
+    BINDINGS = [
+        Binding("r", "rename", "Rename"),
+        Binding("d,delete", "delete", "Delete"),
+    ]
+
+    class Opened(Message):
+        """The user chose a conversation."""
+
+        def __init__(self, conversation: str) -> None:
+            super().__init__()
+            self.conversation = conversation
+
+    class RenameAsked(Message):
+        """The user wants another title."""
+
+        def __init__(self, conversation: str) -> None:
+            super().__init__()
+            self.conversation = conversation
+
+    class DeleteAsked(Message):
+        """The user wants it gone."""
+
+        def __init__(self, conversation: str) -> None:
+            super().__init__()
+            self.conversation = conversation
+
+    def show(self, summaries: Sequence[Summary], warm: Mapping[str, WarmCache], current: str) -> None:
+        """Fills the list; `current` is marked."""
+        highlighted = self._highlighted_id() or current
+        self.clear_options()
+        self.add_options(Option(self._label(s, warm.get(s.id), s.id == current), id=s.id) for s in summaries)
+        ids = [s.id for s in summaries]
+        if highlighted in ids:
+            self.highlighted = ids.index(highlighted)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Enter, or a click."""
+        event.stop()
+        if event.option_id:
+            self.post_message(self.Opened(event.option_id))
+
+    def action_rename(self) -> None:
+        """Asks for another title of the highlighted conversation."""
+        if conversation := self._highlighted_id():
+            self.post_message(self.RenameAsked(conversation))
+
+    def action_delete(self) -> None:
+        """Asks for the highlighted conversation to be deleted."""
+        if conversation := self._highlighted_id():
+            self.post_message(self.DeleteAsked(conversation))
+
+    def _highlighted_id(self) -> str | None:
+        return None if self.highlighted is None else self.get_option_at_index(self.highlighted).id
+
+    def _label(self, summary: Summary, warm: WarmCache | None, current: bool) -> Content:
+        title = one_line(summary.title) or "untitled"
+        size = megabytes(warm.bytes) if warm else ""
+        return Content.assemble(
+            (f"{WARM if warm else COLD} ", "$success" if warm else "$text-muted"),
+            (fitted(title, TITLE_CELLS), "bold $text-accent" if current else ""),
+            (f"{size:>9}", "$text-muted"),
+        )

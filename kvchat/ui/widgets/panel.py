@@ -1,0 +1,232 @@
+"""The panel: what the cache did in this turn, what it holds, and what it was worth.
+
+`PanelState` says what to show; the functions under it turn it into lines. They know figures only, so that
+every line can be tested without a screen.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from textual.content import Content
+from textual.widgets import Static
+
+from kvchat.contract import CacheMode, ModelFacts, TurnStats
+from kvchat.text import megabytes
+
+GLYPHS = {
+    "O": ("█▀█", "█ █", "▀▀▀"),
+    "N": ("█▄ █", "█ ▀█", "▀  ▀"),
+    "F": ("█▀▀", "█▀ ", "▀  "),
+    "T": ("▀█▀", " █ ", " ▀ "),
+    "U": ("█ █", "█ █", "▀▀▀"),
+    "R": ("█▀█", "█▀▄", "▀ ▀"),
+}
+COLOURS = {CacheMode.ON: "$text-success", CacheMode.TURN: "$text-warning", CacheMode.OFF: "$text-error"}
+MEANING = {
+    CacheMode.ON: "kept across turns",
+    CacheMode.TURN: "thrown away each turn",
+    CacheMode.OFF: "re-reads all, each token",
+}
+BARS = " ▏▎▍▌▋▊▉█"
+SPARKS = "▁▂▃▄▅▆▇█"
+INNER_WIDTH = 32
+SPARK_WIDTH = 19
+ENOUGH_TOKENS = 64
+"""A prefill rate measured over fewer tokens says more about overhead than about reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFigures:
+    """The turn under way or the last one; what is not known yet is None."""
+
+    reused: int = 0
+    read: int = 0
+    written: int = 0
+    ttft_s: float | None = None
+    prefill_tok_s: float | None = None
+    decode_tok_s: float | None = None
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+    reuse_note: str = ""
+    reading: str = ""
+    """Progress of a long prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class PanelState:
+    """Everything the panel shows."""
+
+    mode: CacheMode = CacheMode.ON
+    model: ModelFacts | None = None
+    turn: TurnFigures = field(default_factory=TurnFigures)
+    step_ms: tuple[float, ...] = ()
+    """Milliseconds of the latest tokens."""
+    rss_bytes: int = 0
+    prefill_rate: float = 0.0
+    """Tokens a second, from the largest prefill measured so far; 0 where none was long enough."""
+    by_mode: Mapping[str, TurnStats] = field(default_factory=dict)
+    """The last turn's figures in each mode."""
+
+
+def big_letters(word: str) -> tuple[str, str, str]:
+    """`word` in letters three lines high."""
+    rows = zip(*(GLYPHS[letter] for letter in word.upper()), strict=True)
+    first, second, third = (" ".join(row) for row in rows)
+    return first, second, third
+
+
+def bar(value: float, largest: float, width: int) -> str:
+    """A bar in eighths of a cell; anything above nothing is at least a sliver."""
+    if value <= 0 or largest <= 0:
+        return ""
+    eighths = max(1, round(value / largest * width * 8))
+    return BARS[8] * (eighths // 8) + BARS[eighths % 8].strip()
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The latest values as a line of blocks; the highest of them is full."""
+    shown = values[-width:]
+    top = max(shown, default=0.0)
+    return "".join(SPARKS[min(7, int(value / top * 7.999))] for value in shown) if top > 0 else ""
+
+
+def saving(state: PanelState) -> tuple[str, str]:
+    """(seconds saved by not reading the reused tokens again, how that is known)."""
+    if not state.turn.reused or not state.prefill_rate:
+        return "", ""
+    seconds = state.turn.reused / state.prefill_rate
+    return f"≈ {seconds:.2f} s", f"estimate at {state.prefill_rate:,.0f} tok/s"
+
+
+def heading(words: str) -> Content:
+    return Content.assemble(("\n" + words, "bold $text-accent"))
+
+
+def row(name: str, value: str, rest: str = "", style: str = "$text-muted") -> Content:
+    return Content.assemble((f"{name:<10}", "$text-muted"), (f"{value:>9}", "bold"), (f" {rest}", style))
+
+
+def seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} s"
+
+
+def rate(value: float | None) -> str:
+    return "–" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def mode_lines(state: PanelState) -> list[Content]:
+    """The cache mode, large, and what it means."""
+    style = f"bold {COLOURS[state.mode]}"
+    lines = [Content.assemble((line, style)) for line in big_letters(state.mode.value)]
+    return [*lines, Content.assemble((MEANING[state.mode], COLOURS[state.mode]))]
+
+
+def turn_lines(state: PanelState) -> list[Content]:
+    """What this turn reused, read and wrote, and how fast."""
+    turn = state.turn
+    counts = {"reused": turn.reused, "read": turn.read, "written": turn.written}
+    styles = {"reused": "$text-success", "read": "$text-warning", "written": "$text-accent"}
+    largest = max(counts.values())
+    width = INNER_WIDTH - 20
+    lines = [row(name, f"{n:,}", bar(n, largest, width), styles[name]) for name, n in counts.items()]
+    lines += [
+        row("TTFT", seconds(turn.ttft_s)),
+        row("prefill", rate(turn.prefill_tok_s), "tok/s"),
+        row("decode", rate(turn.decode_tok_s), "tok/s"),
+    ]
+    latest = f"{state.step_ms[-1]:.0f}" if state.step_ms else "–"
+    lines.append(row("ms/token", latest))
+    lines.append(Content.assemble((sparkline(state.step_ms, INNER_WIDTH), "$text-accent")))
+    note = turn.reading or turn.reuse_note
+    return [
+        heading("this turn"),
+        *lines,
+        *([Content.assemble((note, "italic $text-warning"))] if note else []),
+    ]
+
+
+def kv_lines(state: PanelState) -> list[Content]:
+    """The formula with this model's numbers, and the memory around it."""
+    if (model := state.model) is None:
+        return []
+    tokens = state.turn.kv_tokens
+    used = model.kv_bytes_per_token * tokens
+    context = f"{tokens:,} of {model.context_limit:,}"
+    formula = (
+        f"2 × {model.layers} layers × {model.kv_heads} KV heads\n"
+        f"× {model.head_dim} dim × {model.kv_dtype_bytes} bytes × {tokens:,}"
+    )
+    return [
+        heading("KV cache"),
+        Content.assemble((formula, "$text-muted")),
+        row("used", megabytes(used), model.kv_dtype),
+        row("allocated", megabytes(state.turn.kv_bytes)),
+        row("weights", megabytes(model.weights_bytes), model.weights_dtype),
+        row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–"),
+        row("context", f"{tokens / model.context_limit:.0%}", context),
+    ]
+
+
+def saving_lines(state: PanelState) -> list[Content]:
+    """What reuse was worth in this turn."""
+    saved, how = saving(state)
+    if not saved:
+        return []
+    return [
+        heading("saved by reuse"),
+        row("tokens", f"{state.turn.reused:,}", "not read again"),
+        row("time", saved),
+        Content.assemble((how, "$text-muted")),
+    ]
+
+
+def comparison_lines(state: PanelState) -> list[Content]:
+    """The last figures of each mode side by side: measured, never estimated."""
+    if not state.by_mode:
+        return []
+    header = Content.assemble((f"{'':<6}{'TTFT':>8}{'tok/s':>8}{'tokens':>9}", "$text-muted"))
+    lines = [heading("last turn in each mode"), header]
+    for mode in CacheMode:
+        stats = state.by_mode.get(mode.value)
+        if stats is None:
+            line = f"{mode.value:<6}{'–':>8}{'–':>8}{'–':>9}"
+        else:
+            at = stats.prompt_tokens + stats.generated_tokens
+            line = f"{mode.value:<6}{stats.ttft_s:>6.2f} s{rate(stats.decode_tok_s):>8}{at:>9,}"
+        lines.append(Content.assemble((line, "bold" if mode is state.mode else "")))
+    return [*lines, *ratio_lines(state.by_mode)]
+
+
+def ratio_lines(by_mode: Mapping[str, TurnStats]) -> list[Content]:
+    """How much sooner and faster `on` was, where the other mode was measured too."""
+    on, turn, off = (by_mode.get(mode.value) for mode in CacheMode)
+    lines = []
+    if on and turn and on.ttft_s > 0:
+        lines.append(f"on: TTFT {turn.ttft_s / on.ttft_s:.1f}× sooner than turn")
+    if on and off and off.decode_tok_s > 0:
+        lines.append(f"on: decode {on.decode_tok_s / off.decode_tok_s:.1f}× faster than off")
+    return [Content.assemble((line, "$text-success")) for line in lines]
+
+
+def panel_content(state: PanelState) -> Content:
+    """All lines of the panel."""
+    parts = (mode_lines, turn_lines, kv_lines, saving_lines, comparison_lines)
+    return Content("\n").join([line for part in parts for line in part(state)])
+
+
+class CachePanel(Static):
+    """Draws a `PanelState`."""
+
+    def __init__(self) -> None:
+        super().__init__(id="panel-content")
+        self._shown = PanelState()
+
+    def show(self, state: PanelState) -> None:
+        """Draws what changed."""
+        if state != self._shown:
+            self._shown = state
+            self.update(panel_content(state))
+
+    def on_mount(self) -> None:
+        """Draws the empty state."""
+        self.update(panel_content(self._shown))

@@ -1,0 +1,72 @@
+"""The prompt: a text area that sends on Enter, breaks lines on request, and recalls what was sent."""
+
+from collections.abc import Sequence
+
+from textual import events
+from textual.message import Message
+from textual.widgets import TextArea
+
+NEWLINE_KEYS = {"shift+enter", "ctrl+j", "alt+enter"}
+
+
+class Prompt(TextArea):
+    """Where the user writes."""
+
+    class Submitted(Message):
+        """The user sent `text`."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    def __init__(self) -> None:
+        super().__init__(id="prompt", placeholder="Write a message, or / for a command", compact=True)
+        self._history: list[str] = []
+        self._recalled = 0
+        """How many steps back in the history the text is; 0 is the user's own draft."""
+        self._own = ""
+
+    def set_history(self, sent: Sequence[str]) -> None:
+        """What Up brings back, oldest first."""
+        self._history = list(sent)
+        self._recalled = 0
+
+    async def _on_key(self, event: events.Key) -> None:
+        if event.key == "enter":
+            event.stop()
+            event.prevent_default()
+            self._submit()
+        elif event.key in NEWLINE_KEYS:
+            event.stop()
+            event.prevent_default()
+            self.insert("\n")
+        else:
+            await super()._on_key(event)
+
+    def action_cursor_up(self, select: bool = False) -> None:
+        if not select and self.navigator.is_first_wrapped_line(self.cursor_location) and self._recall(+1):
+            return
+        super().action_cursor_up(select)
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        if not select and self.navigator.is_last_wrapped_line(self.cursor_location) and self._recall(-1):
+            return
+        super().action_cursor_down(select)
+
+    def _submit(self) -> None:
+        text = self.text
+        if text.strip():
+            self._recalled = 0
+            self.post_message(self.Submitted(text))
+
+    def _recall(self, step: int) -> bool:
+        """Moves through the history; False at its ends."""
+        target = self._recalled + step
+        if not 0 <= target <= len(self._history):
+            return False
+        if self._recalled == 0:
+            self._own = self.text
+        self._recalled = target
+        self.text = self._history[-target] if target else self._own
+        self.move_cursor(self.document.end)
+        return True

@@ -1,0 +1,201 @@
+"""The conversation as it is read: messages, the answer that is streaming, and notices in between.
+
+Whatever a model or a user wrote is untrusted: it is cleaned of control characters, never parsed as markup,
+and its raw HTML is shown as text.
+"""
+
+import time
+from collections.abc import Sequence
+
+from markdown_it import MarkdownIt
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import VerticalGroup, VerticalScroll
+from textual.content import Content
+from textual.widget import Widget
+from textual.widgets import Markdown, Static
+
+from kvchat.contract import FinishReason, TurnStats
+from kvchat.conversation import Message
+from kvchat.text import clean
+from kvchat.ui.pace import pause_after
+
+SHOWN_AT_ONCE = 30
+"""Messages mounted when a conversation opens; earlier ones come when they are asked for."""
+ENDINGS = {
+    FinishReason.CANCELLED: "stopped",
+    FinishReason.LENGTH: "cut at the longest answer allowed (--max-tokens)",
+    FinishReason.CONTEXT: "cut where the context is full",
+    FinishReason.ERROR: "cut off by an error",
+}
+WELCOME = """\
+Write a message below: the model answers on this machine, and this conversation keeps its KV cache.
+
+The panel on the right shows what each turn reused, what it had to read, and what that took. \
+Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
+"""
+
+
+def parser() -> MarkdownIt:
+    """Markdown as models write it; raw HTML stays visible as text."""
+    return MarkdownIt("gfm-like").disable(["html_block", "html_inline"])
+
+
+def answer_note(stats: TurnStats | None, finish: str | None) -> str:
+    """What stands under an answer: its figures, and how it ended if not by itself."""
+    parts = []
+    if stats:
+        parts = [
+            f"reused {stats.reused_tokens:,}",
+            f"read {stats.prefilled_tokens:,}",
+            f"wrote {stats.generated_tokens:,}",
+            f"TTFT {stats.ttft_s:.2f} s",
+            f"{stats.decode_tok_s:.1f} tok/s",
+            f"cache {stats.cache_mode}",
+        ]
+        parts += [stats.reuse_note] if stats.reuse_note else []
+    ending = "cut off by a crash" if finish is None else ENDINGS.get(FinishReason(finish), "")
+    return " · ".join([*parts, ending] if ending else parts)
+
+
+class UserMessage(VerticalGroup):
+    """What the user wrote, as it was written."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(classes="message user")
+        self._text = text
+
+    def compose(self) -> ComposeResult:
+        yield Static("you", classes="who", markup=False)
+        yield Static(Content(clean(self._text)), classes="text")
+
+
+class AnswerMessage(VerticalGroup):
+    """An answer: Markdown, drawn while it streams as often as that stays cheap."""
+
+    def __init__(self, who: str, text: str = "", note: str = "") -> None:
+        super().__init__(classes="message answer")
+        self._who = who
+        self._text = clean(text)
+        self._note = note
+        self._undrawn: list[str] = []
+        self._drawing = False
+
+    def compose(self) -> ComposeResult:
+        yield Static(Content(self._who), classes="who")
+        yield Markdown(self._text or None, parser_factory=parser, open_links=False)
+        yield Static(Content(self._note), classes="note")
+
+    def append(self, text: str) -> None:
+        """Adds streamed text; it is drawn at the next draw."""
+        self._undrawn.append(clean(text))
+        if not self._drawing:
+            self._drawing = True
+            self.call_later(self._draw)
+
+    async def finish(self, text: str, note: str) -> None:
+        """The answer is over: draws all of it, whatever was drawn so far."""
+        self._undrawn.clear()
+        self._text = clean(text)
+        markdown = self.query_one(Markdown)
+        if markdown.source != self._text:
+            await markdown.update(self._text)
+        self.query_one(".note", Static).update(Content(note))
+
+    def say(self, note: str) -> None:
+        """Shows something under the answer."""
+        self.query_one(".note", Static).update(Content(note))
+
+    async def _draw(self) -> None:
+        if not self._undrawn or not self.is_attached:
+            self._drawing = False
+            return
+        piece = "".join(self._undrawn)
+        self._undrawn.clear()
+        cpu = time.process_time()
+        await self.query_one(Markdown).append(piece)
+        # the layout and the painting that this draw causes are over only after the next refresh
+        self.call_after_refresh(self._rest, cpu)
+
+    def _rest(self, cpu_before: float) -> None:
+        self.set_timer(pause_after(time.process_time() - cpu_before), self._draw)
+
+
+class Notice(Static):
+    """Something the program says between messages."""
+
+    def __init__(self, text: str, *, error: bool = False) -> None:
+        super().__init__(Content(clean(text)), classes="notice error" if error else "notice")
+
+
+class EarlierMessages(Static):
+    """Stands for the messages that are not mounted; a click brings some of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Content(f"▲ {count} earlier messages"), classes="earlier")
+
+    def on_click(self, event: events.Click) -> None:
+        """Brings earlier messages."""
+        event.stop()
+        self.query_ancestor(Transcript).show_earlier()
+
+
+class Transcript(VerticalScroll):
+    """The open conversation. Follows the end unless the user scrolled up."""
+
+    def __init__(self) -> None:
+        super().__init__(id="transcript")
+        self._earlier: list[Message] = []
+        self.streaming: AnswerMessage | None = None
+
+    def on_mount(self) -> None:
+        """Follows the end from the start."""
+        self.anchor()
+
+    async def show(self, messages: Sequence[Message], who: str) -> None:
+        """Replaces everything by a conversation."""
+        self.streaming = None
+        self._who = who
+        self._earlier = list(messages[:-SHOWN_AT_ONCE])
+        widgets: list[Widget] = [self._widget(m) for m in messages[-SHOWN_AT_ONCE:]]
+        if self._earlier:
+            widgets.insert(0, EarlierMessages(len(self._earlier)))
+        async with self.batch():
+            await self.remove_children()
+            await self.mount_all(widgets or [Static(Content(WELCOME), classes="welcome")])
+        self.anchor()
+
+    def show_earlier(self) -> None:
+        """Mounts some of the messages that come before."""
+        shown, self._earlier = self._earlier[-SHOWN_AT_ONCE:], self._earlier[:-SHOWN_AT_ONCE]
+        self.query(EarlierMessages).remove()
+        widgets: list[Widget] = [EarlierMessages(len(self._earlier))] if self._earlier else []
+        self.mount_all([*widgets, *(self._widget(m) for m in shown)], before=0)
+
+    async def ask(self, text: str) -> None:
+        """Shows a message of the user."""
+        await self.query(".welcome").remove()
+        await self.mount(UserMessage(text))
+        self.anchor()
+
+    async def begin_answer(self, who: str) -> None:
+        """Opens the answer that will stream."""
+        self.streaming = AnswerMessage(who, note="reading …")
+        await self.mount(self.streaming)
+        self.anchor()
+
+    async def drop_answers_after_last_question(self) -> None:
+        """Takes the last answer away before another one is written in its place."""
+        for child in reversed(list(self.children)):
+            if isinstance(child, UserMessage):
+                return
+            await child.remove()
+
+    async def notice(self, text: str, *, error: bool = False) -> None:
+        """Says something below the last message."""
+        await self.mount(Notice(text, error=error))
+
+    def _widget(self, message: Message) -> Widget:
+        if message.role == "user":
+            return UserMessage(message.text)
+        return AnswerMessage(self._who, message.text, answer_note(message.stats, message.finish_reason))
