@@ -113,7 +113,7 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     from kvchat.locate import is_prepared
     from kvchat.ui.app import ChatApp
 
-    if not sys.stdin.isatty() or not sys.stdout.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()):
         raise KvchatError("The chat needs a terminal. `kvchat run PROMPT` works without one.")
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
@@ -132,7 +132,7 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         given["context"],
         given["device"],
     )
-    app = ChatApp(session, lambda on_status: LinkedEngine(options, on_status), model=name)
+    app = ChatApp(session, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
     if session.current.messages and not given["private"]:
         click.echo(f"Continue with: kvchat -r {session.current.id}")
@@ -220,6 +220,12 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
         model=explicit.get("model") or session.current.model or name,
     )
     return session
+
+
+def shown_name(model: str) -> str:
+    """What the screen calls a model: a card's title, the last part of a path or a hub id."""
+    card = find_card(model)
+    return card.title if card else Path(model).name
 
 
 def _pull_as_child(name: str, data_dir: Path | None) -> int:

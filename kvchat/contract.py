@@ -149,6 +149,8 @@ class Ready:
     """The engine takes turns from now on."""
 
     model: ModelFacts
+    rss_bytes: int
+    """Memory of the engine's process, with the weights in it."""
 
 
 @dataclass(frozen=True, slots=True)

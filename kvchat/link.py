@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -82,29 +83,33 @@ class LinkedEngine:
         self._outbox: SimpleQueue[Request | None] = SimpleQueue()
         self._turn = ""
         self._closing = False
+        self._process: SpawnProcess | None = None
+        self._dead = False
 
     def start(self) -> None:
         """Starts the child; `Loading` and then `Ready` or `Died` follow. Also restarts one that died."""
+        self._dead = False
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         self._outbox = SimpleQueue()
-        self._process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
-        self._process.start()
+        process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
+        process.start()
         theirs.close()
+        self._process = process
         Thread(target=self._write, args=(ours, self._outbox), daemon=True, name="engine-writer").start()
-        Thread(target=self._read, args=(ours,), daemon=True, name="engine-reader").start()
+        Thread(target=self._read, args=(ours, process), daemon=True, name="engine-reader").start()
 
     @property
     def pid(self) -> int | None:
         """Process id of the child."""
-        return self._process.pid
+        return self._process.pid if self._process else None
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         """Sends the request and yields what comes back; blocks between events."""
         self._events = SimpleQueue()
         self._turn = request.turn
         self._outbox.put(request)
-        if not self._process.is_alive():
+        if self._dead:
             self._events.put(TurnFailed(request.turn, "The engine is not running."))
         while True:
             event = self._events.get()
@@ -126,8 +131,8 @@ class LinkedEngine:
         """Ends the child; kills it if it takes too long."""
         self._closing = True
         self._outbox.put(None)
-        self._process.join(CLOSING_S)
-        if self._process.is_alive():
+        if self._process:
+            self._process.join(CLOSING_S)
             self._process.kill()
             self._process.join()
 
@@ -137,10 +142,10 @@ class LinkedEngine:
                 pipe.send(request)
             pipe.send(None)
 
-    def _read(self, pipe: Connection) -> None:
+    def _read(self, pipe: Connection, process: SpawnProcess) -> None:
         failed = ""
         while True:
-            ready = wait([pipe, self._process.sentinel])
+            ready = wait([pipe, process.sentinel])
             try:
                 while pipe in ready and pipe.poll():
                     event = pipe.recv()
@@ -151,20 +156,19 @@ class LinkedEngine:
                     else:
                         self._events.put(event)
             except (EOFError, OSError):
-                self._process.join()
                 break
-            if self._process.sentinel in ready and not pipe.poll():
+            if process.sentinel in ready and not pipe.poll():
                 break
-        self._bury(failed)
+        process.join()
+        self._bury(failed or _cause_of_death(process.exitcode), explained=bool(failed))
 
-    def _bury(self, failed: str) -> None:
+    def _bury(self, reason: str, *, explained: bool) -> None:
         """The child is gone: whoever waits is told."""
+        self._dead = True
         self._outbox.put(None)
         if self._closing:
             return
-        self._process.join()
-        reason = failed or _cause_of_death(self._process.exitcode)
-        died = Died(reason, () if failed else log_tail(self._options.log_file))
+        died = Died(reason, () if explained else log_tail(self._options.log_file))
         if self._turn:
             self._events.put(TurnFailed(self._turn, reason))
         self._on_status(died)
@@ -221,6 +225,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
 def _serve(pipe: Connection, options: EngineOptions) -> None:
     from kvchat.engine.engine import LocalEngine
     from kvchat.engine.load import load_model
+    from kvchat.engine.meter import memory_in_use
 
     pipe.send(Loading(f"loading {options.name}"))
     loaded = load_model(
@@ -245,7 +250,7 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         engine.stop_all()
 
     Thread(target=receive, daemon=True, name="requests").start()
-    pipe.send(Ready(engine.facts))
+    pipe.send(Ready(engine.facts, memory_in_use()))
     while (request := requests.get()) is not None:
         if isinstance(request, Forget):
             engine.forget(request.conversation)

@@ -85,11 +85,16 @@ class Meter:
             weights_dtype=model.weights_dtype,
             weights_bytes=model.weights_bytes,
             path=model.path,
-            rss_bytes=psutil.Process().memory_info().rss,
+            rss_bytes=memory_in_use(),
             context_limit=model.context_limit,
             finish_reason=finish.value,
             reuse_note=self.reuse_note,
         )
+
+
+def memory_in_use() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -27,9 +27,9 @@ class Figures:
         self._asked_at = 0.0
         self._largest_prefill = 0
 
-    def ready(self, model: ModelFacts) -> None:
+    def ready(self, model: ModelFacts, rss_bytes: int) -> None:
         """The engine is there."""
-        self.state = replace(self.state, model=model)
+        self.state = replace(self.state, model=model, rss_bytes=rss_bytes)
 
     def mode(self, mode: CacheMode) -> None:
         """The mode of the open conversation."""

@@ -116,7 +116,7 @@ class Turns:
                 self.status = f"{status.stage} …"
             case Ready():
                 self.status = "ready"
-                self.figures.ready(status.model)
+                self.figures.ready(status.model, status.rss_bytes)
             case Died():
                 self.warm.clear()
                 self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"

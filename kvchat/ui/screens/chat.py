@@ -32,6 +32,7 @@ class ChatScreen(Screen[None]):
     """Conversations on the left, the transcript and the prompt in the middle, the cache on the right."""
 
     BINDINGS = bindings()
+    AUTO_FOCUS = "#prompt"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide")]
 
     def __init__(self, session: Session, factory: EngineFactory, model: str) -> None:
@@ -39,6 +40,7 @@ class ChatScreen(Screen[None]):
         self._session = session
         self._model = model
         self._bridge = EngineBridge(factory, self)
+        self._prompt = Prompt()
         self._draft_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
@@ -50,7 +52,7 @@ class ChatScreen(Screen[None]):
             with Vertical(id="middle"):
                 yield Static(id="title", classes="head")
                 yield Transcript()
-                yield Prompt()
+                yield self._prompt
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
                 with VerticalScroll(can_focus=False):
@@ -89,17 +91,16 @@ class ChatScreen(Screen[None]):
 
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
-        prompt = self.query_one(Prompt)
         try:
             if message.text.startswith("/") and (parsed := parse_slash(message.text)):
-                prompt.text = ""
+                self._prompt.text = ""
                 command, argument = parsed
                 await self.run_action(f"{command.name}({argument!r})" if argument else command.name)
             elif message.text.startswith("/") and "\n" not in message.text:
                 self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
             else:
                 await self._turns.send(message.text)
-                prompt.text = ""
+                self._prompt.text = ""
                 self._save_draft()
                 self._refresh_all()
         except KvchatError as error:
@@ -116,7 +117,7 @@ class ChatScreen(Screen[None]):
         self._save_draft()
         self._session.open(message.conversation)
         await self._opened()
-        self.query_one(Prompt).focus()
+        self._prompt.focus()
 
     @on(ConversationList.RenameAsked)
     def _rename_asked(self, message: ConversationList.RenameAsked) -> None:
@@ -131,7 +132,7 @@ class ChatScreen(Screen[None]):
         self._save_draft()
         self._session.new()
         await self._opened()
-        self.query_one(Prompt).focus()
+        self._prompt.focus()
 
     def action_help(self) -> None:
         """Shows the keys."""
@@ -146,7 +147,7 @@ class ChatScreen(Screen[None]):
         conversations = self.query_one(ConversationList)
         if conversations.has_focus:
             self._toggle("side", False)
-            self.query_one(Prompt).focus()
+            self._prompt.focus()
         else:
             self._toggle("side", True)
             conversations.focus()
@@ -165,7 +166,7 @@ class ChatScreen(Screen[None]):
     def action_stop(self) -> None:
         """Stops the answer; without one, goes to the prompt."""
         if not self._turns.stop():
-            self.query_one(Prompt).focus()
+            self._prompt.focus()
 
     async def action_regenerate(self) -> None:
         """Asks for the last answer again."""
@@ -241,15 +242,13 @@ class ChatScreen(Screen[None]):
             self._say("The next turn reads the conversation again, with the new system prompt.")
 
     async def _opened(self) -> None:
-        prompt = self.query_one(Prompt)
-        prompt.text = self._session.draft()
-        prompt.move_cursor(prompt.document.end)
-        prompt.set_history([m.text for m in self._session.current.messages if m.role == "user"])
+        self._prompt.text = self._session.draft()
+        self._prompt.move_cursor(self._prompt.document.end)
         await self._turns.show_conversation()
         self._refresh_all()
 
     def _save_draft(self) -> None:
-        self._session.save_draft(self.query_one(Prompt).text)
+        self._session.save_draft(self._prompt.text)
 
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
@@ -271,7 +270,7 @@ class ChatScreen(Screen[None]):
         self.query_one("#title", Static).update(Content(one_line(current.title) or "new conversation"))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
-        self.query_one(Prompt).set_history([m.text for m in current.messages if m.role == "user"])
+        self._prompt.set_history([m.text for m in current.messages if m.role == "user"])
 
     def _status_line(self) -> Content:
         state = self._turns.figures.state
