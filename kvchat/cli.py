@@ -7,7 +7,7 @@ module again, and the screen must paint before torch is there.
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ from kvchat.paths import Paths, find_paths
 from kvchat.text import megabytes, one_line
 
 if TYPE_CHECKING:
+    from kvchat.engine.load import LoadedModel
     from kvchat.session import Session
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -150,19 +151,25 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     `-`, or a pipe and no prompt, reads the prompt from standard input.
     """
     from kvchat.headless import run_turns
-    from kvchat.progress import reported
 
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
     from kvchat.engine.engine import LocalEngine
+
+    loaded = _load(session.current.model, paths, given)
+    sys.exit(run_turns(session, LocalEngine(loaded), prompts, as_json=as_json))
+
+
+def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
+    """Makes the model ready if it isn't, with progress on stderr, and loads it into this process."""
     from kvchat.engine.load import load_model
     from kvchat.engine.prepare import prepare
+    from kvchat.progress import reported
 
-    name = session.current.model
     with reported(name) as report:
         folder = prepare(name, paths.models, report)
-    loaded = load_model(
+    return load_model(
         folder,
         name,
         precision=given["precision"],
@@ -170,7 +177,49 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
         context=given["context"],
         device=given["device"],
     )
-    sys.exit(run_turns(session, LocalEngine(loaded), prompts, as_json=as_json))
+
+
+@cli.command()
+@click.option("--contexts", default="256,1024,4096", show_default=True, help="Cached tokens to measure at.")
+@click.option("--turns", type=click.IntRange(1), default=8, show_default=True, help="Of the chat.")
+@click.option(
+    "--answer-tokens", type=click.IntRange(2), default=96, show_default=True, help="Of each answer."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@model_options
+def bench(contexts: str, turns: int, answer_tokens: int, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+    """Measure prefill, decode and turns, with the KV cache and without."""
+    lengths = parse_contexts(contexts)
+    loaded = _load(given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"]), given)
+    from rich.console import Console
+
+    from kvchat.bench import run_bench, table_of
+
+    def note(words: str) -> None:
+        click.echo(f"measuring: {words}", err=True)
+
+    measured = run_bench(loaded, lengths, turns=turns, answer_tokens=answer_tokens, note=note)
+    if as_json:
+        click.echo(json.dumps(measured, indent=1))
+    else:
+        Console().print(table_of(measured["rows"]))
+
+
+def parse_contexts(text: str) -> list[int]:
+    """`256,1024` → [256, 1024].
+
+    Raises:
+        click.BadParameter: something in it is no positive whole number.
+    """
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise click.BadParameter(
+            f"{text!r} is no list of token counts such as 256,1024.", param_hint="--contexts"
+        )
+    return lengths
 
 
 def read_prompts(prompts: Sequence[str]) -> list[str]:

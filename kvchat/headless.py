@@ -41,18 +41,21 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
 
 
 def _run_turn(session: Session, engine: Engine, request: TurnRequest, *, echo: bool) -> TurnFinished:
-    with _stopping_on_interrupt(engine, request.turn):
-        for event in engine.turn(request):
-            if isinstance(event, Tokens):
-                session.keep_partial(event)
-                if echo:
-                    print(clean(event.text), end="", flush=True)  # noqa: T201
-            elif isinstance(event, TurnFailed):
-                session.fail_turn(event.turn)
-                raise KvchatError(event.reason)
-            elif isinstance(event, TurnFinished):
-                session.finish_turn(event)
-                return event
+    try:
+        with _stopping_on_interrupt(engine, request.turn):
+            for event in engine.turn(request):
+                if isinstance(event, Tokens):
+                    session.keep_partial(event)
+                    if echo:
+                        print(clean(event.text), end="", flush=True)  # noqa: T201
+                elif isinstance(event, TurnFailed):
+                    session.fail_turn(event.turn)
+                    raise KvchatError(event.reason)
+                elif isinstance(event, TurnFinished):
+                    session.finish_turn(event)
+                    return event
+    finally:
+        session.abandon_turn()  # whoever read the answer may be gone; what was written of it stays
     raise KvchatError("The engine ended the turn without an answer.")
 
 

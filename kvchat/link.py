@@ -79,19 +79,19 @@ class LinkedEngine:
         """`on_status` is called from a thread of this object."""
         self._options = options
         self._on_status = on_status
-        self._events: SimpleQueue[TurnEvent] = SimpleQueue()
+        self._waiting: dict[str, SimpleQueue[TurnEvent]] = {}
         self._outbox: SimpleQueue[Request | None] = SimpleQueue()
-        self._turn = ""
         self._closing = False
         self._process: SpawnProcess | None = None
         self._dead = False
 
     def start(self) -> None:
         """Starts the child; `Loading` and then `Ready` or `Died` follow. Also restarts one that died."""
-        self._dead = False
+        if self._dead:
+            self._outbox = SimpleQueue()
+            self._dead = False  # after the outbox: a turn that sees a living engine must not write to the old one
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        self._outbox = SimpleQueue()
         process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
         process.start()
         theirs.close()
@@ -106,18 +106,19 @@ class LinkedEngine:
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         """Sends the request and yields what comes back; blocks between events."""
-        self._events = SimpleQueue()
-        self._turn = request.turn
-        self._outbox.put(request)
+        events = self._waiting[request.turn] = SimpleQueue()
         if self._dead:
-            self._events.put(TurnFailed(request.turn, "The engine is not running."))
-        while True:
-            event = self._events.get()
-            if event.turn == request.turn:
+            events.put(TurnFailed(request.turn, "The engine is not running."))
+        else:
+            self._outbox.put(request)
+        try:
+            while True:
+                event = events.get()
                 yield event
                 if isinstance(event, TurnFinished | TurnFailed):
-                    self._turn = ""
                     return
+        finally:
+            del self._waiting[request.turn]
 
     def stop(self, turn: str) -> None:
         """Ends that turn soon."""
@@ -153,8 +154,8 @@ class LinkedEngine:
                         failed = event.reason
                     elif isinstance(event, Loading | Ready):
                         self._on_status(event)
-                    else:
-                        self._events.put(event)
+                    elif events := self._waiting.get(event.turn):
+                        events.put(event)
             except (EOFError, OSError):
                 break
             if process.sentinel in ready and not pipe.poll():
@@ -166,12 +167,10 @@ class LinkedEngine:
         """The child is gone: whoever waits is told."""
         self._dead = True
         self._outbox.put(None)
-        if self._closing:
-            return
-        died = Died(reason, () if explained else log_tail(self._options.log_file))
-        if self._turn:
-            self._events.put(TurnFailed(self._turn, reason))
-        self._on_status(died)
+        for turn, events in list(self._waiting.items()):
+            events.put(TurnFailed(turn, reason))
+        if not self._closing:
+            self._on_status(Died(reason, () if explained else log_tail(self._options.log_file)))
 
 
 def _cause_of_death(exit_code: int | None) -> str:
@@ -205,6 +204,8 @@ def batched(events: Iterator[TurnEvent], seconds: float = BATCH_S) -> Iterator[T
             yield waiting
             waiting = None
         yield event
+    if waiting:
+        yield waiting
 
 
 def serve(pipe: Connection, options: EngineOptions) -> None:

@@ -105,7 +105,12 @@ class Session:
             self._store.save_settings(self.current)
 
     def clear(self) -> None:
-        """Empties the open conversation; its old messages stay in the file as another branch."""
+        """Empties the open conversation; its old messages stay in the file as another branch.
+
+        An answer under way in it is abandoned.
+        """
+        if self.pending and self.pending.conversation == self.current.id:
+            self.abandon_turn()
         self.current = replace(self.current, messages=())
         if self._saved():
             self._store.set_head(self.current.id, None)
@@ -114,10 +119,11 @@ class Session:
         """Saves the user's message and asks for its answer.
 
         Raises:
-            KvchatError: an answer is still under way.
+            KvchatError: an answer is still under way, or another process deleted the conversation.
         """
         self._refuse_while_answering()
         if not self._saved():
+            self._refuse_what_was_deleted()
             self.current = replace(self.current, title=self.current.title or title_from(text))
             self._store.create(self.current)
         self._append(Message(0, self._head_id(), "user", text, ""))
@@ -127,9 +133,12 @@ class Session:
         """Asks for the last answer again, on a new branch beside the old one.
 
         Raises:
-            KvchatError: there is nothing to answer, or an answer is under way.
+            KvchatError: there is nothing to answer, an answer is under way, or another process deleted the
+                conversation.
         """
         self._refuse_while_answering()
+        if not self._saved():
+            self._refuse_what_was_deleted()
         messages = self.current.messages
         if messages and messages[-1].role == "assistant":
             messages = messages[:-1]
@@ -173,7 +182,8 @@ class Session:
 
     def abandon_turn(self) -> None:
         """Ends the turn under way because the program ends: what was written stays, as after a stop."""
-        pending, self.pending = self.pending, None
+        pending = self._pending(self.pending.turn) if self.pending else None
+        self.pending = None
         if pending and pending.text:
             self._save_reply(pending, FinishReason.CANCELLED.value)
 
@@ -218,11 +228,19 @@ class Session:
         )
 
     def _pending(self, turn: str) -> PendingTurn | None:
+        """The turn under way, if it is that one; a conversation that is gone has none."""
+        if self.pending and not self._store.exists(self.pending.conversation):
+            self.pending = None
         return self.pending if self.pending and self.pending.turn == turn else None
 
     def _refuse_while_answering(self) -> None:
         if self.pending:
             raise KvchatError("An answer is still being written. Esc stops it.")
+
+    def _refuse_what_was_deleted(self) -> None:
+        """Messages without a saved conversation: another process deleted it."""
+        if self.current.messages:
+            raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""

@@ -105,13 +105,16 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[Database]:
         """One transaction that holds the write lock from its first read on."""
-        self._db.conn.execute("BEGIN IMMEDIATE")
         try:
-            yield self._db
-        except BaseException:
-            self._db.conn.rollback()
-            raise
-        self._db.conn.commit()
+            self._db.conn.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.conn.commit()
+            except BaseException:
+                self._db.conn.rollback()
+                raise
+        except sqlite3.Error as error:
+            raise KvchatError(f"The conversations can't be saved: {error}.") from error
 
     def summaries(self) -> list[Summary]:
         """All conversations, the last used first."""
@@ -186,10 +189,16 @@ class Store:
             _set_head(db, conversation, head)
 
     def add_message(self, conversation: str, message: Message) -> Message:
-        """Saves a message under its parent and makes it the head; returns it with its id."""
+        """Saves a message under its parent and makes it the head; returns it with its id.
+
+        Raises:
+            KvchatError: the conversation was deleted meanwhile, perhaps by another process.
+        """
         row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
         row |= {"role": message.role, "thinking": "", "created_at": message.created_at or _now()}
         with self._writing() as db:
+            if not self.exists(conversation):
+                raise KvchatError(f"The conversation {conversation!r} was deleted.")
             number = cast(int, db.table("messages").insert(row).last_pk)
             _set_head(db, conversation, number)
         return self._message(number)

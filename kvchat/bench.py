@@ -1,0 +1,218 @@
+"""Measures what the KV cache is worth on this machine: prefill, decode and turns, in the three modes.
+
+Warm-up first, then medians. The chat of the `turn` rows is answered once with the cache on; the other modes
+get the same questions and the same answers as history, so that every mode reads the same prompts.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypedDict
+
+import psutil
+import torch
+import transformers
+from rich.table import Table
+
+from kvchat.cache.kv import ConversationKV
+from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
+from kvchat.engine.engine import PREFILL_CHUNK, LocalEngine
+from kvchat.engine.forward import CachedReader, Reader, UncachedReader
+from kvchat.engine.load import LoadedModel
+from kvchat.errors import KvchatError
+from kvchat.text import megabytes
+
+QUESTIONS = (
+    "Name three rivers of Europe.",
+    "Which of them is the longest?",
+    "Write two sentences about it.",
+    "Now make it rhyme.",
+    "Give me a short recipe for bread.",
+    "How long does it bake?",
+    "List the tools I need.",
+    "Explain why yeast makes it rise.",
+)
+DECODE_STEPS = {CacheMode.ON: 32, CacheMode.OFF: 3}
+"""Steps a decode median is taken over; without a cache one step takes seconds."""
+PROBE_TOKENS = {CacheMode.TURN: 8, CacheMode.OFF: 3}
+"""Tokens generated per turn where only the time to the first one is compared."""
+PREFILL_RUNS = 3
+
+Note = Callable[[str], None]
+
+
+class Measured(TypedDict):
+    """What `--json` prints."""
+
+    machine: dict[str, object]
+    model: dict[str, object]
+    rows: list[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement; None where it doesn't apply."""
+
+    case: str
+    context: int
+    mode: str
+    tok_s: float
+    """Median over the runs or steps."""
+    ttft_s: float | None = None
+    turn: int | None = None
+    read_tokens: int | None = None
+    kv_bytes: int | None = None
+
+
+def run_bench(
+    loaded: LoadedModel, contexts: Sequence[int], *, turns: int, answer_tokens: int, note: Note
+) -> Measured:
+    """All measurements, in the shape that `--json` prints.
+
+    Raises:
+        KvchatError: a context is longer than the model's.
+    """
+    if too_long := [c for c in contexts if c + max(DECODE_STEPS.values()) > loaded.facts.context_limit]:
+        raise KvchatError(
+            f"{loaded.facts.name} holds {loaded.facts.context_limit:,} tokens, not {max(too_long):,}."
+        )
+    rows = [*_raw_rows(loaded, contexts, note), *_turn_rows(loaded, turns, answer_tokens, note)]
+    return {
+        "machine": machine(),
+        "model": asdict(loaded.facts),
+        "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in rows],
+    }
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a kernel file, read line by line
+            names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            return next(names, platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def _raw_rows(loaded: LoadedModel, contexts: Iterable[int], note: Note) -> Iterator[Row]:
+    _prefill(loaded, 64)
+    for context in contexts:
+        note(f"prefill and decode at {context:,} tokens")
+        runs = [_prefill(loaded, context) for _ in range(PREFILL_RUNS)]
+        kv = runs[-1][1]
+        yield Row(
+            "prefill",
+            context,
+            "on",
+            context / statistics.median(s for s, _ in runs),
+            kv_bytes=kv.storage_bytes,
+        )
+        yield Row("decode", context, "on", _decode(CachedReader(loaded.model, kv), CacheMode.ON))
+        note(f"decode without a cache at {context:,} tokens")
+        uncached = UncachedReader(loaded.model)
+        uncached.read(tokens(loaded, context))
+        yield Row("decode", context, "off", _decode(uncached, CacheMode.OFF))
+
+
+def tokens(loaded: LoadedModel, count: int) -> list[int]:
+    """Made-up ids, spread over the vocabulary; speed doesn't depend on which they are."""
+    size = min(40_000, loaded.model.config.get_text_config().vocab_size // 2)
+    return [(1000 + i * 7919) % size for i in range(count)]
+
+
+def _prefill(loaded: LoadedModel, count: int) -> tuple[float, ConversationKV]:
+    """(seconds to read `count` tokens in chunks, the cache they filled)."""
+    kv = ConversationKV(loaded.facts.layers)
+    reader, ids = CachedReader(loaded.model, kv), tokens(loaded, count)
+    started = time.perf_counter()
+    for start in range(0, count, PREFILL_CHUNK):
+        reader.read(ids[start : start + PREFILL_CHUNK])
+    return time.perf_counter() - started, kv
+
+
+def _decode(reader: Reader, mode: CacheMode) -> float:
+    """Median tokens a second, one token at a time, after a step of warm-up."""
+    steps = []
+    for i in range(DECODE_STEPS[mode] + 1):
+        started = time.perf_counter()
+        reader.read([500 + i])
+        steps.append(time.perf_counter() - started)
+    return 1 / statistics.median(steps[1:])
+
+
+def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, note: Note) -> Iterator[Row]:
+    engine = LocalEngine(loaded)
+    history: list[PromptMessage] = []
+    prompts: list[tuple[PromptMessage, ...]] = []
+    for number in range(1, turns + 1):
+        note(f"turn {number} of {turns}")
+        history.append(PromptMessage("user", QUESTIONS[(number - 1) % len(QUESTIONS)]))
+        prompts.append(tuple(history))
+        finished = _turn(engine, prompts[-1], CacheMode.ON, answer_tokens)
+        history.append(PromptMessage("assistant", finished.text, finished.token_ids, finished.tokenizer))
+        yield _turn_row(number, finished)
+    for mode, probe in PROBE_TOKENS.items():
+        for number, prompt in enumerate(prompts, start=1):
+            note(f"turn {number} of {turns}, cache {mode.value}")
+            yield _turn_row(number, _turn(engine, prompt, mode, probe))
+
+
+def _turn(
+    engine: LocalEngine, prompt: tuple[PromptMessage, ...], mode: CacheMode, max_tokens: int
+) -> TurnFinished:
+    request = TurnRequest("bench", "bench", prompt, mode, Sampling(max_tokens=max_tokens))
+    *_, last = engine.turn(request)
+    if isinstance(last, TurnFailed):
+        raise KvchatError(last.reason)
+    assert isinstance(last, TurnFinished)
+    return last
+
+
+def _turn_row(number: int, finished: TurnFinished) -> Row:
+    stats = finished.stats
+    return Row(
+        case="turn",
+        context=stats.prompt_tokens + stats.generated_tokens,
+        mode=stats.cache_mode,
+        tok_s=stats.decode_tok_s,
+        ttft_s=stats.ttft_s,
+        turn=number,
+        read_tokens=stats.prefilled_tokens,
+        kv_bytes=stats.kv_bytes,
+    )
+
+
+def table_of(rows: Iterable[dict[str, object]]) -> Table:
+    """The rows for people."""
+    table = Table("case", "cache", "turn", "context", "read", "TTFT", "tok/s", "KV")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            str(row["case"]),
+            str(row["mode"]),
+            _cell(row.get("turn"), "{}"),
+            _cell(row["context"], "{:,}"),
+            _cell(row.get("read_tokens"), "{:,}"),
+            _cell(row.get("ttft_s"), "{:.3f} s"),
+            _cell(row["tok_s"], "{:,.1f}"),
+            megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
+        )
+    return table
+
+
+def _cell(value: object, form: str) -> str:
+    return "" if value is None else form.format(value)
