@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from kvchat import settings
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
 from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
+from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
 from kvchat.text import megabytes, one_line
 
@@ -37,7 +39,8 @@ OWN_FLAGS = {"-h", "--help", "--version"}
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
     """A flag that `KVCHAT_NAME` and the configuration file set too."""
-    variable = "KVCHAT_" + names[-1].lstrip("-").replace("-", "_").upper()
+    flag = next(name for name in names if name.startswith("--"))
+    variable = "KVCHAT_" + flag.lstrip("-").replace("-", "_").upper()
     return click.option(*names, envvar=variable, **attributes)
 
 
@@ -155,14 +158,15 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
+    loaded = _load(session.current.model, paths, given)
     from kvchat.engine.engine import LocalEngine
 
-    loaded = _load(session.current.model, paths, given)
     sys.exit(run_turns(session, LocalEngine(loaded), prompts, as_json=as_json))
 
 
 def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
     """Makes the model ready if it isn't, with progress on stderr, and loads it into this process."""
+    wait_politely()
     from kvchat.engine.load import load_model
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
@@ -233,7 +237,21 @@ def read_prompts(prompts: Sequence[str]) -> list[str]:
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts or ["-"]]
     if any(not text.strip() for text in texts):
         raise KvchatError("The prompt is empty.")
+    for text in texts:
+        refuse_bytes(text, "The prompt")
     return texts
+
+
+def refuse_bytes(text: str, what: str) -> None:
+    """Passes text; bytes that are none come from the shell as lone surrogates.
+
+    Raises:
+        KvchatError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvchatError(f"{what} is not text: it has bytes that are not UTF-8.") from error
 
 
 def _read_stdin() -> str:
@@ -244,13 +262,18 @@ def _read_stdin() -> str:
 
 
 def open_session(ctx: click.Context, paths: Paths) -> "Session":
-    """The conversation that the flags ask for, set as they say."""
+    """The conversation that the flags ask for, set as they say.
+
+    Raises:
+        KvchatError: there is no such conversation or model, or the system prompt is no text.
+    """
     from kvchat.session import Defaults, Session
     from kvchat.store import Store
 
     given = ctx.params
     explicit = {k: v for k, v in given.items() if ctx.get_parameter_source(k) in EXPLICIT}
-    name = given["model"] or DEFAULT_MODEL
+    name = lasting_name(given["model"] or DEFAULT_MODEL, paths.models)
+    refuse_bytes(given["system"] or "", "The system prompt")
     defaults = Defaults(
         model=name,
         system_prompt=given["system"] or "",
@@ -266,9 +289,25 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
         mode=CacheMode(explicit["cache"]) if explicit.get("cache") else None,
         system_prompt=explicit.get("system"),
         sampling=settings.changed(session.current.sampling, explicit),
-        model=explicit.get("model") or session.current.model or name,
+        model=name if explicit.get("model") else session.current.model or name,
     )
     return session
+
+
+def lasting_name(model: str, models_dir: Path) -> str:
+    """The name by which a conversation finds its model again, in whatever folder kvchat is started.
+
+    Raises:
+        KvchatError: there is no such model; a conversation must not remember it.
+    """
+    from kvchat.locate import FolderModel, GgufModel, find_prepared, recognise
+
+    place = recognise(model)
+    find_prepared(place, models_dir)
+    if not isinstance(place, FolderModel | GgufModel):
+        return model
+    refuse_bytes(str(place.path), "The path of the model")
+    return str(place.path)
 
 
 def shown_name(model: str) -> str:
@@ -386,9 +425,13 @@ def rm(name: str, data_dir: Path | None) -> None:
 
 def main() -> None:
     """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
     try:
         config = settings.read_config(find_paths().config_file, _setting_names())
-        cli(prog_name="kvchat", default_map=dict.fromkeys(cli.commands, config))
+        defaults = dict.fromkeys(cli.commands, config) | {"models": dict.fromkeys(models.commands, config)}
+        cli(prog_name="kvchat", default_map=defaults)
     except KvchatError as error:
         click.echo(f"kvchat: {error}", err=True)
         sys.exit(1)

@@ -33,6 +33,7 @@ from kvchat.contract import (
 )
 from kvchat.diagnose import report_on_signal
 from kvchat.errors import KvchatError
+from kvchat.openmp import wait_politely
 
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
@@ -88,8 +89,9 @@ class LinkedEngine:
     def start(self) -> None:
         """Starts the child; `Loading` and then `Ready` or `Died` follow. Also restarts one that died."""
         if self._dead:
+            # in this order: a turn that sees a living engine must not write to the dead one
             self._outbox = SimpleQueue()
-            self._dead = False  # after the outbox: a turn that sees a living engine must not write to the old one
+            self._dead = False
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
@@ -213,6 +215,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _redirect_output(options.log_file)
     report_on_signal(options.log_file.parent)
+    wait_politely()
     pipe.send(Loading("importing torch"))
     try:
         _serve(pipe, options)

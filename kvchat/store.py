@@ -26,7 +26,12 @@ BUSY_S = 30.0
 UNSAVED = ""
 """Key of the draft that belongs to no conversation yet."""
 
-SELECT_MESSAGES = "select turns.*, messages.* from messages left join turns on turns.message = messages.id"
+TURN_COLUMNS = ", ".join(f"turns.{field.name} as turn_{field.name}" for field in fields(TurnStats))
+# renamed: messages have a finish reason of their own, also where there are no figures
+SELECT_MESSAGES = (
+    f"select messages.*, turns.message as turn, {TURN_COLUMNS} "
+    "from messages left join turns on turns.message = messages.id"
+)
 
 migrations = Migrations("kvchat")
 
@@ -294,12 +299,12 @@ def _message(row: Mapping[str, Any]) -> Message:
         token_ids=tuple(json.loads(row["token_ids"])),
         tokenizer=row["tokenizer"],
         finish_reason=row["finish_reason"],
-        stats=_stats(row) if row["message"] is not None else None,
+        stats=_stats(row) if row["turn"] is not None else None,
     )
 
 
 def _stats(row: Mapping[str, Any]) -> TurnStats:
-    return TurnStats(**{field.name: row[field.name] for field in fields(TurnStats)})
+    return TurnStats(**{field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)})
 
 
 def _now() -> str:

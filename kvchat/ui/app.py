@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from textual.app import App, SystemCommand
 from textual.binding import Binding
 from textual.screen import Screen
-from textual.widgets import TextArea
+from textual.widgets import Input, TextArea
 
 from kvchat.session import Session
 from kvchat.ui.bridge import EngineFactory
@@ -59,7 +59,7 @@ class ChatApp(App[None]):
         self._chat.leave()
 
     def _selected_text(self) -> str:
-        if isinstance(self.focused, TextArea) and self.focused.selected_text:
+        if isinstance(self.focused, TextArea | Input) and self.focused.selected_text:
             return self.focused.selected_text
         return self.screen.get_selected_text() or ""
 

@@ -50,6 +50,17 @@ class Figures:
             self.state, turn=TurnFigures(kv_tokens=kept.kv_tokens, kv_bytes=kept.kv_bytes), step_ms=()
         )
 
+    def resumed(self, written: int) -> None:
+        """The conversation of the turn under way is shown again; so many tokens are written already."""
+        if written:
+            self._asked_at = 0.0
+        kept = self.state.turn
+        self.state = replace(
+            self.state,
+            turn=TurnFigures(written=written, kv_tokens=kept.kv_tokens, kv_bytes=kept.kv_bytes),
+            step_ms=(),
+        )
+
     def started(self, event: TurnStarted) -> None:
         """What is reused and what has to be read is known."""
         self._change(reused=event.reused_tokens, read=event.prefilled_tokens, reuse_note=event.reuse_note)
@@ -64,9 +75,9 @@ class Figures:
     def tokens(self, event: Tokens) -> None:
         """Tokens were written."""
         turn = self.state.turn
-        ttft = (
-            turn.ttft_s if turn.ttft_s is not None or not event.text else time.perf_counter() - self._asked_at
-        )
+        ttft = turn.ttft_s
+        if ttft is None and event.text and self._asked_at:
+            ttft = time.perf_counter() - self._asked_at
         steps = [step * 1000 for step in event.step_s]
         # the first step of a turn is its prefill, not a decode step
         fresh = steps[1:] if turn.written == 0 else steps

@@ -18,9 +18,12 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.session import PendingTurn, Session
-from kvchat.ui.bridge import EngineBridge
+from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures
 from kvchat.ui.widgets.transcript import Transcript, answer_note
+
+STARTS_AGAIN = "\nIt starts again; /regen asks for the answer once more."
+GAVE_UP = f"\nIt ended {RESTARTS} times in a row before it was ready: it is not started again."
 
 
 class Turns:
@@ -48,6 +51,7 @@ class Turns:
         await self._transcript.show([m for m in conversation.messages if m.id != partial], self._who)
         self.figures.opened(conversation)
         if pending:
+            self.figures.resumed(len(pending.ids))
             await self._transcript.begin_answer(self._who)
             self._append(pending.text)
 
@@ -120,9 +124,7 @@ class Turns:
             case Died():
                 self.warm.clear()
                 self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
-                again = (
-                    "" if self._bridge.gave_up else "\nIt starts again; /regen asks for the answer once more."
-                )
+                again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
 

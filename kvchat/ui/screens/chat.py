@@ -93,17 +93,18 @@ class ChatScreen(Screen[None]):
     async def _submitted(self, message: Prompt.Submitted) -> None:
         try:
             if message.text.startswith("/") and (parsed := parse_slash(message.text)):
-                self._prompt.text = ""
                 command, argument = parsed
                 await self.run_action(f"{command.name}({argument!r})" if argument else command.name)
             elif message.text.startswith("/") and "\n" not in message.text:
+                self._prompt.give_back(message.text)
                 self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
             else:
-                await self._turns.send(message.text)
-                self._prompt.text = ""
+                # before sending: the first message gives the conversation, and so its draft, another key
                 self._save_draft()
+                await self._turns.send(message.text)
                 self._refresh_all()
         except KvchatError as error:
+            self._prompt.give_back(message.text)
             self._say(str(error))
 
     @on(TextArea.Changed)
@@ -195,7 +196,7 @@ class ChatScreen(Screen[None]):
 
     async def action_clear(self) -> None:
         """Empties the open conversation."""
-        self.action_stop()
+        self._stop_in(self._session.current.id)
         self._session.clear()
         self._turns.forget(self._session.current.id)
         await self._opened()
@@ -227,14 +228,19 @@ class ChatScreen(Screen[None]):
         self.app.push_screen(Confirm(f"Delete “{one_line(title)}” for good?", "Delete"), delete)
 
     async def _delete(self, conversation: str) -> None:
+        was_open = conversation == self._session.current.id
+        self._stop_in(conversation)
+        self._session.delete(conversation)
+        self._turns.forget(conversation)
+        if was_open:
+            await self._opened()
+        self._refresh_all()
+
+    def _stop_in(self, conversation: str) -> None:
+        """Stops the answer under way if it belongs to that conversation."""
         answering = self._turns.answering
         if answering and answering.conversation == conversation:
             self._turns.stop()
-        self._session.delete(conversation)
-        self._turns.forget(conversation)
-        if self._session.current.id not in {s.id for s in self._session.conversations()}:
-            await self._opened()
-        self._refresh_all()
 
     def _set_system(self, text: str | None) -> None:
         if text is not None:

@@ -27,8 +27,8 @@ class AskLine(ModalScreen[str | None]):
             yield Input(one_line(self._value))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Enter answers."""
-        self.dismiss(event.value)
+        """Enter answers; what was not edited keeps its line breaks."""
+        self.dismiss(self._value if event.value == one_line(self._value) else event.value)
 
 
 class Confirm(ModalScreen[bool]):

@@ -28,8 +28,14 @@ class Prompt(TextArea):
 
     def set_history(self, sent: Sequence[str]) -> None:
         """What Up brings back, oldest first."""
-        self._history = list(sent)
-        self._recalled = 0
+        if self._history != list(sent):
+            self._history = list(sent)
+            self._recalled = 0
+
+    def give_back(self, text: str) -> None:
+        """Text that could not be sent comes back, before what was typed meanwhile."""
+        self.text = text + self.text
+        self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
         if event.key == "enter":
@@ -57,6 +63,8 @@ class Prompt(TextArea):
         text = self.text
         if text.strip():
             self._recalled = 0
+            # at once: what is typed before the screen took the message belongs to the next one
+            self.text = ""
             self.post_message(self.Submitted(text))
 
     def _recall(self, step: int) -> bool:

@@ -17,7 +17,7 @@ from textual.widgets import Markdown, Static
 
 from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
-from kvchat.text import clean
+from kvchat.text import clean, one_line
 from kvchat.ui.pace import pause_after
 
 SHOWN_AT_ONCE = 30
@@ -82,9 +82,9 @@ class AnswerMessage(VerticalGroup):
         self._drawing = False
 
     def compose(self) -> ComposeResult:
-        yield Static(Content(self._who), classes="who")
+        yield Static(Content(one_line(self._who)), classes="who")
         yield Markdown(self._text or None, parser_factory=parser, open_links=False)
-        yield Static(Content(self._note), classes="note")
+        yield Static(Content(clean(self._note)), classes="note")
 
     def append(self, text: str) -> None:
         """Adds streamed text; it is drawn at the next draw."""
@@ -100,11 +100,11 @@ class AnswerMessage(VerticalGroup):
         markdown = self.query_one(Markdown)
         if markdown.source != self._text:
             await markdown.update(self._text)
-        self.query_one(".note", Static).update(Content(note))
+        self.say(note)
 
     def say(self, note: str) -> None:
         """Shows something under the answer."""
-        self.query_one(".note", Static).update(Content(note))
+        self.query_one(".note", Static).update(Content(clean(note)))
 
     async def _draw(self) -> None:
         if not self._undrawn or not self.is_attached:
@@ -126,6 +126,7 @@ class Notice(Static):
 
     def __init__(self, text: str, *, error: bool = False) -> None:
         super().__init__(Content(clean(text)), classes="notice error" if error else "notice")
+        self.text = text
 
 
 class EarlierMessages(Static):
@@ -192,7 +193,12 @@ class Transcript(VerticalScroll):
             await child.remove()
 
     async def notice(self, text: str, *, error: bool = False) -> None:
-        """Says something below the last message."""
+        """Says something below the last message; of two notices that say the same, the longer one stays."""
+        last = self.children[-1] if self.children else None
+        if isinstance(last, Notice) and last.text.startswith(text):
+            return
+        if isinstance(last, Notice) and text.startswith(last.text):
+            await last.remove()
         await self.mount(Notice(text, error=error))
 
     def _widget(self, message: Message) -> Widget:
