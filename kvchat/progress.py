@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from kvchat.fetch import Progress, Report
+from kvchat.staging import Progress, Report
 
 BYTES = {"download", "unpack"}
 WORDS = {

@@ -22,7 +22,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.errors import KvchatError
-from kvchat.fetch import SPARE_BYTES, Progress, Report, require_space
+from kvchat.staging import SPARE_BYTES, Progress, Report, require_space
 
 # per cent of the time that have passed after each step
 READ, WEIGHTS, TOKENIZER, WRITTEN = 45, 75, 85, 100

