@@ -217,13 +217,15 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
     report_on_signal(options.log_file.parent)
     wait_politely()
     pipe.send(Loading("importing torch"))
+    code = 0
     try:
         _serve(pipe, options)
     except KvchatError as error:
         pipe.send(Died(str(error)))
-        sys.exit(1)
+        code = 1
     except BrokenPipeError:
-        sys.exit(0)
+        pass
+    os._exit(code)  # taking torch down in order takes a second, and nothing is left to save
 
 
 def _serve(pipe: Connection, options: EngineOptions) -> None:

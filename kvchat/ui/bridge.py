@@ -73,6 +73,7 @@ class EngineBridge:
             self._deaths = 0
         if isinstance(status, Died):
             self._deaths += 1
-            if not self.gave_up:
-                self.start()
         self._target.post_message(EngineStatus(status))
+        # after telling: what the next life reports must not come before this one's end
+        if isinstance(status, Died) and not self.gave_up:
+            self.start()

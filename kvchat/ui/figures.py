@@ -11,6 +11,7 @@ from kvchat.contract import (
     TurnFinished,
     TurnStarted,
     TurnStats,
+    WarmCache,
 )
 from kvchat.conversation import Conversation
 from kvchat.ui.widgets.panel import ENOUGH_TOKENS, PanelState, TurnFigures
@@ -35,11 +36,13 @@ class Figures:
         """The mode of the open conversation."""
         self.state = replace(self.state, mode=mode)
 
-    def opened(self, conversation: Conversation) -> None:
-        """Another conversation is shown: its last turn's figures, from the file."""
+    def opened(self, conversation: Conversation, warm: WarmCache | None) -> None:
+        """Another conversation is shown: its last turn's figures from the file, and what of it is warm."""
         turns = [m.stats for m in conversation.messages if m.stats]
         by_mode = {stats.cache_mode: stats for stats in turns}
         figures = figures_of(turns[-1]) if turns else TurnFigures()
+        held = (warm.tokens, warm.bytes) if warm else (0, 0)
+        figures = replace(figures, kv_tokens=held[0], kv_bytes=held[1])
         self.state = replace(self.state, mode=conversation.mode, turn=figures, step_ms=(), by_mode=by_mode)
 
     def asked(self) -> None:

@@ -49,7 +49,7 @@ class Turns:
         pending = self._pending_here()
         partial = pending.reply.id if pending and pending.reply else None
         await self._transcript.show([m for m in conversation.messages if m.id != partial], self._who)
-        self.figures.opened(conversation)
+        self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
             await self._transcript.begin_answer(self._who)

@@ -283,7 +283,7 @@ class ChatScreen(Screen[None]):
         parts = [f"{one_line(self._model)}"]
         if state.model:
             threads = f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"
-            used = f"{state.turn.kv_tokens:,} / {state.model.context_limit:,}"
+            used = f"{state.turn.context:,} / {state.model.context_limit:,}"
             parts += [state.model.path, threads, f"context {used}"]
         answering = self._turns.answering
         parts.append("writing, Esc stops" if answering and state.model else self._turns.status)

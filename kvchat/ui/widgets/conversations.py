@@ -55,7 +55,7 @@ class ConversationList(OptionList):
 
     def show(self, summaries: Sequence[Summary], warm: Mapping[str, WarmCache], current: str) -> None:
         """Fills the list; `current` is marked."""
-        highlighted = self._highlighted_id() or current
+        highlighted = (self.has_focus and self._highlighted_id()) or current
         self.clear_options()
         self.add_options(Option(self._label(s, warm.get(s.id), s.id == current), id=s.id) for s in summaries)
         ids = [s.id for s in summaries]

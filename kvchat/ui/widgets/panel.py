@@ -51,6 +51,11 @@ class TurnFigures:
     reading: str = ""
     """Progress of a long prefill."""
 
+    @property
+    def context(self) -> int:
+        """Tokens of the conversation so far."""
+        return self.reused + self.read + self.written
+
 
 @dataclass(frozen=True, slots=True)
 class PanelState:
@@ -125,7 +130,7 @@ def turn_lines(state: PanelState) -> list[Content]:
     """What this turn reused, read and wrote, and how fast."""
     turn = state.turn
     counts = {"reused": turn.reused, "read": turn.read, "written": turn.written}
-    styles = {"reused": "$text-success", "read": "$text-warning", "written": "$text-accent"}
+    styles = {"reused": "$text-success", "read": "$text-warning", "written": "$text-primary"}
     largest = max(counts.values())
     width = INNER_WIDTH - 20
     lines = [row(name, f"{n:,}", bar(n, largest, width), styles[name]) for name, n in counts.items()]
@@ -151,7 +156,8 @@ def kv_lines(state: PanelState) -> list[Content]:
         return []
     tokens = state.turn.kv_tokens
     used = model.kv_bytes_per_token * tokens
-    context = f"{tokens:,} of {model.context_limit:,}"
+    context = f"{state.turn.context:,} of {model.context_limit:,}"
+    freed = "then freed" if state.mode is CacheMode.TURN and tokens else model.kv_dtype
     formula = (
         f"2 × {model.layers} layers × {model.kv_heads} KV heads\n"
         f"× {model.head_dim} dim × {model.kv_dtype_bytes} bytes × {tokens:,}"
@@ -159,11 +165,11 @@ def kv_lines(state: PanelState) -> list[Content]:
     return [
         heading("KV cache"),
         Content.assemble((formula, "$text-muted")),
-        row("used", megabytes(used), model.kv_dtype),
+        row("used", megabytes(used), freed),
         row("allocated", megabytes(state.turn.kv_bytes)),
         row("weights", megabytes(model.weights_bytes), model.weights_dtype),
         row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–"),
-        row("context", f"{tokens / model.context_limit:.0%}", context),
+        row("context", f"{state.turn.context / model.context_limit:.0%}", context),
     ]
 
 
@@ -174,7 +180,7 @@ def saving_lines(state: PanelState) -> list[Content]:
         return []
     return [
         heading("saved by reuse"),
-        row("tokens", f"{state.turn.reused:,}", "not read again"),
+        row("tokens", f"{state.turn.reused:,}", "not re-read"),
         row("time", saved),
         Content.assemble((how, "$text-muted")),
     ]
