@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,11 +118,13 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     from kvchat.locate import is_prepared
     from kvchat.ui.app import ChatApp
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()):
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise KvchatError("The chat needs a terminal. `kvchat run PROMPT` works without one.")
     paths = find_paths(given["data_dir"])
-    session = open_session(ctx, paths)
-    name = session.current.model
+    # opened after the first paint, unless the conversation decides which model it is
+    opened = cache(lambda: open_session(ctx, paths))
+    resumes = given["resume"] or given["resume_latest"]
+    name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
     if is_prepared(name, paths.models) is None and (code := _pull_as_child(name, given["data_dir"])):
         sys.exit(code)
     folder = is_prepared(name, paths.models)
@@ -136,10 +139,13 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         given["context"],
         given["device"],
     )
-    app = ChatApp(session, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
+    app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
-    if session.current.messages and not given["private"]:
-        click.echo(f"Continue with: kvchat -r {session.current.id}")
+    if app.return_code:
+        sys.exit(app.return_code)
+    conversation = opened().current
+    if conversation.messages and not given["private"]:
+        click.echo(f"Continue with: kvchat -r {conversation.id}")
 
 
 @cli.command()
@@ -232,7 +238,7 @@ def read_prompts(prompts: Sequence[str]) -> list[str]:
     Raises:
         KvchatError: there is no prompt, or an empty one.
     """
-    if not prompts and sys.stdin.isatty():
+    if not prompts and (not sys.stdin or sys.stdin.isatty()):
         raise KvchatError('What is the prompt? kvchat run "PROMPT", or pipe it in.')
     texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts or ["-"]]
     if any(not text.strip() for text in texts):
@@ -255,6 +261,8 @@ def refuse_bytes(text: str, what: str) -> None:
 
 
 def _read_stdin() -> str:
+    if not sys.stdin:
+        raise KvchatError("There is no standard input to read a prompt from.")
     try:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:

@@ -24,9 +24,10 @@ class ChatApp(App[None]):
     CSS_PATH = "kvchat.tcss"
     BINDINGS = [Binding("ctrl+c", "interrupt", show=False, priority=True)]
 
-    def __init__(self, session: Session, factory: EngineFactory, *, model: str) -> None:
+    def __init__(self, open_session: Callable[[], Session], factory: EngineFactory, *, model: str) -> None:
+        """`open_session` is called after the first paint: opening the file of conversations takes a while."""
         super().__init__()
-        self._chat = ChatScreen(session, factory, model)
+        self._chat = ChatScreen(open_session, factory, model)
         self._interrupted_at = 0.0
 
     def get_default_screen(self) -> Screen[None]:

@@ -18,6 +18,7 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.session import PendingTurn, Session
+from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures
 from kvchat.ui.widgets.transcript import Transcript, answer_note
@@ -37,6 +38,7 @@ class Turns:
         self.figures = Figures()
         self.status = "starting"
         self.warm: dict[str, WarmCache] = {}
+        self._started: TurnStarted | None = None
 
     @property
     def answering(self) -> PendingTurn | None:
@@ -52,6 +54,8 @@ class Turns:
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
+            if self._started and self._started.turn == pending.turn:
+                self.figures.started(self._started)
             await self._transcript.begin_answer(self._who)
             self._append(pending.text)
 
@@ -99,8 +103,10 @@ class Turns:
             return
         here = self._pending_here() is not None
         match event:
-            case TurnStarted() if here:
-                self.figures.started(event)
+            case TurnStarted():
+                self._started = event
+                if here:
+                    self.figures.started(event)
             case PrefillProgress() if here:
                 self.figures.prefilled(event)
             case Tokens():
@@ -117,7 +123,7 @@ class Turns:
         """Notes how the engine is."""
         match status:
             case Loading():
-                self.status = f"{status.stage} …"
+                self.status = f"{one_line(status.stage)} …"
             case Ready():
                 self.status = "ready"
                 self.figures.ready(status.model, status.rss_bytes)

@@ -1,5 +1,7 @@
 """The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
 
+from collections.abc import Callable
+
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -35,9 +37,11 @@ class ChatScreen(Screen[None]):
     AUTO_FOCUS = "#prompt"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide")]
 
-    def __init__(self, session: Session, factory: EngineFactory, model: str) -> None:
+    def __init__(self, open_session: Callable[[], Session], factory: EngineFactory, model: str) -> None:
         super().__init__()
-        self._session = session
+        self._open_session = open_session
+        self._begun = False
+        """Whether the session is open; until then there is nothing to act on."""
         self._model = model
         self._bridge = EngineBridge(factory, self)
         self._prompt = Prompt()
@@ -59,22 +63,39 @@ class ChatScreen(Screen[None]):
                     yield CachePanel()
         yield Footer(show_command_palette=True)
 
-    async def on_mount(self) -> None:
-        """Shows the conversation; the engine starts loading after the first paint."""
+    def on_mount(self) -> None:
+        """Paints first; what takes longer comes after."""
+        self.call_after_refresh(self._begin)
+
+    async def _begin(self) -> None:
+        """Opens the session and starts the engine."""
+        try:
+            self._session = self._open_session()
+        except KvchatError as error:
+            self.app.exit(return_code=1, message=f"kvchat: {error}")
+            return
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
+        self._begun = True
+        self._bridge.start()
+        typed = self._prompt.text
         await self._opened()
-        self.call_after_refresh(self._bridge.start)
+        self._prompt.insert(typed)
         self.set_interval(PANEL_EVERY_S, self._refresh_while_answering)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Commands wait until the session is open."""
+        return self._begun
 
     @property
     def answering(self) -> bool:
         """Whether an answer is under way."""
-        return self._turns.answering is not None
+        return self._begun and self._turns.answering is not None
 
     def leave(self) -> None:
         """Saves what isn't saved and ends the engine."""
-        self._save_draft()
-        self._session.abandon_turn()
+        if self._begun:
+            self._save_draft()
+            self._session.abandon_turn()
         self._bridge.close()
 
     @on(EngineStatus)
@@ -91,6 +112,8 @@ class ChatScreen(Screen[None]):
 
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
+        if not self._begun:
+            return
         try:
             if message.text.startswith("/") and (parsed := parse_slash(message.text)):
                 command, argument = parsed
@@ -109,6 +132,8 @@ class ChatScreen(Screen[None]):
 
     @on(TextArea.Changed)
     def _prompt_changed(self) -> None:
+        if not self._begun:
+            return
         if self._draft_timer:
             self._draft_timer.stop()
         self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)

@@ -11,7 +11,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from kvchat.contract import CacheMode, ModelFacts, TurnStats
-from kvchat.text import megabytes
+from kvchat.text import clean, megabytes
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),
@@ -142,7 +142,7 @@ def turn_lines(state: PanelState) -> list[Content]:
     latest = f"{state.step_ms[-1]:.0f}" if state.step_ms else "–"
     lines.append(row("ms/token", latest))
     lines.append(Content.assemble((sparkline(state.step_ms, INNER_WIDTH), "$text-accent")))
-    note = turn.reading or turn.reuse_note
+    note = turn.reading or clean(turn.reuse_note)
     return [
         heading("this turn"),
         *lines,

@@ -6,7 +6,14 @@ from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
 
+from kvchat.text import clean
+
 NEWLINE_KEYS = {"shift+enter", "ctrl+j", "alt+enter"}
+
+
+def typeable(text: str) -> str:
+    """What of `text` could have been typed; some terminals paste line ends as carriage returns."""
+    return clean(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 class Prompt(TextArea):
@@ -32,6 +39,10 @@ class Prompt(TextArea):
             self._history = list(sent)
             self._recalled = 0
 
+    def load_text(self, text: str) -> None:
+        """Replaces the text; an old message or a draft may hold anything, and all of it is drawn."""
+        super().load_text(typeable(text))
+
     def give_back(self, text: str) -> None:
         """Text that could not be sent comes back, before what was typed meanwhile."""
         self.text = text + self.text
@@ -48,6 +59,10 @@ class Prompt(TextArea):
             self.insert("\n")
         else:
             await super()._on_key(event)
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        event.prevent_default()
+        await super()._on_paste(events.Paste(typeable(event.text)))
 
     def action_cursor_up(self, select: bool = False) -> None:
         if not select and self.navigator.is_first_wrapped_line(self.cursor_location) and self._recall(+1):

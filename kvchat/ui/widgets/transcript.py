@@ -36,6 +36,14 @@ Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
 """
 
 
+def markdown_of(text: str) -> str:
+    """An answer as Markdown to draw: cleaned, with one kind of line end.
+
+    Textual counts lines by `str.splitlines` and its parser by `\\n`: where they disagree, streaming draws twice.
+    """
+    return clean(text).replace("\u2028", "\n").replace("\u2029", "\n")
+
+
 def parser() -> MarkdownIt:
     """Markdown as models write it; raw HTML stays visible as text."""
     return MarkdownIt("gfm-like").disable(["html_block", "html_inline"])
@@ -76,7 +84,7 @@ class AnswerMessage(VerticalGroup):
     def __init__(self, who: str, text: str = "", note: str = "") -> None:
         super().__init__(classes="message answer")
         self._who = who
-        self._text = clean(text)
+        self._text = markdown_of(text)
         self._note = note
         self._undrawn: list[str] = []
         self._drawing = False
@@ -88,7 +96,7 @@ class AnswerMessage(VerticalGroup):
 
     def append(self, text: str) -> None:
         """Adds streamed text; it is drawn at the next draw."""
-        self._undrawn.append(clean(text))
+        self._undrawn.append(markdown_of(text))
         if not self._drawing:
             self._drawing = True
             self.call_later(self._draw)
@@ -96,7 +104,7 @@ class AnswerMessage(VerticalGroup):
     async def finish(self, text: str, note: str) -> None:
         """The answer is over: draws all of it, whatever was drawn so far."""
         self._undrawn.clear()
-        self._text = clean(text)
+        self._text = markdown_of(text)
         markdown = self.query_one(Markdown)
         if markdown.source != self._text:
             await markdown.update(self._text)
