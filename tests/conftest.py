@@ -1,0 +1,69 @@
+"""Fixtures that every test may use. torch is imported inside them: the tests of the screen need none."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from kvchat.openmp import wait_politely
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvchat.contract import Engine
+    from kvchat.engine.load import LoadedModel
+
+REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
+THREADS = 2
+
+wait_politely()
+wait_politely()  # tests run where other things run too
+settings.register_profile("kvchat", deadline=None, derandomize=True)
+settings.load_profile("kvchat")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """The tiny Llama with its tokenizer."""
+    import torch
+
+    from tests.tiny import tiny_loaded
+
+    torch.set_num_threads(THREADS)
+    return tiny_loaded()
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny: LoadedModel) -> Engine:
+    """One engine for the whole run: use a conversation id of your own."""
+    from kvchat.engine.engine import LocalEngine
+
+    return LocalEngine(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a model folder, for `load_model` and for `-m FOLDER`."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The real SmolLM2 in fp32, for tests marked `model`; without it they skip, or fail where required."""
+    from kvchat.engine.load import load_model
+    from kvchat.engine.prepare import prepare
+    from kvchat.errors import KvchatError
+    from kvchat.paths import find_paths
+
+    try:
+        folder = prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
+    except KvchatError as error:
+        if os.environ.get(REQUIRE_MODEL) == "1":
+            pytest.fail(f"{REQUIRE_MODEL}=1, and SmolLM2 can't be had: {error}")
+        pytest.skip(f"SmolLM2 can't be had: {error}")
+    return load_model(folder, "smollm2-135m-instruct", precision="fp32", threads=THREADS)

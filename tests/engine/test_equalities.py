@@ -1,0 +1,305 @@
+"""Whatever the cache is asked to reuse, the answer is the one of a cold run: in fp32, logit by logit."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from kvchat.contract import PrefillProgress, PromptMessage, Sampling
+from kvchat.engine import explain
+from kvchat.engine.engine import LocalEngine
+from kvchat.engine.load import LoadedModel
+from tests.engine.driving import (
+    GREEDY,
+    TOLERANCE,
+    Chat,
+    Played,
+    affordable,
+    assert_committed,
+    assert_equals_cold,
+    rendered,
+    saying,
+    sentences,
+    uncached_logits,
+    user,
+)
+
+FIRST, SECOND, THIRD = (
+    "Which pass is open in May?",
+    "How long is the drive?",
+    "And how long does the train take?",
+)
+
+
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids that decode to `text`, letter by letter: not the ones that encoding it gives."""
+    return tuple(i for letter in text for i in tokenizer.encode(letter, add_special_tokens=False).ids)
+
+
+def test_the_second_turn_equals_a_cold_pass_for_64_tokens(engine: LocalEngine, loaded: LoadedModel) -> None:
+    chat = Chat(engine, loaded)
+    chat.ask(FIRST)
+    held = len(chat.kv)
+    chat.sampling = Sampling(max_tokens=64)
+    second = chat.ask("Tell me a long story about the sea, the rivers and the old towns of the north.")
+    assert second.started.reused_tokens == held
+    assert len(second.tokens) == 64
+    assert_equals_cold(second, loaded)
+
+
+def test_prefill_in_any_chunks_gives_the_same_logits_and_lengths(loaded: LoadedModel) -> None:
+    question = sentences(affordable(loaded, 12, 4))
+    first_logits = []
+    for chunk in (1, 7, 64, 100_000):
+        chat = Chat(LocalEngine(loaded, prefill_chunk=chunk), loaded, sampling=Sampling(max_tokens=1))
+        played = chat.ask(question)
+        prompt = rendered(loaded, played.request.messages)
+        assert len(prompt) > 64
+        assert_committed(chat.kv, prompt)
+        progress = [e.done for e in played.events if isinstance(e, PrefillProgress)]
+        ends = [*range(chunk, len(prompt), chunk), len(prompt)]
+        assert progress == (ends if len(ends) > 1 else [])
+        assert len(played.logits) == len(ends)
+        first_logits.append(played.logits[-1])
+        assert_equals_cold(played, loaded)
+    for logits in first_logits:
+        torch.testing.assert_close(logits, first_logits[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_an_exact_repeat_reads_exactly_one_token(engine: LocalEngine, loaded: LoadedModel) -> None:
+    chat = Chat(engine, loaded)
+    first = chat.ask(FIRST)
+    again = chat.again()
+    assert again.started.prefilled_tokens == 1
+    assert again.evaluated == len(again.tokens)
+    assert again.tokens == first.tokens
+    assert again.started.reuse_note == ""
+    prompt = rendered(loaded, again.request.messages)
+    assert_committed(chat.kv, [*prompt, *again.tokens[:-1]])
+    assert_equals_cold(again, loaded)
+
+
+def test_a_repeat_with_history_is_no_loss_worth_a_note(engine: LocalEngine, loaded: LoadedModel) -> None:
+    chat = Chat(engine, loaded)
+    chat.ask(FIRST)
+    second = chat.ask(SECOND)
+    again = chat.again()
+    assert (again.started.prefilled_tokens, again.started.reuse_note) == (1, "")
+    assert again.tokens == second.tokens
+    assert_equals_cold(again, loaded)
+
+
+def test_a_prompt_that_is_the_start_of_the_cache_crops_it(engine: LocalEngine, loaded: LoadedModel) -> None:
+    chat = Chat(engine, loaded)
+    first = chat.ask(FIRST)
+    chat.ask(SECOND)
+    del chat.messages[1:]
+    shorter = chat.answer()
+    prompt = rendered(loaded, shorter.request.messages)
+    assert shorter.started.reused_tokens == len(prompt) - 1
+    assert shorter.tokens == first.tokens
+    assert_committed(chat.kv, [*prompt, *shorter.tokens[:-1]])
+    assert_equals_cold(shorter, loaded)
+
+
+def test_a_shorter_prompt_that_differs_crops_to_what_is_shared(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    chat = Chat(engine, loaded)
+    chat.ask(sentences(4))
+    held = chat.kv.ids
+    chat.messages[:] = [user(sentences(1))]
+    shorter = chat.answer()
+    prompt = rendered(loaded, shorter.request.messages)
+    assert len(prompt) < len(held)
+    assert shorter.started.reused_tokens == shared_prefix(held, prompt) < len(prompt) - 1
+    assert_committed(chat.kv, [*prompt, *shorter.tokens[:-1]])
+    assert_equals_cold(shorter, loaded)
+
+
+@pytest.mark.parametrize("message", [0, 1, 2, 3, 4], ids=lambda k: f"message {k + 1}")
+def test_an_edit_reads_again_from_the_edited_message_on_and_says_so(
+    engine: LocalEngine, loaded: LoadedModel, message: int
+) -> None:
+    chat = Chat(engine, loaded, sampling=Sampling(max_tokens=3))
+    chat.ask(FIRST)
+    chat.ask(SECOND)
+    chat.ask(THIRD)
+    held = chat.kv.ids
+    chat.messages[message] = PromptMessage(chat.messages[message].role, "The sea is open.")
+    del chat.messages[5:]
+    edited = chat.answer()
+    prompt = rendered(loaded, edited.request.messages)
+    assert edited.started.reused_tokens == shared_prefix(held, prompt)
+    assert edited.started.reuse_note == f"message {message + 1} edited"
+    assert_committed(chat.kv, [*prompt, *edited.tokens[:-1]])
+    assert_equals_cold(edited, loaded)
+
+
+def test_an_edit_of_the_last_answer_is_named_by_the_next_turn(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    chat = Chat(engine, loaded)
+    chat.ask(FIRST)
+    held = chat.kv.ids
+    chat.messages[1] = PromptMessage("assistant", "None of them.")
+    second = chat.ask(SECOND)
+    prompt = rendered(loaded, second.request.messages)
+    assert second.started.reused_tokens == shared_prefix(held, prompt) < len(held)
+    assert second.started.reuse_note == "message 2 edited"
+    assert_equals_cold(second, loaded)
+
+
+def test_an_edit_of_the_only_question_is_no_loss_worth_a_note(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    chat = Chat(engine, loaded)
+    chat.ask(FIRST)
+    chat.messages[:] = [user(SECOND)]
+    edited = chat.answer()
+    assert edited.started.reuse_note == ""
+    assert_equals_cold(edited, loaded)
+
+
+def test_a_changed_system_prompt_reads_everything_again_and_says_so(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    chat = Chat(engine, loaded, system="Answer in one word.")
+    chat.ask(FIRST)
+    held = chat.kv.ids
+    chat.messages[0] = PromptMessage("system", "The answer is a poem.")
+    changed = chat.ask(SECOND)
+    prompt = rendered(loaded, changed.request.messages)
+    header = loaded.tokenizer.encode("<|im_start|>system\n").ids
+    assert changed.started.reused_tokens == shared_prefix(held, prompt) == len(header)
+    assert changed.started.reuse_note == "system prompt edited"
+    assert_equals_cold(changed, loaded)
+
+
+def test_a_reply_that_would_encode_to_other_ids_is_reused_whole(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    reply = spelled(loaded.tokenizer, "The pass over the mountains.")
+    encoded_again = loaded.tokenizer.encode(
+        loaded.tokenizer.decode(list(reply)), add_special_tokens=False
+    ).ids
+    assert tuple(encoded_again) != reply
+    chat = Chat(engine, loaded, sampling=Sampling(max_tokens=64))
+    (end,) = loaded.end_ids
+    with saying(loaded.model, [*reply, end]):
+        first = chat.ask(FIRST)
+    assert first.finished.token_ids == reply
+    assert first.finished.stats.finish_reason == "stop"
+    assert first.finished.stats.generated_tokens == len(reply) + 1
+    assert_committed(chat.kv, [*rendered(loaded, first.request.messages), *reply])
+    held = len(chat.kv)
+    chat.sampling = GREEDY
+    second = chat.ask(SECOND)
+    assert second.started.reused_tokens == held
+    assert second.started.reuse_note == ""
+    assert_equals_cold(second, loaded)
+
+
+def test_a_reply_cut_inside_a_character_is_reused_whole(engine: LocalEngine, loaded: LoadedModel) -> None:
+    emoji = loaded.tokenizer.encode("🦙", add_special_tokens=False).ids
+    assert len(emoji) > 1
+    chat = Chat(engine, loaded, sampling=Sampling(max_tokens=len(emoji) - 1))
+    with saying(loaded.model, emoji):
+        first = chat.ask(FIRST)
+    assert (first.finished.text, list(first.finished.token_ids)) == ("", emoji[:-1])
+    held = len(chat.kv)
+    second = chat.ask(SECOND)
+    assert second.started.reused_tokens == held
+    assert_equals_cold(second, loaded)
+
+
+def test_another_conversation_never_leaks_into_this_one(engine: LocalEngine, loaded: LoadedModel) -> None:
+    a, b = Chat(engine, loaded, "a"), Chat(engine, loaded, "b")
+    a.ask("The code is 7391.")
+    played = [b.ask("What is the code?"), a.ask("What is the code?"), b.ask("Are you sure?")]
+    cold_b = Chat(LocalEngine(loaded), loaded, "b")
+    for warm, cold in (
+        (played[0], cold_b.ask("What is the code?")),
+        (played[2], cold_b.ask("Are you sure?")),
+    ):
+        torch.testing.assert_close(torch.stack(warm.logits), torch.stack(cold.logits), atol=TOLERANCE, rtol=0)
+        assert warm.tokens == cold.tokens
+        assert "7391" not in warm.finished.text
+    for turn in played:
+        assert_equals_cold(turn, loaded)
+
+
+SCRIPTS = {
+    "mountains": [FIRST, SECOND, THIRD],
+    "code": ["The code is 7391.", "What is the code?"],
+    "bread": ["Bread is made from flour.", "What is the code?", SECOND],
+}
+
+
+def interleaved(engine: LocalEngine, loaded: LoadedModel, seed: int) -> dict[tuple[str, int], Played]:
+    """Plays all three conversations, a turn of a random one at a time."""
+    chats = {name: Chat(engine, loaded, name, sampling=Sampling(max_tokens=3)) for name in SCRIPTS}
+    order = [name for name, script in SCRIPTS.items() for _ in script]
+    random.Random(seed).shuffle(order)
+    left = {name: iter(enumerate(script)) for name, script in SCRIPTS.items()}
+    played = {}
+    for name in order:
+        number, text = next(left[name])
+        played[name, number] = chats[name].ask(text)
+    return played
+
+
+def test_random_interleavings_of_three_conversations_equal_cold_runs(loaded: LoadedModel) -> None:
+    proven: dict[tuple[str, int], Played] = {}
+    for seed in range(affordable(loaded, 20, 2)):
+        for key, played in interleaved(LocalEngine(loaded), loaded, seed).items():
+            if key not in proven:
+                assert_equals_cold(played, loaded)
+            cold = proven.setdefault(key, played)
+            assert played.request.messages == cold.request.messages
+            assert played.tokens == cold.tokens
+            torch.testing.assert_close(
+                torch.stack(played.logits), torch.stack(cold.logits), atol=TOLERANCE, rtol=0
+            )
+
+
+def test_a_repeat_penalty_counts_the_prompt_and_the_answer(engine: LocalEngine, loaded: LoadedModel) -> None:
+    sampling = Sampling(max_tokens=8, repeat_penalty=50.0)
+    played = Chat(engine, loaded, sampling=sampling).ask("Say it again and again and again.")
+    prompt = rendered(loaded, played.request.messages)
+    cold = uncached_logits(loaded.model, [*prompt, *played.tokens])[len(prompt) - 1 : -1]
+    penalty = RepetitionPenaltyLogitsProcessor(sampling.repeat_penalty)
+    for done, logits in enumerate(cold):
+        seen = torch.LongTensor([[*prompt, *played.tokens[:done]]])
+        assert int(penalty(seen, logits[None]).argmax()) == played.tokens[done]
+
+
+def test_growth_past_several_steps_keeps_equality(tiny: LoadedModel) -> None:
+    chat = Chat(LocalEngine(tiny), tiny, sampling=Sampling(max_tokens=40))
+    sizes = set()
+    for number in (20, 10, 10):
+        played = chat.ask(sentences(number))
+        sizes.add(chat.kv.layers[0].capacity)
+        assert played.started.reuse_note == ""
+        assert_equals_cold(played, tiny)
+    assert len(sizes) > 1
+
+
+def test_history_without_a_cache_is_read_once_and_the_note_says_why(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    before = Chat(LocalEngine(loaded), loaded)
+    before.ask(FIRST)
+    chat = Chat(engine, loaded)
+    chat.messages = before.messages
+    resumed = chat.ask(SECOND)
+    assert (resumed.started.reused_tokens, resumed.started.reuse_note) == (0, explain.NOT_READ_YET)
+    assert_equals_cold(resumed, loaded)
+    assert chat.ask(THIRD).started.reuse_note == ""
