@@ -7,11 +7,11 @@ module again, and the screen must paint before torch is there.
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -20,6 +20,7 @@ from kvchat import settings
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
 from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
+from kvchat.flags import chat_options, data_dir, model_options
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
 from kvchat.text import megabytes, one_line
@@ -28,63 +29,12 @@ if TYPE_CHECKING:
     from kvchat.engine.load import LoadedModel
     from kvchat.session import Session
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources that override what a resumed conversation was set to."""
 
 
 OWN_FLAGS = {"-h", "--help", "--version"}
 """Of `kvchat` itself; any other flag without a command belongs to the chat."""
-
-
-def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
-    """A flag that `KVCHAT_NAME` and the configuration file set too."""
-    flag = next(name for name in names if name.startswith("--"))
-    variable = "KVCHAT_" + flag.lstrip("-").replace("-", "_").upper()
-    return click.option(*names, envvar=variable, **attributes)
-
-
-def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for each in reversed(options):
-            command = each(command)
-        return command
-
-    return decorate
-
-
-data_dir = option("--data-dir", type=click.Path(path_type=Path), help="Keep everything in this folder.")
-model_options = together(
-    option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file."),
-    option(
-        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the weights."
-    ),
-    option("--threads", type=click.IntRange(1), help="For torch; default: every physical core."),
-    option("--context", type=click.IntRange(16), help="Tokens a conversation may hold at most."),
-    option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
-    data_dir,
-)
-chat_options = together(
-    option("-s", "--system", help="System prompt."),
-    option("-c", "--continue", "resume_latest", is_flag=True, help="Continue the conversation used last."),
-    option("-r", "--resume", metavar="ID", help="Continue this conversation."),
-    option(
-        "--cache",
-        type=click.Choice([mode.value for mode in CacheMode]),
-        help="Keep the KV cache: default on.",
-    ),
-    option("--max-tokens", type=click.IntRange(1), help="Of an answer."),
-    option("--temperature", type=click.FloatRange(0), help="0 is greedy."),
-    option("--top-p", type=click.FloatRange(0, 1, min_open=True)),
-    option("--top-k", type=click.IntRange(0)),
-    option("--min-p", type=click.FloatRange(0, 1)),
-    option("--repeat-penalty", type=click.FloatRange(0, min_open=True)),
-    option("--seed", type=click.IntRange(0)),
-    option("--private", is_flag=True, help="Write nothing to disk."),
-)
 
 
 class ChatByDefault(click.Group):

@@ -143,6 +143,10 @@ def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
     own: int = (
         getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # past this length it turns every position by another angle, and the keys cached so far are wrong
+        own = min(own, rope["original_max_position_embeddings"])
     return min(own, asked) if asked else own
 
 
