@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from kvchat.contract import Sampling
+from kvchat.contract import Sampling, Tokens
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel, assemble
 from tests.engine.driving import (
@@ -28,6 +28,7 @@ from tests.engine.driving import (
     assert_equals_cold,
     rendered,
     sentences,
+    stopping_at,
     uncached_logits,
 )
 from tests.tiny import seeded_model, tiny_chat
@@ -160,6 +161,24 @@ def test_a_stop_between_layers_ends_the_pass_at_once(shaped: LoadedModel, layer:
         stopped = chat.answer()
     assert (stopped.finished.stats.finish_reason, len(stopped.tokens)) == ("cancelled", 2)
     assert_equals_cold(chat.ask("Tell me about the sea."), shaped)
+
+
+def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None:
+    chat = tiny_chat()
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    long_rope = config(
+        Phi3Config,
+        chat,
+        original_max_position_embeddings=60,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
+    )
+    loaded = assemble(seeded_model(long_rope), chat, "phi3 long", precision="fp32", context=400)
+    assert loaded.facts.context_limit == 60
+    talk = Chat(LocalEngine(loaded), loaded, sampling=Sampling(max_tokens=100))
+    talk.ask("Hi", stopping_at(talk.engine, Tokens, 3))
+    second = talk.ask("And?")
+    assert second.finished.stats.finish_reason == "context"
+    assert_equals_cold(second, loaded)
 
 
 def test_the_window_of_these_tests_hides_something() -> None:

@@ -77,9 +77,7 @@ class ChatScreen(Screen[None]):
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
         self._begun = True
         self._bridge.start()
-        typed = self._prompt.text
-        await self._opened()
-        self._prompt.insert(typed)
+        await self._opened(typed=self._prompt.text)
         self.set_interval(PANEL_EVERY_S, self._refresh_while_answering)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -113,6 +111,7 @@ class ChatScreen(Screen[None]):
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
         if not self._begun:
+            self._prompt.give_back(message.text)
             return
         try:
             if message.text.startswith("/") and (parsed := parse_slash(message.text)):
@@ -272,8 +271,8 @@ class ChatScreen(Screen[None]):
             self._session.configure(system_prompt=text)
             self._say("The next turn reads the conversation again, with the new system prompt.")
 
-    async def _opened(self) -> None:
-        self._prompt.text = self._session.draft()
+    async def _opened(self, typed: str = "") -> None:
+        self._prompt.text = self._session.draft() + typed
         self._prompt.move_cursor(self._prompt.document.end)
         await self._turns.show_conversation()
         self._refresh_all()

@@ -156,7 +156,6 @@ def kv_lines(state: PanelState) -> list[Content]:
         return []
     tokens = state.turn.kv_tokens
     used = model.kv_bytes_per_token * tokens
-    context = f"{state.turn.context:,} of {model.context_limit:,}"
     freed = "then freed" if state.mode is CacheMode.TURN and tokens else model.kv_dtype
     formula = (
         f"2 × {model.layers} layers × {model.kv_heads} KV heads\n"
@@ -169,7 +168,7 @@ def kv_lines(state: PanelState) -> list[Content]:
         row("allocated", megabytes(state.turn.kv_bytes)),
         row("weights", megabytes(model.weights_bytes), model.weights_dtype),
         row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–"),
-        row("context", f"{state.turn.context / model.context_limit:.0%}", context),
+        row("context", f"{state.turn.context:,}", f"of {model.context_limit:,}"),
     ]
 
 
@@ -208,9 +207,9 @@ def ratio_lines(by_mode: Mapping[str, TurnStats]) -> list[Content]:
     on, turn, off = (by_mode.get(mode.value) for mode in CacheMode)
     lines = []
     if on and turn and on.ttft_s > 0:
-        lines.append(f"on: TTFT {turn.ttft_s / on.ttft_s:.1f}× sooner than turn")
+        lines.append(f"on: TTFT {rate(turn.ttft_s / on.ttft_s)}× sooner than turn")
     if on and off and off.decode_tok_s > 0:
-        lines.append(f"on: decode {on.decode_tok_s / off.decode_tok_s:.1f}× faster than off")
+        lines.append(f"on: decode {rate(on.decode_tok_s / off.decode_tok_s)}× faster than off")
     return [Content.assemble((line, "$text-success")) for line in lines]
 
 
