@@ -1,0 +1,429 @@
+"""Conversations on disk: what goes in comes out, processes share the file, a crash harms nothing."""
+
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from kvchat import store as store_module
+from kvchat.contract import CacheMode, Sampling, TurnStats
+from kvchat.conversation import Conversation, Message
+from kvchat.errors import KvchatError
+from kvchat.store import UNSAVED, Store
+from tests.samples import FIGURES, TOKENIZER
+
+SAMPLING = Sampling(0.7, 0.9, 40, 0.05, 1.1, 1234, 99)
+TALK = Conversation("abcd1234", "Trip — 旅行", "Be brief.\n“Now”", CacheMode.TURN, SAMPLING, "maker/model")
+OPENERS, WRITERS, MESSAGES = 6, 4, 25
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "kvchat.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with closing(Store(path)) as opened:
+        yield opened
+
+
+def user(text: str, parent: int | None = None) -> Message:
+    return Message(0, parent, "user", text, "")
+
+
+def answer(text: str, parent: int) -> Message:
+    return Message(0, parent, "assistant", text, "", (1, 2), TOKENIZER, "stop")
+
+
+def ask(store: Store, conversation: str = TALK.id, parent: int | None = None) -> tuple[Message, Message]:
+    """A question and its answer."""
+    question = store.add_message(conversation, user("Which pass?", parent))
+    return question, store.add_message(conversation, answer("The Brenner.", question.id))
+
+
+def rows(path: Path, query: str) -> list[tuple[object, ...]]:
+    """What another program sees in the file."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def reopened(path: Path, conversation: str = TALK.id) -> Conversation:
+    """The conversation as the next start of the program reads it."""
+    with closing(Store(path)) as store:
+        return store.load(conversation)
+
+
+def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
+    """Another process that runs `script` when it is told to."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def let_go_together(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """Starts their work at once when all are ready; returns what each said at its end."""
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return said
+
+
+def test_every_field_of_a_conversation_comes_back(store: Store, path: Path) -> None:
+    store.create(TALK)
+    assert reopened(path) == TALK
+
+
+def test_every_field_of_a_message_comes_back(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question = store.add_message(TALK.id, user("Which\x1b[31m pass\0? 🏔"))
+    reply = Message(
+        0, question.id, "assistant", "The Brenner.", "2026-01-02T03:04:05", (0, 7, 151_643), TOKENIZER
+    )
+    reply = store.add_message(TALK.id, reply)
+    reply = replace(reply, finish_reason="length", stats=FIGURES, text="The Brenner, all year.")
+    store.update_message(reply)
+    assert reopened(path).messages == (question, reply)
+    assert question.created_at.endswith("+00:00")
+    assert (reply.parent_id, reply.created_at) == (question.id, "2026-01-02T03:04:05")
+
+
+def test_figures_are_saved_again_when_a_message_changes(store: Store) -> None:
+    store.create(TALK)
+    _, reply = ask(store)
+    for kv_tokens in (10, 20):
+        store.update_message(replace(reply, stats=replace(FIGURES, kv_tokens=kv_tokens)))
+    (saved,) = [message.stats for message in store.load(TALK.id).messages if message.stats]
+    assert saved == replace(FIGURES, kv_tokens=20)
+
+
+def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Path) -> None:
+    columns = {str(name): kind for _, name, kind, *_ in rows(path, "pragma table_info(turns)")}
+    assert set(columns) == {"message"} | {field.name for field in fields(TurnStats)}
+    kinds = {str: "TEXT", int: "INTEGER", float: ("FLOAT", "REAL")}
+    for field in fields(TurnStats):
+        assert isinstance(field.type, type)
+        assert columns[field.name] in kinds[field.type], field.name
+
+
+def test_settings_come_back_and_touch_nothing_else(store: Store) -> None:
+    store.create(TALK)
+    store.create(replace(TALK, id="other"))
+    _, reply = ask(store)
+    changed = Conversation(TALK.id, "Pass", "", CacheMode.OFF, Sampling(seed=3), "other/model")
+    store.save_settings(changed)
+    loaded = store.load(TALK.id)
+    assert replace(loaded, messages=()) == changed
+    assert loaded.head == reply
+    assert store.load("other") == replace(TALK, id="other")
+
+
+def test_a_second_answer_is_a_branch_and_the_first_one_stays(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question, first = ask(store)
+    second = store.add_message(TALK.id, answer("The Gotthard.", question.id))
+    assert store.load(TALK.id).messages == (question, second)
+    store.set_head(TALK.id, first.id)
+    assert reopened(path).messages == (question, first)
+    store.set_head(TALK.id, None)
+    assert reopened(path).messages == ()
+    assert rows(path, "select count(*) from messages") == [(3,)]
+
+
+def test_a_long_path_comes_back_in_order(store: Store) -> None:
+    store.create(TALK)
+    parent = None
+    for _ in range(50):
+        _, last = ask(store, parent=parent)
+        parent = last.id
+    path = store.load(TALK.id).messages
+    assert [message.parent_id for message in path] == [None, *(message.id for message in path[:-1])]
+    assert [message.role for message in path] == ["user", "assistant"] * 50
+
+
+def test_summaries_name_the_last_used_first(store: Store) -> None:
+    for name in ("first", "second", "third"):
+        store.create(replace(TALK, id=name, title=name.title()))
+    ask(store, "first")
+    found = store.summaries()
+    assert [(s.id, s.title, s.messages) for s in found] == [
+        ("first", "First", 2),
+        ("third", "Third", 0),
+        ("second", "Second", 0),
+    ]
+    assert [s.updated_at for s in found] == sorted((s.updated_at for s in found), reverse=True)
+
+
+def test_delete_takes_everything_of_a_conversation_and_nothing_of_another(store: Store, path: Path) -> None:
+    for name in ("gone", "stays"):
+        store.create(replace(TALK, id=name))
+        _, reply = ask(store, name)
+        store.update_message(replace(reply, stats=FIGURES))
+        store.save_draft(name, f"draft of {name}")
+    stays = store.load("stays")
+    store.delete("gone")
+    assert not store.exists("gone")
+    assert store.exists("stays")
+    assert (store.draft("gone"), store.draft("stays")) == ("", "draft of stays")
+    assert store.load("stays") == stays
+    assert rows(path, "select distinct conversation from messages") == [("stays",)]
+    assert rows(path, "select message from turns") == [(stays.messages[-1].id,)]
+    assert rows(path, "select conversation from drafts") == [("stays",)]
+
+
+def test_a_message_for_a_deleted_conversation_is_refused(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.delete(TALK.id)
+    with pytest.raises(KvchatError, match="'abcd1234' was deleted"):
+        store.add_message(TALK.id, user("Still there?"))
+    assert rows(path, "select count(*) from messages") == [(0,)]
+
+
+def test_find_takes_a_prefix_that_fits_one(store: Store) -> None:
+    for name in ("abcd1234", "abff0000", "1234abcd"):
+        store.create(replace(TALK, id=name))
+    assert store.find("1") == "1234abcd"
+    assert store.find("abc") == store.find("abcd1234") == "abcd1234"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("ab", "2 conversations start with 'ab'"),
+        ("x", "No conversation starts with 'x'"),
+        ("", "No conversation starts with ''"),
+        ("%", "No conversation starts with '%'"),
+        ("abcd12345", "No conversation starts with"),
+    ],
+)
+def test_find_says_what_does_not_fit(store: Store, prefix: str, sentence: str) -> None:
+    store.create(TALK)
+    store.create(replace(TALK, id="abff0000"))
+    with pytest.raises(KvchatError, match=sentence):
+        store.find(prefix)
+
+
+def test_loading_what_is_not_there(store: Store) -> None:
+    with pytest.raises(KvchatError, match="There is no conversation 'nothing'"):
+        store.load("nothing")
+
+
+def test_drafts_are_kept_for_each_conversation_and_for_none(store: Store) -> None:
+    assert store.draft(UNSAVED) == ""
+    store.save_draft(UNSAVED, "begun\n")
+    store.save_draft("a", "one")
+    store.save_draft("a", "two")
+    assert (store.draft(UNSAVED), store.draft("a"), store.draft("b")) == ("begun\n", "two", "")
+    store.save_draft("a", "")
+    assert (store.draft(UNSAVED), store.draft("a")) == ("begun\n", "")
+
+
+def test_only_the_user_can_read_the_file_and_its_folder(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with closing(Store(path)) as store:
+            store.create(TALK)
+            files = [file for file in path.parent.iterdir() if file.suffix != ".lock"]
+            assert {file.name for file in files} == {"kvchat.db", "kvchat.db-wal", "kvchat.db-shm"}
+            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_the_file_has_a_write_ahead_log_and_knows_its_migrations(store: Store, path: Path) -> None:
+    assert rows(path, "pragma journal_mode") == [("wal",)]
+    applied = rows(path, "select migration_set, name from _sqlite_migrations order by id")
+    assert applied == [("kvchat", "m001_conversations"), ("kvchat", "m002_turns")]
+    with closing(Store(path)):
+        assert rows(path, "select count(*) from _sqlite_migrations") == [(2,)]
+
+
+def test_an_older_file_is_migrated_and_keeps_what_it_holds(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question, reply = ask(store)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("drop table turns")
+        connection.execute("delete from _sqlite_migrations where name = 'm002_turns'")
+    with closing(Store(path)) as migrated:
+        migrated.update_message(replace(reply, stats=FIGURES))
+        assert migrated.load(TALK.id).messages == (question, replace(reply, stats=FIGURES))
+
+
+def no_database(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("This is a letter, not a database. " * 50)
+
+
+def another_database(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("create table conversations (of text)")
+
+
+def a_folder_in_its_place(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def a_file_for_a_folder(path: Path) -> None:
+    path.parent.write_text("")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [no_database, another_database, a_folder_in_its_place, a_file_for_a_folder],
+    ids=lambda f: f.__name__,
+)
+def test_a_file_that_cannot_be_opened_is_named_in_a_sentence(
+    path: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(KvchatError, match=r"can't be opened: .+ choose another folder") as caught:
+        Store(path)
+    assert str(path) in str(caught.value)
+    if spoil is no_database:
+        assert path.read_bytes() == before
+
+
+def test_a_write_that_fails_is_a_sentence_and_the_next_one_works(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_S", 0.0)
+    with closing(Store(path)) as store, closing(sqlite3.connect(path)) as other:
+        store.create(TALK)
+        other.execute("begin immediate")
+        with pytest.raises(KvchatError, match="can't be saved: database is locked"):
+            store.add_message(TALK.id, user("Which pass?"))
+        assert store.load(TALK.id) == TALK
+        other.rollback()
+        saved = store.add_message(TALK.id, user("Which pass?"))
+        assert store.load(TALK.id).messages == (saved,)
+
+
+def test_a_change_that_fails_half_way_leaves_nothing_of_itself(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create(TALK)
+    question, reply = ask(store)
+
+    def break_down(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_set_head", break_down)
+        with pytest.raises(OSError, match="the disk is gone"):
+            store.add_message(TALK.id, user("Lost"))
+    assert store.load(TALK.id).messages == (question, reply)
+    assert store.summaries()[0].messages == 2
+
+
+def test_a_store_in_memory_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(Store(None)) as store:
+        store.create(TALK)
+        question, reply = ask(store)
+        store.save_draft(TALK.id, "begun")
+        assert store.load(TALK.id).messages == (question, reply)
+    assert list(tmp_path.iterdir()) == []
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from kvchat.store import Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(Path(sys.argv[1]))
+print(len(store.summaries()))
+"""
+
+APPEND = """
+import sys
+from pathlib import Path
+from kvchat.conversation import Message
+from kvchat.store import Store
+path, talk, name, count = sys.argv[1:]
+store = Store(Path(path))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(count)):
+    head = store.load(talk).head
+    store.add_message(talk, Message(0, head.id if head else None, "user", f"{name} {number}", ""))
+"""
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from kvchat.conversation import Message
+from kvchat.store import Store
+path, talk, how = sys.argv[1:]
+store = Store(Path(path))
+head = store.load(talk).head
+assert head
+print("ready", flush=True)
+sys.stdin.readline()
+with store._writing() as db:
+    db.execute("delete from messages")
+    db.execute("update conversations set head = null, title = 'Half done'")
+    os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_that_open_a_new_file_at_once_all_succeed(path: Path) -> None:
+    assert let_go_together([start(OPEN, path) for _ in range(OPENERS)]) == ["0\n"] * OPENERS
+    assert rows(path, "select count(*) from _sqlite_migrations") == [(2,)]
+
+
+def test_processes_that_write_to_one_conversation_lose_nothing(store: Store, path: Path) -> None:
+    store.create(TALK)
+    let_go_together([start(APPEND, path, TALK.id, writer, MESSAGES) for writer in range(WRITERS)])
+    saved = {
+        int(str(i)): (parent, text)
+        for i, parent, text in rows(path, "select id, parent_id, text from messages")
+    }
+    expected = sorted(f"{writer} {number}" for writer in range(WRITERS) for number in range(MESSAGES))
+    assert sorted(str(text) for _, text in saved.values()) == expected
+    for number, (parent, _) in saved.items():
+        assert parent is None or (isinstance(parent, int) and parent in saved and parent < number)
+    shown = store.load(TALK.id).messages
+    assert shown[-1].id == max(saved)
+    assert shown[0].parent_id is None
+    for writer in range(WRITERS):
+        mine = [text for _, text in (saved[i] for i in sorted(saved)) if str(text).startswith(f"{writer} ")]
+        assert mine == [f"{writer} {number}" for number in range(MESSAGES)]
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 3), ("kill", -9)])
+def test_a_crash_in_a_transaction_leaves_the_file_as_it_was(
+    store: Store, path: Path, how: str, code: int
+) -> None:
+    store.create(TALK)
+    ask(store)
+    before = store.load(TALK.id)
+    crashing = start(CRASH, path, TALK.id, how)
+    crashing.communicate("go\n")
+    assert crashing.returncode == code
+    assert reopened(path) == before
+    store.add_message(TALK.id, user("And on it goes", before.messages[-1].id))
+    assert rows(path, "pragma integrity_check") == [("ok",)]
+
+
+def test_token_ids_are_plain_json_in_the_file(store: Store, path: Path) -> None:
+    store.create(TALK)
+    ask(store)
+    ((ids,),) = rows(path, "select token_ids from messages where role = 'assistant'")
+    assert json.loads(str(ids)) == [1, 2]
