@@ -5,6 +5,7 @@ module again, and the screen must paint before torch is there.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ def cli() -> None:
 @click.pass_context
 def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
     """Open the chat."""
+    from kvchat.diagnose import report_on_signal
     from kvchat.link import EngineOptions, LinkedEngine, allow_spawning
     from kvchat.locate import is_prepared
     from kvchat.ui.app import ChatApp
@@ -79,11 +81,12 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         sys.exit(code)
     folder = is_prepared(name, paths.models)
     assert folder is not None
+    report_on_signal(paths.logs)
     allow_spawning()
     options = EngineOptions(
         folder,
         name,
-        paths.logs / "engine.log",
+        paths.logs / f"engine-{os.getpid()}.log",
         given["precision"],
         given["threads"],
         given["context"],
@@ -91,6 +94,7 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     )
     app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
+    options.log_file.unlink(missing_ok=True)
     if app.return_code:
         sys.exit(app.return_code)
     conversation = opened().current

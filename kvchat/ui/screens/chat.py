@@ -1,6 +1,7 @@
 """The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from textual import on
 from textual.app import ComposeResult
@@ -93,7 +94,8 @@ class ChatScreen(Screen[None]):
         """Saves what isn't saved and ends the engine."""
         if self._begun:
             self._save_draft()
-            self._session.abandon_turn()
+            with self._telling():
+                self._session.abandon_turn()
         self._bridge.close()
 
     @on(EngineStatus)
@@ -103,10 +105,11 @@ class ChatScreen(Screen[None]):
 
     @on(TurnProgress)
     async def _turn_progress(self, message: TurnProgress) -> None:
-        was_answering = self._turns.answering
-        await self._turns.on_event(message.event)
-        if was_answering and not self._turns.answering:
-            self._refresh_all()
+        with self._telling():
+            was_answering = self._turns.answering
+            await self._turns.on_event(message.event)
+            if was_answering and not self._turns.answering:
+                self._refresh_all()
 
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
@@ -139,10 +142,11 @@ class ChatScreen(Screen[None]):
 
     @on(ConversationList.Opened)
     async def _conversation_opened(self, message: ConversationList.Opened) -> None:
-        self._save_draft()
-        self._session.open(message.conversation)
-        await self._opened()
-        self._prompt.focus()
+        with self._telling():
+            self._save_draft()
+            self._session.open(message.conversation)
+            await self._opened()
+            self._prompt.focus()
 
     @on(ConversationList.RenameAsked)
     def _rename_asked(self, message: ConversationList.RenameAsked) -> None:
@@ -154,10 +158,11 @@ class ChatScreen(Screen[None]):
 
     async def action_new(self) -> None:
         """Opens an empty conversation."""
-        self._save_draft()
-        self._session.new()
-        await self._opened()
-        self._prompt.focus()
+        with self._telling():
+            self._save_draft()
+            self._session.new()
+            await self._opened()
+            self._prompt.focus()
 
     def action_help(self) -> None:
         """Shows the keys."""
@@ -184,7 +189,8 @@ class ChatScreen(Screen[None]):
         if mode and mode not in set(CacheMode):
             self._say(f"The cache modes are on, turn and off; not {mode}.")
             return
-        self._session.configure(mode=CacheMode(mode) if mode else following)
+        with self._telling():
+            self._session.configure(mode=CacheMode(mode) if mode else following)
         self._turns.figures.mode(self._session.current.mode)
         self._refresh_all()
 
@@ -195,10 +201,8 @@ class ChatScreen(Screen[None]):
 
     async def action_regenerate(self) -> None:
         """Asks for the last answer again."""
-        try:
+        with self._telling():
             await self._turns.regenerate()
-        except KvchatError as error:
-            self._say(str(error))
         self._refresh_all()
 
     def action_system(self, text: str = "") -> None:
@@ -220,10 +224,11 @@ class ChatScreen(Screen[None]):
 
     async def action_clear(self) -> None:
         """Empties the open conversation."""
-        self._stop_in(self._session.current.id)
-        self._session.clear()
-        self._turns.forget(self._session.current.id)
-        await self._opened()
+        with self._telling():
+            self._stop_in(self._session.current.id)
+            self._session.clear()
+            self._turns.forget(self._session.current.id)
+            await self._opened()
 
     def action_delete(self) -> None:
         """Asks, then deletes the open conversation."""
@@ -239,8 +244,9 @@ class ChatScreen(Screen[None]):
         self.app.push_screen(AskLine("Title", title), lambda new: self._rename(conversation, new or ""))
 
     def _rename(self, conversation: str, title: str) -> None:
-        self._session.rename(conversation, title)
-        self._refresh_all()
+        with self._telling():
+            self._session.rename(conversation, title)
+            self._refresh_all()
 
     def _ask_delete(self, conversation: str) -> None:
         title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
@@ -252,13 +258,14 @@ class ChatScreen(Screen[None]):
         self.app.push_screen(Confirm(f"Delete “{one_line(title)}” for good?", "Delete"), delete)
 
     async def _delete(self, conversation: str) -> None:
-        was_open = conversation == self._session.current.id
-        self._stop_in(conversation)
-        self._session.delete(conversation)
-        self._turns.forget(conversation)
-        if was_open:
-            await self._opened()
-        self._refresh_all()
+        with self._telling():
+            was_open = conversation == self._session.current.id
+            self._stop_in(conversation)
+            self._session.delete(conversation)
+            self._turns.forget(conversation)
+            if was_open:
+                await self._opened()
+            self._refresh_all()
 
     def _stop_in(self, conversation: str) -> None:
         """Stops the answer under way if it belongs to that conversation."""
@@ -267,9 +274,10 @@ class ChatScreen(Screen[None]):
             self._turns.stop()
 
     def _set_system(self, text: str | None) -> None:
-        if text is not None:
-            self._session.configure(system_prompt=text)
-            self._say("The next turn reads the conversation again, with the new system prompt.")
+        with self._telling():
+            if text is not None:
+                self._session.configure(system_prompt=text)
+                self._say("The next turn reads the conversation again, with the new system prompt.")
 
     async def _opened(self, typed: str = "") -> None:
         self._prompt.text = self._session.draft() + typed
@@ -278,7 +286,8 @@ class ChatScreen(Screen[None]):
         self._refresh_all()
 
     def _save_draft(self) -> None:
-        self._session.save_draft(self._prompt.text)
+        with self._telling():
+            self._session.save_draft(self._prompt.text)
 
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
@@ -312,6 +321,14 @@ class ChatScreen(Screen[None]):
         answering = self._turns.answering
         parts.append("writing, Esc stops" if answering and state.model else self._turns.status)
         return Content.assemble(("kvchat  ", "bold $text-accent"), (" · ".join(parts), "$text-muted"))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside the block, what goes wrong for a reason is told and ends nothing."""
+        try:
+            yield
+        except KvchatError as error:
+            self._say(str(error))
 
     def _say(self, text: str) -> None:
         self.notify(clean(text), markup=False)
