@@ -7,12 +7,19 @@ while it is being written. It knows values and the store; it refuses to know tor
 import secrets
 import time
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from kvchat.contract import CacheMode, FinishReason, Sampling, Tokens, TurnFinished, TurnRequest
 from kvchat.conversation import Conversation, Message, Summary, title_from
 from kvchat.errors import KvchatError
-from kvchat.store import UNSAVED, Store
 
+if (
+    TYPE_CHECKING
+):  # sqlite-utils takes a fifth of a second to import, and the first paint must not wait for it
+    from kvchat.store import Store
+
+UNSAVED = ""
+"""Key of the draft that belongs to no conversation yet."""
 PARTIAL_EVERY_S = 1.0
 """An answer in progress is saved this often, so that a crash loses a second of it at most."""
 
@@ -45,7 +52,7 @@ class PendingTurn:
 class Session:
     """The open conversation and the turn under way."""
 
-    def __init__(self, store: Store, defaults: Defaults) -> None:
+    def __init__(self, store: "Store", defaults: Defaults) -> None:
         self._store = store
         self.defaults = defaults
         self.current = self._blank()

@@ -23,8 +23,6 @@ from kvchat.errors import KvchatError
 
 BUSY_S = 30.0
 """How long a write waits for another process."""
-UNSAVED = ""
-"""Key of the draft that belongs to no conversation yet."""
 
 TURN_COLUMNS = ", ".join(f"turns.{field.name} as turn_{field.name}" for field in fields(TurnStats))
 # renamed: messages have a finish reason of their own, also where there are no figures

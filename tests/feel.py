@@ -95,7 +95,7 @@ def starts(folder: str) -> tuple[list[float], list[float]]:
     paints, readies = [], []
     for _ in range(RUNS):
         with running(folder) as terminal:
-            terminal.wait_for("Write a message")
+            terminal.wait_for("conversations")
             paints.append(time.perf_counter() - terminal.started)
             terminal.wait_for("ready")
             readies.append(time.perf_counter() - terminal.started)

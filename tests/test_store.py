@@ -17,7 +17,8 @@ from kvchat import store as store_module
 from kvchat.contract import CacheMode, Sampling, TurnStats
 from kvchat.conversation import Conversation, Message
 from kvchat.errors import KvchatError
-from kvchat.store import UNSAVED, Store
+from kvchat.session import UNSAVED
+from kvchat.store import Store
 from tests.samples import FIGURES, TOKENIZER
 
 SAMPLING = Sampling(0.7, 0.9, 40, 0.05, 1.1, 1234, 99)

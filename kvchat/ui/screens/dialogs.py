@@ -32,8 +32,9 @@ class AskLine(ModalScreen[str | None]):
 
 
 class Confirm(ModalScreen[bool]):
-    """Asks before something that can't be undone."""
+    """Asks before something that can't be undone; Enter alone leaves everything as it is."""
 
+    AUTO_FOCUS = "#no"
     BINDINGS = [Binding("escape,n", "dismiss(False)", "No"), Binding("y", "dismiss(True)", "Yes")]
 
     def __init__(self, question: str, yes: str) -> None:

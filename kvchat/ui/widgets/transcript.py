@@ -39,7 +39,7 @@ Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
 def markdown_of(text: str) -> str:
     """An answer as Markdown to draw: cleaned, with one kind of line end.
 
-    Textual counts lines by `str.splitlines`, its parser by `\\n`: where they disagree, it draws twice.
+    Textual counts lines by `str.splitlines`, its parser by `\\n`; where they part, a stream is drawn twice.
     """
     return clean(text).replace("\u2028", "\n").replace("\u2029", "\n")
 
