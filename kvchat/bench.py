@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypedDict
 
 import psutil
@@ -67,9 +67,11 @@ class Row:
 
 
 def run_bench(
-    loaded: LoadedModel, contexts: Sequence[int], *, turns: int, answer_tokens: int, note: Note
+    loaded: LoadedModel, contexts: Sequence[int], *, turns: int, answer_tokens: int, fill: bool, note: Note
 ) -> Measured:
     """All measurements, in the shape that `--json` prints.
+
+    With `fill` no answer of the chat ends before `answer_tokens`, so that it reaches a known length.
 
     Raises:
         KvchatError: a context is longer than the model's.
@@ -78,7 +80,8 @@ def run_bench(
         raise KvchatError(
             f"{loaded.facts.name} holds {loaded.facts.context_limit:,} tokens, not {max(too_long):,}."
         )
-    rows = [*_raw_rows(loaded, contexts, note), *_turn_rows(loaded, turns, answer_tokens, note)]
+    chatting = replace(loaded, end_ids=frozenset()) if fill else loaded
+    rows = [*_raw_rows(loaded, contexts, note), *_turn_rows(chatting, turns, answer_tokens, note)]
     return {
         "machine": machine(),
         "model": asdict(loaded.facts),

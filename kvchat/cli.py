@@ -149,9 +149,10 @@ def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
 @click.option(
     "--answer-tokens", type=click.IntRange(2), default=96, show_default=True, help="Of each answer."
 )
+@click.option("--fill", is_flag=True, help="No answer ends before --answer-tokens.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @model_options
-def bench(contexts: str, turns: int, answer_tokens: int, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+def bench(contexts: str, turns: int, answer_tokens: int, fill: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Measure prefill, decode and turns, with the KV cache and without."""
     lengths = parse_contexts(contexts)
     loaded = _load(given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"]), given)
@@ -162,7 +163,7 @@ def bench(contexts: str, turns: int, answer_tokens: int, as_json: bool, **given:
     def note(words: str) -> None:
         click.echo(f"measuring: {words}", err=True)
 
-    measured = run_bench(loaded, lengths, turns=turns, answer_tokens=answer_tokens, note=note)
+    measured = run_bench(loaded, lengths, turns=turns, answer_tokens=answer_tokens, fill=fill, note=note)
     if as_json:
         click.echo(json.dumps(measured, indent=1))
     else:
