@@ -38,6 +38,8 @@ from kvchat.openmp import wait_politely
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
 LOG_TAIL_LINES = 6
+ENGINE_NICENESS = 5
+"""The model takes every core; with this, a key pressed meanwhile is served first."""
 CLOSING_S = 0.5
 """How long a closing child may take before it is killed."""
 
@@ -216,6 +218,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
     _redirect_output(options.log_file)
     report_on_signal(options.log_file.parent)
     wait_politely()
+    os.nice(ENGINE_NICENESS)
     pipe.send(Loading("importing torch"))
     code = 0
     try:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.contract import ModelFacts
+from kvchat.engine.attention import fold_attention
 from kvchat.errors import KvchatError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,6 +104,7 @@ def assemble(
         raise KvchatError(f"{name} has no chat template, so it can't chat. Take an instruction-tuned model.")
     config = model.config.get_text_config()
     _refuse_recurrent_layers(config, name)
+    fold_attention(model)
     tokenizer = chat.backend_tokenizer
     facts = ModelFacts(
         name=name,

@@ -110,10 +110,11 @@ class Turns:
             case PrefillProgress() if here:
                 self.figures.prefilled(event)
             case Tokens():
-                self._session.keep_partial(event)
                 if here:
                     self.figures.tokens(event)
                     self._append(event.text)
+                # shown first: where it can't be saved, it can still be read
+                self._session.keep_partial(event)
             case TurnFinished():
                 await self._finish(event, here=here)
             case TurnFailed():
@@ -135,26 +136,34 @@ class Turns:
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
 
     async def _finish(self, event: TurnFinished, *, here: bool) -> None:
-        message = self._session.finish_turn(event)
         self.warm = {cache.conversation: cache for cache in event.warm}
-        if here and message:
-            self.figures.finished(event)
-            if self._transcript.streaming:
-                note = answer_note(event.stats, message.finish_reason)
-                await self._transcript.streaming.finish(event.text, note)
-            self._transcript.streaming = None
+        try:
+            self._session.finish_turn(event)
+        finally:
+            if here:
+                self.figures.finished(event)
+                if self._transcript.streaming:
+                    note = answer_note(event.stats, event.stats.finish_reason)
+                    await self._transcript.streaming.finish(event.text, note)
+                self._transcript.streaming = None
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:
         text = self.answering.text if self.answering else ""
-        self._session.fail_turn(event.turn)
+        try:
+            self._session.fail_turn(event.turn)
+        finally:
+            if here:
+                await self._show_failure(text, event.reason)
+
+    async def _show_failure(self, text: str, reason: str) -> None:
         streaming, self._transcript.streaming = self._transcript.streaming, None
-        if not here or streaming is None:
+        if streaming is None:
             return
         if text:
             await streaming.finish(text, answer_note(None, "error"))
         else:
             await streaming.remove()
-        await self._transcript.notice(event.reason, error=True)
+        await self._transcript.notice(reason, error=True)
 
     def _append(self, text: str) -> None:
         if self._transcript.streaming and text:

@@ -21,7 +21,7 @@ from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Help
 from kvchat.ui.turns import Turns
 from kvchat.ui.widgets.conversations import ConversationList
-from kvchat.ui.widgets.panel import CachePanel
+from kvchat.ui.widgets.panel import COLOURS, CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.transcript import Transcript
 
@@ -105,9 +105,10 @@ class ChatScreen(Screen[None]):
 
     @on(TurnProgress)
     async def _turn_progress(self, message: TurnProgress) -> None:
+        was_answering = self._turns.answering
         with self._telling():
-            was_answering = self._turns.answering
             await self._turns.on_event(message.event)
+        with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
 
@@ -313,14 +314,19 @@ class ChatScreen(Screen[None]):
 
     def _status_line(self) -> Content:
         state = self._turns.figures.state
-        parts = [f"{one_line(self._model)}"]
+        parts = [one_line(self._model)]
         if state.model:
             threads = f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"
             used = f"{state.turn.context:,} / {state.model.context_limit:,}"
             parts += [state.model.path, threads, f"context {used}"]
         answering = self._turns.answering
         parts.append("writing, Esc stops" if answering and state.model else self._turns.status)
-        return Content.assemble(("kvchat  ", "bold $text-accent"), (" · ".join(parts), "$text-muted"))
+        mode = state.mode
+        return Content.assemble(
+            ("kvchat  ", "bold $text-accent"),
+            (f"cache {mode.value}", f"bold {COLOURS[mode]}"),
+            (" · " + " · ".join(parts), "$text-muted"),
+        )
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -1,0 +1,263 @@
+"""An engine that says what a test wrote down: the same pieces and figures every time, and no model."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from threading import Condition
+
+from kvchat.contract import (
+    CacheMode,
+    Died,
+    FinishReason,
+    Loading,
+    ModelFacts,
+    PrefillProgress,
+    Ready,
+    Status,
+    Tokens,
+    TurnEvent,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    TurnStats,
+    WarmCache,
+)
+
+FACTS = ModelFacts(
+    name="scripted",
+    layers=30,
+    kv_heads=3,
+    head_dim=64,
+    kv_dtype="bf16",
+    kv_dtype_bytes=2,
+    weights_dtype="bf16",
+    weights_bytes=269_000_000,
+    context_limit=8192,
+    threads=2,
+    path="eager bf16",
+    tokenizer="scripted",
+)
+RSS = 640_000_000
+STEP_S = 0.02
+READ_TOK_S = 500.0
+DECODE_TOK_S = {CacheMode.ON: 100.0, CacheMode.TURN: 80.0, CacheMode.OFF: 10.0}
+NOT_RUNNING = "The engine is not running."
+PATIENCE_S = 30.0
+"""Nothing takes so long; what waits longer waits for something that will never come."""
+
+
+class Gate:
+    """A place in a script where the engine waits until the test opens it (or stops the turn, or kills it)."""
+
+    def __init__(self, changed: Condition) -> None:
+        self._changed = changed
+        self.is_open = False
+        self.reached = False
+
+    def open(self) -> None:
+        """Lets the script go on."""
+        with self._changed:
+            self.is_open = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Fails:
+    """The turn ends here, without an answer."""
+
+    reason: str
+
+
+Step = str | Gate | PrefillProgress | Fails
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one turn does: each text is a piece of the answer."""
+
+    steps: tuple[Step, ...]
+    finish: FinishReason = FinishReason.STOP
+    reuse_note: str = ""
+
+
+class ScriptedEngine:
+    """Satisfies `kvchat.ui.bridge.StartableEngine`; hand its `attach` to the app as the factory."""
+
+    def __init__(self, *, loads_at_once: bool = True) -> None:
+        self._changed = Condition()
+        self._on_status: Callable[[Status], None] = lambda _status: None
+        self._scripts: deque[Script] = deque()
+        self._deaths_on_load: deque[Died] = deque()
+        self._stopped: set[str] = set()
+        self._held: dict[str, int] = {}
+        self._lives = 0
+        """Goes up with every death: a turn belongs to the life that it began in."""
+        self._state = "new"
+        self.loading = self.gate()
+        self.loading.is_open = loads_at_once
+        self.requests: list[TurnRequest] = []
+        self.stops: list[str] = []
+        self.forgotten: list[str] = []
+        self.starts = 0
+
+    def attach(self, on_status: Callable[[Status], None]) -> "ScriptedEngine":
+        """The factory of an app."""
+        self._on_status = on_status
+        return self
+
+    def gate(self) -> Gate:
+        """A gate for a script of this engine."""
+        return Gate(self._changed)
+
+    def answers(
+        self, *steps: Step, finish: FinishReason = FinishReason.STOP, reuse_note: str = ""
+    ) -> "ScriptedEngine":
+        """Writes down what the next turn without a script does; without any, a turn answers `ok`."""
+        self._scripts.append(Script(steps, finish, reuse_note))
+        return self
+
+    def dies_on_load(self, reason: str, *log_tail: str) -> None:
+        """The next start ends like this."""
+        self._deaths_on_load.append(Died(reason, log_tail))
+
+    def die(self, reason: str, *log_tail: str) -> None:
+        """The process ends, wherever it is."""
+        self._end("dead")
+        self._on_status(Died(reason, log_tail))
+
+    def start(self) -> None:
+        with self._changed:
+            self._state = "loading"
+            self.starts += 1
+            lives = self._lives
+        self._on_status(Loading("loading scripted"))
+        if self._deaths_on_load:
+            died = self._deaths_on_load.popleft()
+            self.die(died.reason, *died.log_tail)
+            return
+        self._wait(lambda: self.loading.is_open or self._lives != lives)
+        with self._changed:
+            if self._lives != lives:
+                return
+            self._state = "ready"
+            self._changed.notify_all()
+        self._on_status(Ready(FACTS, RSS))
+
+    def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
+        lives = self._lives
+        self.requests.append(request)
+        self._wait(lambda: self._state in ("ready", "dead") or self._lives != lives)
+        if self._state != "ready":
+            yield TurnFailed(request.turn, NOT_RUNNING)
+            return
+        script = self._scripts.popleft() if self._scripts else Script(("ok",))
+        yield from self._play(request, script, self._lives)
+
+    def stop(self, turn: str) -> None:
+        with self._changed:
+            self.stops.append(turn)
+            self._stopped.add(turn)
+            self._changed.notify_all()
+
+    def forget(self, conversation: str) -> None:
+        self.forgotten.append(conversation)
+        self._held.pop(conversation, None)
+
+    def close(self) -> None:
+        self._end("closed")
+
+    def _play(self, request: TurnRequest, script: Script, lives: int) -> Iterator[TurnEvent]:
+        turn = request.turn
+        prompt = prompt_tokens(request)
+        held = self._held.get(request.conversation, 0) if request.mode is CacheMode.ON else 0
+        reused = min(held, prompt - 1)
+        yield TurnStarted(turn, prompt, reused, prompt - reused, script.reuse_note)
+        pieces: list[str] = []
+        for step in script.steps:
+            if turn in self._stopped:
+                break
+            if isinstance(step, Gate):
+                self._pause_at(step, turn, lives)
+            if self._lives != lives:
+                yield TurnFailed(turn, "The engine was killed (signal 9).")
+                return
+            if isinstance(step, Fails):
+                yield TurnFailed(turn, step.reason)
+                return
+            if isinstance(step, PrefillProgress):
+                yield replace(step, turn=turn)
+            elif isinstance(step, str):
+                pieces.append(step)
+                kv = prompt + len(pieces)
+                ids = (len(pieces),)
+                yield Tokens(turn, step, ids, (STEP_S,), FACTS.tokenizer, kv, kv * FACTS.kv_bytes_per_token)
+        finish = FinishReason.CANCELLED if turn in self._stopped else script.finish
+        yield self._finished(request, reused, pieces, finish, script.reuse_note)
+
+    def _finished(
+        self, request: TurnRequest, reused: int, pieces: list[str], finish: FinishReason, note: str
+    ) -> TurnFinished:
+        stats = stats_of(request, reused, len(pieces), finish, note)
+        if request.mode is CacheMode.ON:
+            self._held[request.conversation] = stats.kv_tokens
+        warm = tuple(
+            WarmCache(name, tokens, tokens * FACTS.kv_bytes_per_token) for name, tokens in self._held.items()
+        )
+        ids = tuple(range(1, len(pieces) + 1))
+        return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, warm)
+
+    def _pause_at(self, gate: Gate, turn: str, lives: int) -> None:
+        gate.reached = True
+        self._wait(lambda: gate.is_open or turn in self._stopped or self._lives != lives)
+
+    def _end(self, state: str) -> None:
+        with self._changed:
+            self._state = state
+            self._lives += 1
+            self._held.clear()
+            self._changed.notify_all()
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, PATIENCE_S), "nobody opened the gate"
+
+
+def prompt_tokens(request: TurnRequest) -> int:
+    """A word is a token, and every message has four more around it."""
+    return sum(len(message.text.split()) + 4 for message in request.messages)
+
+
+def stats_of(
+    request: TurnRequest, reused: int, written: int, finish: FinishReason, note: str = ""
+) -> TurnStats:
+    """Figures that follow from the counts alone."""
+    prompt = prompt_tokens(request)
+    read = prompt - reused
+    off = request.mode is CacheMode.OFF
+    kept = 0 if off else prompt + written
+    rate = DECODE_TOK_S[request.mode]
+    return TurnStats(
+        cache_mode=request.mode.value,
+        prompt_tokens=prompt,
+        reused_tokens=reused,
+        prefilled_tokens=read,
+        generated_tokens=written,
+        evaluated_tokens=(prompt + written) * written if off else read + written,
+        ttft_s=read / READ_TOK_S,
+        prefill_s=read / READ_TOK_S,
+        decode_s=written / rate,
+        prefill_tok_s=READ_TOK_S,
+        decode_tok_s=rate,
+        kv_tokens=kept,
+        kv_bytes=kept * FACTS.kv_bytes_per_token,
+        kv_used_bytes=kept * FACTS.kv_bytes_per_token,
+        kv_dtype=FACTS.kv_dtype,
+        weights_dtype=FACTS.weights_dtype,
+        weights_bytes=FACTS.weights_bytes,
+        path=FACTS.path,
+        rss_bytes=RSS,
+        context_limit=FACTS.context_limit,
+        finish_reason=finish.value,
+        reuse_note=note,
+    )

@@ -1,0 +1,328 @@
+"""The panel's numbers: functions of values, tested without a screen."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+from textual.content import Content
+
+from kvchat.contract import (
+    CacheMode,
+    FinishReason,
+    ModelFacts,
+    PrefillProgress,
+    PromptMessage,
+    Sampling,
+    Tokens,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    TurnStats,
+    WarmCache,
+)
+from kvchat.conversation import Conversation, Message
+from kvchat.text import megabytes
+from kvchat.ui.figures import KEPT_STEPS, Figures, figures_of
+from kvchat.ui.pace import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
+from kvchat.ui.widgets.panel import (
+    ENOUGH_TOKENS,
+    INNER_WIDTH,
+    PanelState,
+    TurnFigures,
+    bar,
+    big_letters,
+    comparison_lines,
+    kv_lines,
+    mode_lines,
+    panel_content,
+    ratio_lines,
+    saving,
+    saving_lines,
+    sparkline,
+    turn_lines,
+)
+from tests.ui.scripted import FACTS, stats_of
+
+
+def stats(
+    mode: CacheMode = CacheMode.ON, *, reused: int = 0, prompt: int = 104, written: int = 10
+) -> TurnStats:
+    """Figures of a turn with so many tokens."""
+    message = PromptMessage("user", "word " * (prompt - 4))
+    request = TurnRequest("turn", "conversation", (message,), mode, Sampling())
+    return stats_of(request, reused, written, FinishReason.STOP)
+
+
+def text(lines: list[Content]) -> str:
+    return "\n".join(line.plain for line in lines)
+
+
+def tokens(count: int, *, said: str = "x", seconds: float = 0.02) -> Tokens:
+    return Tokens("turn", said, (1,) * count, (seconds,) * count, "scripted", count, count * 10)
+
+
+# --- lines -----------------------------------------------------------------------------------------------
+
+
+LARGE = replace(FACTS, layers=126, kv_heads=16, head_dim=128, kv_dtype_bytes=4, context_limit=131_072)
+
+
+@pytest.mark.parametrize("model", [FACTS, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("held", [0, 1, 1347])
+def test_the_formula_is_the_models_own_and_gives_the_bytes_shown(model: ModelFacts, held: int) -> None:
+    state = PanelState(model=model, turn=TurnFigures(kv_tokens=held, kv_bytes=held * 7))
+    shown = text(kv_lines(state))
+    formula = shown.partition("used")[0].replace("KV cache", "")
+    factors = [int(word.replace(",", "")) for word in formula.split() if word.replace(",", "").isdigit()]
+    assert factors == [2, model.layers, model.kv_heads, model.head_dim, model.kv_dtype_bytes, held]
+    product = prod(factors)
+    assert product == model.kv_bytes_per_token * held
+    assert f"used{megabytes(product):>15}" in shown
+    assert f"allocated{megabytes(held * 7):>10}" in shown
+
+
+def test_without_a_model_there_is_no_formula() -> None:
+    assert kv_lines(PanelState()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "largest", "width", "shown"),
+    [
+        (0, 10, 8, ""),
+        (5, 0, 8, ""),
+        (-1, 10, 8, ""),
+        (10, 10, 8, "████████"),
+        (5, 10, 8, "████"),
+        (1, 1_000_000, 8, "▏"),
+        (9, 16, 1, "▌"),
+        (18, 32, 2, "█▏"),
+    ],
+)
+def test_a_bar_is_as_long_as_its_share(value: float, largest: float, width: int, shown: str) -> None:
+    assert bar(value, largest, width) == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "shown"),
+    [
+        ([], 8, ""),
+        ([0.0, 0.0], 8, ""),
+        ([8.0], 8, "█"),
+        ([1.0, 4.0, 8.0], 8, "▁▄█"),
+        ([100.0, 1.0, 8.0], 2, "▁█"),
+    ],
+)
+def test_a_sparkline_shows_the_latest_values(values: list[float], width: int, shown: str) -> None:
+    assert sparkline(values, width) == shown
+
+
+@pytest.mark.parametrize("mode", list(CacheMode))
+def test_the_mode_stands_in_large_letters_of_one_width(mode: CacheMode) -> None:
+    rows = big_letters(mode.value)
+    assert len({len(row) for row in rows}) == 1
+    assert text(mode_lines(PanelState(mode=mode))).startswith("\n".join(rows))
+
+
+def test_what_is_not_known_yet_is_a_dash() -> None:
+    words = [line.plain.split() for line in turn_lines(PanelState())[1:] if line.plain]
+    lines = {name: rest for name, *rest in words}
+    assert lines["reused"] == ["0"]
+    assert lines["TTFT"] == ["–"]
+    assert lines["prefill"] == lines["decode"] == ["–", "tok/s"]
+    assert lines["ms/token"] == ["–"]
+
+
+def test_a_reading_in_progress_comes_before_the_note() -> None:
+    turn = TurnFigures(reuse_note="template changed")
+    assert text(turn_lines(PanelState(turn=turn))).endswith("template changed")
+    turn = replace(turn, reading="reading 5 of 10")
+    assert text(turn_lines(PanelState(turn=turn))).endswith("reading 5 of 10")
+
+
+@pytest.mark.parametrize(
+    ("reused", "rate", "seconds"), [(0, 500.0, ""), (100, 0.0, ""), (100, 500.0, "≈ 0.20 s")]
+)
+def test_what_reuse_saved_is_an_estimate_and_says_so(reused: int, rate: float, seconds: str) -> None:
+    state = PanelState(turn=TurnFigures(reused=reused), prefill_rate=rate)
+    assert saving(state)[0] == seconds
+    assert bool(saving_lines(state)) is bool(seconds)
+    if seconds:
+        shown = text(saving_lines(state))
+        assert "≈" in shown
+        assert f"estimate at {rate:,.0f} tok/s" in shown
+
+
+def test_without_a_finished_turn_nothing_is_compared() -> None:
+    assert comparison_lines(PanelState()) == []
+
+
+@pytest.mark.parametrize(
+    ("modes", "ratios"),
+    [
+        (["on"], []),
+        (["turn"], []),
+        (["off"], []),
+        (["turn", "off"], []),
+        (["on", "turn"], ["on: TTFT 10.4× sooner than turn"]),
+        (["on", "off"], ["on: decode 10.0× faster than off"]),
+        (["on", "turn", "off"], ["on: TTFT 10.4× sooner than turn", "on: decode 10.0× faster than off"]),
+    ],
+)
+def test_ratios_are_shown_only_where_both_sides_were_measured(modes: list[str], ratios: list[str]) -> None:
+    by_mode = {mode: stats(CacheMode(mode), reused=94 if mode == "on" else 0) for mode in modes}
+    assert [line.plain for line in ratio_lines(by_mode)] == ratios
+    shown = [line.plain for line in comparison_lines(PanelState(by_mode=by_mode))]
+    assert [line for line in shown if "×" in line] == ratios
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    zero = {mode.value: replace(stats(mode), ttft_s=0.0, decode_tok_s=0.0) for mode in CacheMode}
+    assert ratio_lines(zero) == []
+    assert len(comparison_lines(PanelState(by_mode=zero))) == 2 + len(CacheMode)
+
+
+def test_the_comparison_has_a_line_for_every_mode() -> None:
+    state = PanelState(by_mode={"turn": stats(CacheMode.TURN)})
+    assert [line.plain.split() for line in comparison_lines(state)[2:]] == [
+        ["on", "–", "–", "–"],
+        ["turn", "0.21", "s", "80.0", "114"],
+        ["off", "–", "–", "–"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "context"),
+    [(FACTS, 1347), (FACTS, 8192), (LARGE, 131_072)],
+)
+def test_no_line_is_wider_than_the_panel(model: ModelFacts, context: int) -> None:
+    on = stats(reused=context - 30, prompt=context - 20)
+    off = replace(on, cache_mode="off", decode_tok_s=0.31, ttft_s=20.45)
+    state = PanelState(
+        model=model,
+        turn=replace(figures_of(on), kv_tokens=context, kv_bytes=context * model.kv_bytes_per_token),
+        step_ms=(5.0, 3211.0) * KEPT_STEPS,
+        rss_bytes=999_900_000,
+        prefill_rate=1234.5,
+        by_mode={"on": replace(on, decode_tok_s=128.0), "turn": off, "off": off},
+    )
+    lines = panel_content(state).plain.splitlines()
+    assert [line for line in lines if len(line) > INNER_WIDTH] == []
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def answered(figures: Figures, *given: TurnStats) -> None:
+    """So many turns are over."""
+    for each in given:
+        figures.asked()
+        figures.finished(TurnFinished("turn", "text", (1,), "scripted", each, ()))
+
+
+def test_a_turn_is_counted_while_it_goes_on() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.started(TurnStarted("turn", 30, 20, 10, "system prompt changed"))
+    figures.tokens(tokens(1, said="", seconds=9.0))
+    assert figures.state.turn.ttft_s is None
+    figures.tokens(tokens(2))
+    turn = figures.state.turn
+    assert (turn.reused, turn.read, turn.written, turn.context) == (20, 10, 3, 33)
+    assert turn.reuse_note == "system prompt changed"
+    assert turn.ttft_s is not None
+    # the first token's step is the prefill: 9 s would be no decode step
+    assert figures.state.step_ms == (20.0, 20.0)
+    assert turn.decode_tok_s == pytest.approx(50.0)
+
+
+def test_measured_figures_replace_counted_ones() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.tokens(tokens(3))
+    measured = stats(reused=90)
+    figures.finished(TurnFinished("turn", "text", (1,), "scripted", measured, ()))
+    assert figures.state.turn == figures_of(measured)
+    assert figures.state.rss_bytes == measured.rss_bytes
+
+
+def test_the_last_turn_of_each_mode_is_remembered() -> None:
+    figures = Figures()
+    first, second = stats(written=10), stats(written=20)
+    off = stats(CacheMode.OFF)
+    answered(figures, first, off, second)
+    assert figures.state.by_mode == {"on": second, "off": off}
+
+
+def test_only_the_latest_steps_are_kept() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.tokens(tokens(10 * KEPT_STEPS))
+    assert len(figures.state.step_ms) == KEPT_STEPS
+
+
+def test_the_rate_of_reading_comes_from_the_largest_prompt_that_was_long_enough() -> None:
+    figures = Figures()
+    answered(figures, replace(stats(prompt=ENOUGH_TOKENS - 1), prefill_tok_s=1.0))
+    assert figures.state.prefill_rate == 0
+    answered(figures, replace(stats(prompt=1000), prefill_tok_s=2.0))
+    assert figures.state.prefill_rate == 2.0
+    answered(figures, replace(stats(prompt=ENOUGH_TOKENS), prefill_tok_s=3.0))
+    assert figures.state.prefill_rate == 2.0
+    answered(figures, replace(stats(prompt=2000), prefill_tok_s=4.0))
+    assert figures.state.prefill_rate == 4.0
+
+
+def test_a_new_turn_keeps_what_the_cache_holds_and_forgets_the_rest() -> None:
+    figures = Figures()
+    answered(figures, stats(reused=90))
+    figures.asked()
+    assert figures.state.turn == TurnFigures(kv_tokens=114, kv_bytes=114 * FACTS.kv_bytes_per_token)
+    assert figures.state.step_ms == ()
+
+
+def test_an_opened_conversation_shows_its_last_turn_and_what_is_warm() -> None:
+    on, off = stats(reused=90), stats(CacheMode.OFF)
+    messages = tuple(Message(n, None, "assistant", "a", "", stats=each) for n, each in enumerate((off, on)))
+    conversation = Conversation("id", mode=CacheMode.TURN, messages=messages)
+    figures = Figures()
+    figures.opened(conversation, WarmCache("id", 114, 5000))
+    assert figures.state.mode is CacheMode.TURN
+    assert figures.state.turn == replace(figures_of(on), kv_tokens=114, kv_bytes=5000)
+    assert figures.state.by_mode == {"off": off, "on": on}
+    figures.opened(conversation, None)
+    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (0, 0)
+    figures.opened(Conversation("other"), None)
+    assert figures.state.turn == TurnFigures()
+    assert figures.state.by_mode == {}
+
+
+def test_an_answer_that_is_come_back_to_counts_on_and_claims_no_ttft() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.resumed(40)
+    figures.tokens(tokens(2))
+    assert figures.state.turn.written == 42
+    assert figures.state.turn.ttft_s is None
+    assert len(figures.state.step_ms) == 2
+
+
+def test_a_short_prefill_says_nothing_and_a_long_one_how_much_is_left() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.prefilled(PrefillProgress("turn", 1_000_000_000, 1_000_000_001))
+    assert figures.state.turn.reading == ""
+    figures.prefilled(PrefillProgress("turn", 1, 1_000_000_000_000))
+    assert figures.state.turn.reading.startswith("reading 1 of 1,000,000,000,000, ")
+    figures.tokens(tokens(1))
+    assert figures.state.turn.reading == ""
+
+
+# --- pace ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "pause_s"),
+    [(0.0, FASTEST_S), (0.05, 0.05 / CPU_SHARE), (10.0, SLOWEST_S), (1e9, SLOWEST_S)],
+)
+def test_the_pause_after_a_draw_follows_from_its_cost(cpu_s: float, pause_s: float) -> None:
+    assert pause_after(cpu_s) == pytest.approx(pause_s)
