@@ -245,13 +245,17 @@ async def running(
     size: tuple[int, int] = SIZE,
     model: str = MODEL,
     ready: bool = True,
+    toasts: bool = False,
 ) -> AsyncIterator[Chat]:
-    """A chat that runs inside the block; its engine is ready unless `ready` is false."""
+    """A chat that runs inside the block; its engine is ready unless `ready` is false.
+
+    `toasts` draws what the program says in passing, over whatever stands below.
+    """
     engine = engine or ScriptedEngine()
     session = session or session_over()
     app = still(ChatApp(lambda: session, engine.attach, model=model))
     with brisk():
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=toasts) as pilot:
             chat = Chat(app, pilot, session, engine)
             if ready:
                 await chat.until(lambda: "ready" in chat.status(), "the engine is ready")

@@ -247,6 +247,8 @@ async def test_an_answer_that_ends_elsewhere_is_there_on_coming_back(
         await chat.until_idle()
         assert chat.answers() == ["High."]
         assert [text for _, text, _ in chat.kept()] == ["About the alps", "High."]
+        assert chat.figure("written") == "0"
+        assert chat.compared() == {}
         await switch_to(chat, "About bread")
         assert chat.answers() == ["Flour.", "Knead and wait."]
         assert "stop" in [finish for _, _, finish in chat.kept()][-1:]
@@ -341,6 +343,8 @@ async def test_only_the_end_of_a_long_conversation_is_mounted_and_earlier_ones_c
         first = 250 - SHOWN_AT_ONCE
         assert chat.questions() == [f"user {n}" for n in range(first, 250)]
         assert chat.answers() == [f"assistant {n}" for n in range(first, 250)]
+        left = chat.transcript.query_one(EarlierMessages)
+        assert str(left.content) == f"▲ {500 - 2 * SHOWN_AT_ONCE} earlier messages"
         await chat.ask("One more")
         assert len(chat.engine.requests[0].messages) == 501
 

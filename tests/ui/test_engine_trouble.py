@@ -48,6 +48,14 @@ async def test_the_reason_of_a_death_is_told_once() -> None:
         assert sum(KILLED in notice for notice in chat.notices()) == 1
 
 
+@pytest.mark.parametrize("said", [(KILLED, f"{KILLED}\nMore"), (f"{KILLED}\nMore", KILLED)])
+async def test_of_two_notices_that_say_the_same_the_longer_one_stays(said: tuple[str, str]) -> None:
+    async with running() as chat:
+        for text in ("Something else", *said):
+            await chat.transcript.notice(text)
+        assert chat.notices() == ["Something else", f"{KILLED}\nMore"]
+
+
 async def test_death_before_the_first_token_keeps_the_question() -> None:
     engine = ScriptedEngine()
     gate = engine.gate()

@@ -151,14 +151,19 @@ async def test_hostile_titles_are_harmless_wherever_they_stand() -> None:
 
 
 async def test_a_hostile_system_prompt_a_hostile_command_and_a_hostile_mode() -> None:
-    async with running() as chat:
-        for text in (f"/system {WORST}", f"/cache {WORST}", f"/{WORST}"):
+    async with running(toasts=True) as chat:
+        for text, said in (
+            (f"/system {WORST}", "The next turn reads"),
+            (f"/cache {WORST}", "The cache modes are"),
+            (f"/{MARKUP}{CONTROLS}", "There is no command"),
+            (f"/{CONTROLS}", "There is no command"),
+        ):
             await chat.send(text)
-            await chat.pilot.pause()
+            await chat.until_visible(said)
             assert_harmless(chat)
             chat.prompt.text = ""
+            chat.app.clear_notifications()
         assert chat.session.current.system_prompt == clean(WORST)
-        await chat.until_said("There is no command")
         await chat.send("/system")
         await chat.dialog(AskLine)
         assert_harmless(chat)

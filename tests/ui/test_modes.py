@@ -100,7 +100,7 @@ async def test_f3_hides_and_shows_the_panel() -> None:
         assert chat.shows("#panel")
         await chat.press("f3")
         assert not chat.shows("#panel")
-        assert "KV heads" not in chat.visible()
+        await chat.until(lambda: "KV heads" not in chat.visible(), "the panel is painted over")
         await chat.press("f3")
         assert chat.shows("#panel")
         await chat.until_visible("KV heads")

@@ -103,7 +103,7 @@ def nothing_undrawn(chat: Chat) -> bool:
 async def test_text_is_on_the_screen_while_the_rest_is_still_being_written() -> None:
     engine = ScriptedEngine()
     gate = engine.gate()
-    engine.answers("Half of ", gate, "it.")
+    engine.answers(*"Half of ", gate, "it.")
     async with running(engine) as chat:
         await chat.send("Go")
         await chat.until_drawn("Half of ")
