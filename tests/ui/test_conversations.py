@@ -92,7 +92,7 @@ async def test_ctrl_s_from_the_list_goes_back_to_the_prompt() -> None:
         await chat.until_visible("About bread")
         await chat.press("ctrl+s")
         assert chat.prompt.has_focus
-        assert "About bread" not in chat.visible()
+        await chat.until(lambda: "About bread" not in chat.visible(), "the list is gone")
 
 
 async def test_the_list_says_what_is_warm() -> None:

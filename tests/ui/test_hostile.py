@@ -164,6 +164,9 @@ async def test_a_hostile_system_prompt_a_hostile_command_and_a_hostile_mode() ->
             chat.prompt.text = ""
             chat.app.clear_notifications()
         assert chat.session.current.system_prompt == clean(WORST)
+        chat.screen._say(f"An error: {WORST}")
+        await chat.until_visible("An error: ")
+        assert_harmless(chat)
         await chat.send("/system")
         await chat.dialog(AskLine)
         assert_harmless(chat)
