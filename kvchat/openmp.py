@@ -8,7 +8,7 @@ late one needs to come back. Here they spin briefly and then sleep.
 import os
 
 SPINS = "1000"
-"""About a microsecond: long enough for threads that run side by side to meet."""
+"""Long enough for threads that run side by side to meet, short against the time a core is taken away."""
 
 
 def wait_politely() -> None:

@@ -32,6 +32,11 @@ class Figures:
         """The engine is there."""
         self.state = replace(self.state, model=model, rss_bytes=rss_bytes)
 
+    def lost(self) -> None:
+        """The engine died, and with it every cache."""
+        self.state = replace(self.state, rss_bytes=0)
+        self._change(kv_tokens=0, kv_bytes=0)
+
     def mode(self, mode: CacheMode) -> None:
         """The mode of the open conversation."""
         self.state = replace(self.state, mode=mode)

@@ -130,6 +130,7 @@ class Turns:
                 self.figures.ready(status.model, status.rss_bytes)
             case Died():
                 self.warm.clear()
+                self.figures.lost()
                 self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
                 again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""

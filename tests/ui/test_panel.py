@@ -41,7 +41,7 @@ from kvchat.ui.widgets.panel import (
     sparkline,
     turn_lines,
 )
-from tests.ui.scripted import FACTS, stats_of
+from tests.ui.scripted import FACTS, RSS, stats_of
 
 
 def stats(
@@ -326,3 +326,12 @@ def test_a_short_prefill_says_nothing_and_a_long_one_how_much_is_left() -> None:
 )
 def test_the_pause_after_a_draw_follows_from_its_cost(cpu_s: float, pause_s: float) -> None:
     assert pause_after(cpu_s) == pytest.approx(pause_s)
+
+
+def test_with_the_engine_the_panel_loses_what_it_held() -> None:
+    figures = Figures()
+    figures.ready(FACTS, RSS)
+    figures.state = replace(figures.state, turn=TurnFigures(read=9, kv_tokens=9, kv_bytes=9))
+    figures.lost()
+    held = figures.state
+    assert (held.turn.kv_tokens, held.turn.kv_bytes, held.rss_bytes, held.turn.read) == (0, 0, 0, 9)

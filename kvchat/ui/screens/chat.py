@@ -314,13 +314,13 @@ class ChatScreen(Screen[None]):
 
     def _status_line(self) -> Content:
         state = self._turns.figures.state
-        parts = [one_line(self._model)]
+        answering = self._turns.answering
+        doing = "writing, Esc stops" if answering and state.model else self._turns.status
+        parts = [doing, one_line(self._model)]
         if state.model:
             threads = f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"
             used = f"{state.turn.context:,} / {state.model.context_limit:,}"
             parts += [state.model.path, threads, f"context {used}"]
-        answering = self._turns.answering
-        parts.append("writing, Esc stops" if answering and state.model else self._turns.status)
         mode = state.mode
         return Content.assemble(
             ("kvchat  ", "bold $text-accent"),

@@ -30,7 +30,6 @@ MEANING = {
 BARS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32
-SPARK_WIDTH = 19
 ENOUGH_TOKENS = 64
 """A prefill rate measured over fewer tokens says more about overhead than about reading."""
 
