@@ -138,7 +138,7 @@ def tokens(loaded: LoadedModel, count: int) -> list[int]:
 
 def _prefill(loaded: LoadedModel, count: int) -> tuple[float, ConversationKV]:
     """(seconds to read `count` tokens in chunks, the cache they filled)."""
-    kv = ConversationKV(loaded.facts.layers)
+    kv = loaded.new_kv()
     reader, ids = CachedReader(loaded.model, kv), tokens(loaded, count)
     started = time.perf_counter()
     for start in range(0, count, PREFILL_CHUNK):

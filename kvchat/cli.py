@@ -18,8 +18,9 @@ import click
 from click.core import ParameterSource
 
 from kvchat import settings
+from kvchat.cache_commands import cache as cache_commands
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options
 from kvchat.openmp import wait_politely
@@ -91,6 +92,9 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         given["threads"],
         given["context"],
         given["device"],
+        given["kv_budget"],
+        None if given["private"] else paths.kv,
+        given["kv_disk"],
     )
     app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
@@ -119,9 +123,16 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
     loaded = _load(session.current.model, paths, given)
-    from kvchat.engine.engine import LocalEngine
+    from kvchat.engine.build import open_engine
 
-    sys.exit(run_turns(session, LocalEngine(loaded), prompts, as_json=as_json))
+    folder = None if given["private"] else paths.kv
+    engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"])
+    try:
+        code = run_turns(session, engine, prompts, as_json=as_json)
+    finally:
+        engine.close()
+        session.note_events(engine.pool().events)
+    sys.exit(code)
 
 
 def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
@@ -168,6 +179,50 @@ def bench(contexts: str, turns: int, answer_tokens: int, fill: bool, as_json: bo
         click.echo(json.dumps(measured, indent=1))
     else:
         Console().print(table_of(measured["rows"]))
+
+
+@cli.command()
+@click.argument("conversation", default="")
+@click.option("--tokens", type=click.IntRange(2), default=24, show_default=True, help="Of each answer.")
+@click.option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file.")
+@click.option("--threads", type=click.IntRange(1), help="For torch; default: every physical core.")
+@data_dir
+def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) -> None:  # noqa: ANN401
+    """Prove that the KV cache changes nothing: in fp32, against no cache, token by token.
+
+    Takes the questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
+    """
+    paths = find_paths(data_dir)
+    name, questions = _questions(conversation, paths)
+    given |= {"precision": "fp32", "context": None, "device": "cpu"}
+    loaded = _load(given["model"] or name, paths, given)
+    from kvchat.verify import QUESTIONS, run_checks
+
+    click.echo(f"{loaded.facts.name}, fp32, greedy: every kind of cache against no cache", err=True)
+    click.echo(f"{'':<28}{'tokens':>7}  {'first difference':>16}  {'largest logit gap':>17}")
+    equal = True
+    for check in run_checks(loaded, questions or QUESTIONS, tokens):
+        differing = "none" if check.differing is None else f"token {check.differing + 1}"
+        click.echo(f"{check.name:<28}{check.compared:>7}  {differing:>16}  {check.gap:>17.6f}")
+        equal = equal and check.equal
+    if loaded.facts.gap_refusal:
+        click.echo(f"sinks and snapkv can't be used: {loaded.facts.gap_refusal}")
+    click.echo("All equal." if equal else "The cache changed an answer.")
+    sys.exit(0 if equal else 1)
+
+
+def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
+    """(model, what was asked) of a saved conversation; the default model and nothing without one."""
+    if not conversation:
+        return DEFAULT_MODEL, []
+    from kvchat.store import Store
+
+    store = Store(paths.database)
+    saved = store.load(store.find(conversation))
+    questions = [m.text for m in saved.messages if m.role == "user"]
+    if len(questions) < 2:
+        raise KvchatError("This conversation has fewer than two questions; there is nothing to keep yet.")
+    return saved.model or DEFAULT_MODEL, questions
 
 
 def parse_contexts(text: str) -> list[int]:
@@ -242,6 +297,9 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
         system_prompt=given["system"] or "",
         mode=CacheMode(given["cache"] or CacheMode.ON),
         sampling=settings.changed(settings.sampling_of(find_card(name)), given),
+        kv=KVPrecision(given["kv"] or KVPrecision.AUTO),
+        policy=EvictionPolicy(given["policy"] or EvictionPolicy.TURNS),
+        private=given["private"],
     )
     session = Session(Store(None if given["private"] else paths.database), defaults)
     if given["resume"]:
@@ -252,6 +310,8 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
         mode=CacheMode(explicit["cache"]) if explicit.get("cache") else None,
         system_prompt=explicit.get("system"),
         sampling=settings.changed(session.current.sampling, explicit),
+        kv=KVPrecision(explicit["kv"]) if explicit.get("kv") else None,
+        policy=EvictionPolicy(explicit["policy"]) if explicit.get("policy") else None,
         model=name if explicit.get("model") else session.current.model or name,
     )
     return session
@@ -386,6 +446,9 @@ def rm(name: str, data_dir: Path | None) -> None:
     click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
 
 
+cli.add_command(cache_commands)
+
+
 def main() -> None:
     """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
@@ -393,7 +456,12 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
     try:
         config = settings.read_config(find_paths().config_file, _setting_names())
-        defaults = dict.fromkeys(cli.commands, config) | {"models": dict.fromkeys(models.commands, config)}
+        defaults = dict.fromkeys(cli.commands, config)
+        defaults |= {
+            group.name: dict.fromkeys(group.commands, config)
+            for group in (models, cache_commands)
+            if group.name
+        }
         cli(prog_name="kvchat", default_map=defaults)
     except KvchatError as error:
         click.echo(f"kvchat: {error}", err=True)

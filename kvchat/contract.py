@@ -22,6 +22,30 @@ class CacheMode(StrEnum):
     """Never made: every generated token reads the whole history again."""
 
 
+class KVPrecision(StrEnum):
+    """How keys and values are stored."""
+
+    AUTO = "auto"
+    """As the model computes them; under memory pressure in 8 bits, rather than dropped."""
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class EvictionPolicy(StrEnum):
+    """What is dropped when the context is full; `kvchat.cache.evict` has them."""
+
+    NONE = "none"
+    """Nothing: the answer ends, and the next one is refused."""
+    TURNS = "turns"
+    """The oldest whole turns; what stays is read again: exact."""
+    SINKS = "sinks"
+    """All but the first tokens and the latest ones, with a gap: approximate."""
+    SNAPKV = "snapkv"
+    """What the latest question hardly attends to, with gaps: approximate."""
+
+
 class FinishReason(StrEnum):
     """Why a turn ended."""
 
@@ -68,9 +92,17 @@ class TurnRequest:
     """Identifies this turn, so that a stop meant for it can't hit another."""
     conversation: str
     messages: tuple[PromptMessage, ...]
-    """The whole conversation; the last message is the user's."""
+    """The whole conversation. The last message is the user's, or an answer that is to be continued."""
     mode: CacheMode
     sampling: Sampling
+    kv: KVPrecision = KVPrecision.AUTO
+    policy: EvictionPolicy = EvictionPolicy.TURNS
+    left_out: int = 0
+    """The oldest messages, system prompt aside, that an earlier eviction left out."""
+    today: str = ""
+    """The date that templates see, ISO 8601; frozen per conversation, so that midnight costs no cache."""
+    remember: bool = True
+    """Whether anything of it may be written to disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +123,10 @@ class ModelFacts:
     """Which code decodes, for instance `eager bf16`."""
     tokenizer: str
     """Fingerprint: token ids belong to it."""
+    notes: tuple[str, ...] = ()
+    """What is special about this model's cache, in sentences."""
+    gap_refusal: str = ""
+    """Why policies that leave a gap can't be used with this model; empty where they can."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -135,6 +171,63 @@ class TurnStats:
     finish_reason: str
     reuse_note: str
     """Why less was reused than the history; empty when everything was."""
+    evicted_tokens: int = 0
+    """Dropped in this turn because the context was full."""
+    restored_tokens: int = 0
+    """Those of the reused ones that came from disk in this turn."""
+    restore_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why tokens that were read before have to be read again."""
+
+    cause: str
+    """What happened, in words."""
+    tokens: int
+    """To read again."""
+    seconds: float | None
+    """What that costs at the prefill rate measured so far; None before any was measured."""
+    token: int | None = None
+    """Index of the first token that differs; None where there was no cache to compare with."""
+    was: str = ""
+    """The cached text from there on, shortened."""
+    now: str = ""
+    """The prompt's text from there on, shortened."""
+    message: int | None = None
+    """The message it stands in: 0 is the system prompt and the template's own words, 1 the first message."""
+
+
+class CacheEventKind(StrEnum):
+    """What can happen to a cache."""
+
+    REUSE = "reuse"
+    MISS = "miss"
+    EVICT = "evict"
+    SAVE = "save"
+    SPILL = "spill"
+    RESTORE = "restore"
+    REFUSE = "refuse"
+    """What lay on disk could not be used."""
+    FORK = "fork"
+    LEND = "lend"
+    """Another conversation's prefix was shared."""
+    CONVERT = "convert"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """One line of a conversation's timeline: nothing happens to a cache without one."""
+
+    conversation: str
+    kind: CacheEventKind
+    tokens: int
+    bytes: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    at: float = 0.0
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +263,8 @@ class TurnStarted:
     reused_tokens: int
     prefilled_tokens: int
     reuse_note: str
+    miss: Miss | None = None
+    restored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +305,37 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class WarmCache:
-    """A conversation whose KV cache is in memory."""
+    """A conversation whose KV cache is in memory, or on disk."""
 
     conversation: str
     tokens: int
     bytes: int
+    """In memory; memory that forks share counts for each of them."""
+    disk_bytes: int = 0
+    kv_dtype: str = ""
+    pinned: bool = False
+    next_to_go: bool = False
+    last_used: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def hot(self) -> bool:
+        """Whether it is in memory."""
+        return self.bytes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """Every cache there is, and what they may take."""
+
+    caches: tuple[WarmCache, ...]
+    used_bytes: int
+    """In memory, each piece counted once."""
+    budget_bytes: int
+    disk_bytes: int
+    disk_cap_bytes: int
+    events: tuple[CacheEvent, ...] = ()
+    """What happened since the last report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +348,11 @@ class TurnFinished:
     """Without the end-of-turn id: the template writes that one."""
     tokenizer: str
     stats: TurnStats
-    warm: tuple[WarmCache, ...]
+    pool: PoolState
+    left_out: int = 0
+    """The oldest messages that are left out from now on; `TurnRequest.left_out` of the next turn."""
+    kv: KVPrecision | None = None
+    """Another precision that the cache took in this turn; None where it is the one that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +363,122 @@ class TurnFailed:
     reason: str
 
 
-TurnEvent = TurnStarted | PrefillProgress | Tokens | TurnFinished | TurnFailed
-Status = Loading | Ready | Died
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """The context was full, and something was dropped in the middle of a turn."""
+
+    turn: str
+    tokens: int
+    note: str
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keeps a cache in memory longer than the others, or no longer."""
+
+    conversation: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Moves a cache out of memory: to disk where that is allowed, else away."""
+
+    conversation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Brings a cache from disk into memory."""
+
+    conversation: str
+    kv: KVPrecision = KVPrecision.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Frees a cache in memory and on disk; the text stays."""
+
+    conversation: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetBudget:
+    """Changes how many bytes all caches may take in memory."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Gives a new conversation the cache of another, shared until one of them writes."""
+
+    parent: str
+    child: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPrecision:
+    """Stores a cache's keys and values in another precision from now on; answered by `Converted`."""
+
+    conversation: str
+    kv: KVPrecision
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What would this turn cost, were it asked now? Answered by `Quote`; nothing happens."""
+
+    key: str
+    request: TurnRequest
+
+
+CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """The price of a turn before it is asked."""
+
+    key: str
+    prompt_tokens: int
+    reused_tokens: int
+    prefilled_tokens: int
+    seconds: float | None
+    """Of reading the unread tokens at the measured rate; None before any was measured."""
+    miss: Miss | None
+    preview: str
+    """What the request's eviction policy would drop if the context were full now, and what that costs."""
+    refusal: str = ""
+    """Why the turn could not be answered at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A cache is stored in another precision."""
+
+    conversation: str
+    kv_dtype: str
+    bytes_before: int
+    bytes_after: int
+    compared_tokens: int
+    agreeing_tokens: int
+    """Of the compared ones, how many the model would still have chosen first."""
+    note: str = ""
+    """Where nothing was converted: why not, and what happens instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A cache act that could not be done."""
+
+    reason: str
+
+
+TurnEvent = TurnStarted | PrefillProgress | Tokens | Evicted | TurnFinished | TurnFailed
+Report = PoolState | Quote | Converted | Refused
+Status = Loading | Ready | Died | Report
 
 
 class Engine(Protocol):
@@ -253,10 +492,14 @@ class Engine(Protocol):
         """Ends that turn soon, wherever it is; callable from any thread."""
         ...
 
+    def act(self, act: CacheAct) -> None:
+        """Does something to the caches, between turns; what came of it is reported as a `Report`."""
+        ...
+
     def forget(self, conversation: str) -> None:
-        """Frees the cache of a conversation; unknown ones are no error."""
+        """Frees the cache of a conversation, in memory and on disk; unknown ones are no error."""
         ...
 
     def close(self) -> None:
-        """Frees everything."""
+        """Saves what is not saved, and frees everything."""
         ...

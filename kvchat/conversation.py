@@ -7,7 +7,7 @@ conversation's `head` says which leaf is shown. It knows no storage and no engin
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnStats
+from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
 
 TITLE_LENGTH = 48
 
@@ -39,6 +39,12 @@ class Conversation:
     mode: CacheMode = CacheMode.ON
     sampling: Sampling = field(default_factory=Sampling)
     model: str = ""
+    kv: KVPrecision = KVPrecision.AUTO
+    policy: EvictionPolicy = EvictionPolicy.TURNS
+    left_out: int = 0
+    """The oldest messages that an eviction left out; they stay in the file and on the screen."""
+    created_at: str = ""
+    """UTC, ISO 8601; the date that chat templates see."""
     messages: tuple[Message, ...] = ()
 
     @property

@@ -6,9 +6,28 @@ from typing import Any, TypeVar
 
 import click
 
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
+from kvchat.text import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: `2GB`, `512 MB`, `1e9`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
+        """The number; MB are 1,000,000 bytes."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no size. Write 2GB, 512MB or a number of bytes.", param, ctx)
+
+
+SIZE = Size()
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
@@ -48,6 +67,24 @@ chat_options = together(
         "--cache",
         type=click.Choice([mode.value for mode in CacheMode]),
         help="What happens to the KV cache; default: on.",
+    ),
+    option(
+        "--kv",
+        type=click.Choice([precision.value for precision in KVPrecision]),
+        help="Precision of keys and values; default: auto, as the model computes them.",
+    ),
+    option(
+        "--policy",
+        type=click.Choice([policy.value for policy in EvictionPolicy]),
+        help="What is dropped when the context is full; default: turns.",
+    ),
+    option("--kv-budget", type=SIZE, help="Memory for all KV caches, such as 2GB; default: a quarter."),
+    option(
+        "--kv-disk",
+        type=SIZE,
+        default="4GB",
+        show_default=True,
+        help="Disk for saved caches; 0 saves none.",
     ),
     option("--max-tokens", type=click.IntRange(1), help="Of an answer; default: the card's."),
     option("--temperature", type=click.FloatRange(0), help="0 is greedy; default: the card's."),

@@ -21,9 +21,11 @@ from queue import SimpleQueue
 from threading import Thread
 
 from kvchat.contract import (
+    CacheAct,
     Died,
     Loading,
     Ready,
+    Report,
     Status,
     Tokens,
     TurnEvent,
@@ -40,8 +42,8 @@ BATCH_S = 1 / 15
 LOG_TAIL_LINES = 6
 ENGINE_NICENESS = 5
 """The model takes every core; with this, a key pressed meanwhile is served first."""
-CLOSING_S = 0.5
-"""How long a closing child may take before it is killed."""
+CLOSING_S = 3.0
+"""How long a closing child may take, to save what is not saved, before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class EngineOptions:
     threads: int | None = None
     context: int | None = None
     device: str = "auto"
+    kv_budget: int | None = None
+    """Bytes in memory for all caches; None takes a quarter of what is available."""
+    kv_folder: Path | None = None
+    """Where caches are saved; None saves none."""
+    kv_disk: int = 0
+    """Bytes that saved caches may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Forget:
     conversation: str
 
 
-Request = TurnRequest | Stop | Forget
+Request = TurnRequest | Stop | Forget | CacheAct
 
 
 def allow_spawning() -> None:
@@ -128,6 +136,10 @@ class LinkedEngine:
         """Ends that turn soon."""
         self._outbox.put(Stop(turn))
 
+    def act(self, act: CacheAct) -> None:
+        """Does something to the caches, after the turn under way; reports come as a status."""
+        self._outbox.put(act)
+
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""
         self._outbox.put(Forget(conversation))
@@ -156,7 +168,7 @@ class LinkedEngine:
                     event = pipe.recv()
                     if isinstance(event, Died):
                         failed = event.reason
-                    elif isinstance(event, Loading | Ready):
+                    elif isinstance(event, Loading | Ready | Report):
                         self._on_status(event)
                     elif events := self._waiting.get(event.turn):
                         events.put(event)
@@ -232,7 +244,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
 
 
 def _serve(pipe: Connection, options: EngineOptions) -> None:
-    from kvchat.engine.engine import LocalEngine
+    from kvchat.engine.build import open_engine
     from kvchat.engine.load import load_model
     from kvchat.engine.meter import memory_in_use
 
@@ -245,8 +257,8 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         context=options.context,
         device=options.device,
     )
-    engine = LocalEngine(loaded)
-    requests: SimpleQueue[TurnRequest | Forget | None] = SimpleQueue()
+    engine = open_engine(loaded, options.kv_budget, options.kv_folder, options.kv_disk, pipe.send)
+    requests: SimpleQueue[TurnRequest | Forget | CacheAct | None] = SimpleQueue()
 
     def receive() -> None:
         with suppress(EOFError, OSError):
@@ -260,12 +272,16 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
 
     Thread(target=receive, daemon=True, name="requests").start()
     pipe.send(Ready(engine.facts, memory_in_use()))
+    pipe.send(engine.pool())
     while (request := requests.get()) is not None:
         if isinstance(request, Forget):
             engine.forget(request.conversation)
-        else:
+        elif isinstance(request, TurnRequest):
             for event in batched(engine.turn(request)):
                 pipe.send(event)
+        else:
+            engine.act(request)
+    engine.close()
 
 
 def _redirect_output(log_file: Path) -> None:

@@ -21,6 +21,8 @@ class Paths:
     """Conversations and figures (SQLite)."""
     models: Path
     """Fetched and converted models, one folder each."""
+    kv: Path
+    """Saved KV caches, one folder per conversation."""
     logs: Path
     """Output of the engine process."""
 
@@ -30,6 +32,7 @@ class Paths:
             "config": self.config_file,
             "database": self.database,
             "models": self.models,
+            "kv": self.kv,
             "logs": self.logs,
         }
 
@@ -39,6 +42,7 @@ def find_paths(data_dir: Path | None = None) -> Paths:
     config_file = platformdirs.user_config_path(APP) / "config.toml"
     if data_dir is not None:
         root = data_dir.expanduser().absolute()
-        return Paths(config_file, root / "kvchat.db", root / "models", root / "log")
+        return Paths(config_file, root / "kvchat.db", root / "models", root / "kv", root / "log")
     data = platformdirs.user_data_path(APP)
-    return Paths(config_file, data / "kvchat.db", data / "models", platformdirs.user_log_path(APP))
+    logs = platformdirs.user_log_path(APP)
+    return Paths(config_file, data / "kvchat.db", data / "models", data / "kv", logs)

@@ -6,10 +6,22 @@ while it is being written. It knows values and the store; it refuses to know tor
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from kvchat.contract import CacheMode, FinishReason, Sampling, Tokens, TurnFinished, TurnRequest
+from kvchat.contract import (
+    CacheEvent,
+    CacheMode,
+    EvictionPolicy,
+    FinishReason,
+    KVPrecision,
+    Sampling,
+    Tokens,
+    TurnFinished,
+    TurnRequest,
+)
 from kvchat.conversation import Conversation, Message, Summary, title_from
 from kvchat.errors import KvchatError
 
@@ -32,6 +44,10 @@ class Defaults:
     system_prompt: str = ""
     mode: CacheMode = CacheMode.ON
     sampling: Sampling = field(default_factory=Sampling)
+    kv: KVPrecision = KVPrecision.AUTO
+    policy: EvictionPolicy = EvictionPolicy.TURNS
+    private: bool = False
+    """Nothing is written, of the text or of the cache."""
 
 
 @dataclass(slots=True)
@@ -47,6 +63,8 @@ class PendingTurn:
     ids: list[int] = field(default_factory=list)
     saved_at: float = 0.0
     tokenizer: str = ""
+    goes_on: bool = False
+    """Whether the answer was begun in an earlier turn."""
 
 
 class Session:
@@ -103,9 +121,18 @@ class Session:
         system_prompt: str | None = None,
         sampling: Sampling | None = None,
         model: str | None = None,
+        kv: KVPrecision | None = None,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         """Changes settings of the open conversation; they hold from the next turn on."""
-        given = {"mode": mode, "system_prompt": system_prompt, "sampling": sampling, "model": model}
+        given = {
+            "mode": mode,
+            "system_prompt": system_prompt,
+            "sampling": sampling,
+            "model": model,
+            "kv": kv,
+            "policy": policy,
+        }
         changes = {name: value for name, value in given.items() if value is not None}
         self.current = replace(self.current, **changes)  # type: ignore[arg-type]
         if self._saved():
@@ -118,9 +145,7 @@ class Session:
         """
         if self.pending and self.pending.conversation == self.current.id:
             self.abandon_turn()
-        self.current = replace(self.current, messages=())
-        if self._saved():
-            self._store.set_head(self.current.id, None)
+        self._go_to(())
 
     def begin_turn(self, text: str) -> TurnRequest:
         """Saves the user's message and asks for its answer.
@@ -151,9 +176,91 @@ class Session:
             messages = messages[:-1]
         if not messages:
             raise KvchatError("There is no answer to write again yet.")
-        self.current = replace(self.current, messages=messages)
-        self._store.set_head(self.current.id, messages[-1].id)
+        self._go_to(messages)
         return self._request()
+
+    def undo(self) -> str:
+        """Takes the last question and its answer back, and returns the question's text.
+
+        Both stay in the file as another branch.
+
+        Raises:
+            KvchatError: there is none, or an answer is under way.
+        """
+        self._refuse_while_answering()
+        asked = next((i for i in reversed(range(len(self.current.messages))) if self._is_question(i)), None)
+        if asked is None:
+            raise KvchatError("There is no question to take back.")
+        text = self.current.messages[asked].text
+        self._go_to(self.current.messages[:asked])
+        return text
+
+    def edit(self, message: int, text: str) -> TurnRequest:
+        """Asks another question in the place of an earlier one, on a new branch beside the old one.
+
+        Raises:
+            KvchatError: it is no question of this conversation, or an answer is under way.
+        """
+        self._refuse_while_answering()
+        messages = self.current.messages
+        place = next((i for i, m in enumerate(messages) if m.id == message and self._is_question(i)), None)
+        if place is None:
+            raise KvchatError("Only a question of this conversation can be edited.")
+        self._go_to(messages[:place])
+        return self.begin_turn(text)
+
+    def continue_answer(self) -> TurnRequest:
+        """Asks the model to go on with the last answer, which was stopped or reached its limit.
+
+        Raises:
+            KvchatError: there is no such answer, or an answer is under way.
+        """
+        self._refuse_while_answering()
+        head = self.current.head
+        if head is None or head.role != "assistant" or not head.text:
+            raise KvchatError("There is no answer to go on with.")
+        if head.finish_reason == FinishReason.STOP:
+            raise KvchatError("The model ended this answer itself; ask something.")
+        request = self._request()
+        pending = self.pending
+        assert pending is not None
+        pending.asked, pending.reply, pending.goes_on = head.parent_id or 0, head, True
+        pending.text, pending.ids, pending.tokenizer = head.text, list(head.token_ids), head.tokenizer
+        return request
+
+    def fork(self, message: int | None = None) -> Conversation:
+        """Opens a new conversation with the messages up to `message`, or with all of them.
+
+        Raises:
+            KvchatError: there is nothing to fork, or an answer is under way.
+        """
+        self._refuse_while_answering()
+        messages = self.current.messages
+        ids = [m.id for m in messages]
+        end = ids.index(message) + 1 if message in ids else len(messages)
+        if not messages[:end] or not self._saved():
+            raise KvchatError("There is nothing to fork yet.")
+        copy = replace(
+            self.current,
+            id=secrets.token_hex(4),
+            title=f"{self.current.title} (fork)",
+            messages=messages[:end],
+        )
+        self.current = self._store.fork(copy)
+        return self.current
+
+    def note_events(self, events: Sequence[CacheEvent]) -> None:
+        """Saves what happened to caches."""
+        if events:
+            self._store.add_events(events)
+
+    def events(self) -> list[CacheEvent]:
+        """The timeline of the open conversation's cache, oldest first."""
+        return self._store.events(self.current.id)
+
+    def request_as_if(self, **changes: object) -> TurnRequest:
+        """What the next turn would ask, with some of its fields changed; to ask its price."""
+        return replace(self._turn_request("price"), **changes)  # type: ignore[arg-type]
 
     def keep_partial(self, tokens: Tokens) -> None:
         """Notes a piece of the answer, and saves what there is once a second."""
@@ -171,8 +278,14 @@ class Session:
         if (pending := self._pending(finished.turn)) is None:
             return None
         self.pending = None
-        pending.text, pending.ids = finished.text, list(finished.token_ids)
+        before = pending.reply if pending.goes_on else None
+        if not before:
+            pending.text, pending.ids = finished.text, list(finished.token_ids)
+        if before and before.tokenizer != finished.tokenizer:
+            pending.ids = []  # ids of two tokenizers make no answer; its text is encoded again
         pending.tokenizer = finished.tokenizer
+        self.note_events(finished.pool.events)
+        self._leave_out(pending.conversation, finished.left_out)
         message = self._save_reply(pending, finished.stats.finish_reason)
         message = replace(message, stats=finished.stats)
         self._store.update_message(message)
@@ -206,8 +319,38 @@ class Session:
     def _blank(self) -> Conversation:
         given = self.defaults
         return Conversation(
-            secrets.token_hex(4), "", given.system_prompt, given.mode, given.sampling, given.model
+            secrets.token_hex(4),
+            "",
+            given.system_prompt,
+            given.mode,
+            given.sampling,
+            given.model,
+            given.kv,
+            given.policy,
+            created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
+
+    def _is_question(self, index: int) -> bool:
+        return self.current.messages[index].role == "user"
+
+    def _go_to(self, messages: tuple[Message, ...]) -> None:
+        """Makes the last of `messages` the head; what came after stays in the file as another branch."""
+        left_out = self.current.left_out if len(messages) > self.current.left_out else 0
+        self.current = replace(self.current, messages=messages, left_out=left_out)
+        if self._saved():
+            self._store.set_head(self.current.id, messages[-1].id if messages else None)
+            self._store.save_settings(self.current)
+
+    def _leave_out(self, conversation: str, count: int) -> None:
+        """Remembers how many of the oldest messages an eviction left out."""
+        if conversation == self.current.id:
+            if count != self.current.left_out:
+                self.current = replace(self.current, left_out=count)
+                self._store.save_settings(self.current)
+        else:
+            other = self._store.load(conversation)
+            if count != other.left_out:
+                self._store.save_settings(replace(other, left_out=count))
 
     def _saved(self) -> bool:
         return self._store.exists(self.current.id)
@@ -226,12 +369,21 @@ class Session:
     def _request(self) -> TurnRequest:
         asked = self.current.messages[-1]
         self.pending = PendingTurn(secrets.token_hex(8), self.current.id, asked.id, saved_at=time.monotonic())
+        return self._turn_request(self.pending.turn)
+
+    def _turn_request(self, turn: str) -> TurnRequest:
+        current = self.current
         return TurnRequest(
-            self.pending.turn,
-            self.current.id,
-            self.current.prompt(),
-            self.current.mode,
-            self.current.sampling,
+            turn,
+            current.id,
+            current.prompt(),
+            current.mode,
+            current.sampling,
+            current.kv,
+            current.policy,
+            current.left_out,
+            current.created_at,
+            remember=not self.defaults.private,
         )
 
     def _pending(self, turn: str) -> PendingTurn | None:

@@ -7,7 +7,7 @@ still true. It knows rows and values; it refuses to know engines and screens.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -17,7 +17,15 @@ from typing import Any, cast
 from filelock import FileLock
 from sqlite_utils import Database, Migrations
 
-from kvchat.contract import CacheMode, Sampling, TurnStats
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    KVPrecision,
+    Sampling,
+    TurnStats,
+)
 from kvchat.conversation import Conversation, Message, Summary, path_to
 from kvchat.errors import KvchatError
 
@@ -84,6 +92,30 @@ def m002_turns(db: Database) -> None:
     db.create_table("turns", columns, pk="message", foreign_keys=[("message", "messages", "id")])
 
 
+@migrations()
+def m003_cache(db: Database) -> None:
+    for column, kind in (("kv", str), ("policy", str), ("left_out", int)):
+        db.table("conversations").add_column(column, kind)
+    for column in ("evicted_tokens", "restored_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
+    db.table("turns").add_column("restore_s", float, not_null_default=0.0)
+    db.create_table(
+        "cache_events",
+        {
+            "id": int,
+            "conversation": str,
+            "kind": str,
+            "tokens": int,
+            "bytes": int,
+            "seconds": float,
+            "note": str,
+            "at": float,
+        },
+        pk="id",
+    )
+    db.table("cache_events").create_index(["conversation"])
+
+
 class Store:
     """The conversations of one user."""
 
@@ -143,6 +175,10 @@ class Store:
             mode=CacheMode(row["mode"]),
             sampling=Sampling(**json.loads(row["sampling"])),
             model=row["model"],
+            kv=KVPrecision(row["kv"] or KVPrecision.AUTO),
+            policy=EvictionPolicy(row["policy"] or EvictionPolicy.TURNS),
+            left_out=row["left_out"] or 0,
+            created_at=row["created_at"],
             messages=path_to(messages, row["head"]),
         )
 
@@ -164,27 +200,48 @@ class Store:
 
     def create(self, conversation: Conversation) -> None:
         """Saves a new conversation, without messages."""
-        now = _now()
         with self._writing() as db:
-            db.table("conversations").insert(
-                {
-                    "id": conversation.id,
-                    "title": conversation.title,
-                    "head": None,
-                    "created_at": now,
-                    "updated_at": now,
-                    **_settings(conversation),
-                }
-            )
+            _insert(db, conversation)
 
     def save_settings(self, conversation: Conversation) -> None:
-        """Saves title, system prompt, model, mode and sampling."""
+        """Saves everything about a conversation but its messages."""
+        changed = {"title": conversation.title, **_settings(conversation)}
         with self._writing() as db:
+            assignments = ", ".join(f"{name} = :{name}" for name in changed)
             db.execute(
-                "update conversations set title = :title, system_prompt = :system_prompt, model = :model, "
-                "mode = :mode, sampling = :sampling where id = :id",
-                {"id": conversation.id, "title": conversation.title, **_settings(conversation)},
+                f"update conversations set {assignments} where id = :id", changed | {"id": conversation.id}
             )
+
+    def fork(self, conversation: Conversation) -> Conversation:
+        """Saves a new conversation with copies of these messages; returns it with their new ids."""
+        with self._writing() as db:
+            _insert(db, conversation)
+            parent: int | None = None
+            for message in conversation.messages:
+                row = {**_message_row(message), "conversation": conversation.id, "parent_id": parent}
+                row |= {"role": message.role, "thinking": "", "created_at": message.created_at}
+                parent = cast(int, db.table("messages").insert(row).last_pk)
+                if message.stats:
+                    db.table("turns").insert({"message": parent, **asdict(message.stats)})
+            _set_head(db, conversation.id, parent)
+        return self.load(conversation.id)
+
+    def add_events(self, events: Sequence[CacheEvent]) -> None:
+        """Saves what happened to caches; events of conversations that are not saved are left out."""
+        with self._writing() as db:
+            known = {row["id"] for row in db.query("select id from conversations")}
+            db.table("cache_events").insert_all(
+                asdict(event) for event in events if event.conversation in known
+            )
+
+    def events(self, conversation: str) -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first."""
+        rows = self._db.query(
+            "select conversation, kind, tokens, bytes, seconds, note, at from cache_events "
+            "where conversation = ? order by at, id",
+            [conversation],
+        )
+        return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
 
     def set_head(self, conversation: str, head: int | None) -> None:
         """Makes another message the last one shown; nothing is deleted."""
@@ -220,6 +277,7 @@ class Store:
             db.execute(f"delete from turns where message {of_it}", [conversation])
             db.execute("update conversations set head = null where id = ?", [conversation])
             db.execute("delete from messages where conversation = ?", [conversation])
+            db.execute("delete from cache_events where conversation = ?", [conversation])
             db.execute("delete from drafts where conversation = ?", [conversation])
             db.execute("delete from conversations where id = ?", [conversation])
 
@@ -265,16 +323,27 @@ def _open(path: Path | None) -> Database:
     return db
 
 
+def _insert(db: Database, conversation: Conversation) -> None:
+    now = conversation.created_at or _now()
+    row = {"id": conversation.id, "title": conversation.title, "head": None}
+    db.table("conversations").insert(
+        row | {"created_at": now, "updated_at": _now()} | _settings(conversation)
+    )
+
+
 def _set_head(db: Database, conversation: str, head: int | None) -> None:
     db.execute("update conversations set head = ?, updated_at = ? where id = ?", [head, _now(), conversation])
 
 
-def _settings(conversation: Conversation) -> dict[str, str]:
+def _settings(conversation: Conversation) -> dict[str, str | int]:
     return {
         "system_prompt": conversation.system_prompt,
         "model": conversation.model,
         "mode": conversation.mode.value,
         "sampling": json.dumps(asdict(conversation.sampling)),
+        "kv": conversation.kv.value,
+        "policy": conversation.policy.value,
+        "left_out": conversation.left_out,
     }
 
 

@@ -18,6 +18,23 @@ def one_line(text: str) -> str:
     return " ".join(clean(text).split())
 
 
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+def parse_size(text: str) -> int:
+    """Bytes out of `2GB`, `512 MB`, `1e9`.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    number = text.strip().lower().removesuffix("b").rstrip()
+    unit = number[-1:] if number[-1:] in "kmg" else ""
+    size = int(float(number.removesuffix(unit)) * UNITS[unit])
+    if size < 0:
+        raise ValueError(text)
+    return size
+
+
 def megabytes(count: int) -> str:
     """Bytes for people: `31.0 MB`, `1.24 GB`."""
     if count >= 1_000_000_000:

@@ -43,3 +43,17 @@ def plan_reuse(cached: Sequence[int], prompt: Sequence[int]) -> Reuse:
         raise ValueError("a prompt has at least one token")
     reused = min(common_prefix(cached, prompt), len(prompt) - 1)
     return Reuse(reused, len(prompt) - reused, len(cached) - reused)
+
+
+def gap_bounds(rows: Sequence[int], tokens: int) -> tuple[int, int]:
+    """(tokens before the first evicted one, token after the last evicted one) of a history of `tokens`.
+
+    `rows` are the tokens that are still stored, ascending; without a gap both bounds are `(tokens, 0)`.
+    """
+    if len(rows) == tokens:
+        return tokens, 0
+    first = next((i for i, row in enumerate(rows) if row != i), len(rows))
+    if not rows or rows[-1] != tokens - 1:
+        return first, tokens
+    kept_at_end = next(n for n in range(1, len(rows) + 1) if n == len(rows) or rows[-n - 1] != rows[-n] - 1)
+    return first, tokens - kept_at_end

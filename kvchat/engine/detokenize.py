@@ -1,5 +1,7 @@
 """Token ids become text while they arrive; half a character waits for its other half."""
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -7,9 +9,10 @@ from tokenizers.decoders import DecodeStream
 class Detokenizer:
     """Decodes one answer. Constant time per token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """`before` are ids that the answer goes on after: some tokenizers drop the first word's space."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(before), skip_special_tokens=True)
 
     def step(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete, and for control tokens."""

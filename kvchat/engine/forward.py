@@ -7,10 +7,13 @@ that the user feels is the cache and nothing else. A stop is looked at between l
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from functools import cache
+from inspect import signature
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvchat.cache.kv import ConversationKV
@@ -40,10 +43,15 @@ class CachedReader:
         self.evaluated = 0
 
     def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """One forward pass over the new ids; commits them in every layer, or in none."""
-        positions = range(len(self._kv), len(self._kv) + len(ids))
-        with self._kv.append(ids) as cache:
-            logits = _forward(self._model, ids, positions, past_key_values=cache, use_cache=True)
+        """One forward pass over the new ids; commits them in every layer, or in none.
+
+        One pass per id, with a commit each, where the model continues its state exactly in no other way.
+        """
+        if self._kv.by_steps and len(ids) > 1:
+            return [self.read([token]) for token in ids][-1]
+        first = self._kv.next_position  # after an eviction that left a gap, more than there are rows
+        with self._kv.append(ids) as past:
+            logits = forward_pass(self._model, ids, range(first, first + len(ids)), past)
         self.evaluated += len(ids)
         return logits
 
@@ -51,15 +59,15 @@ class CachedReader:
 class UncachedReader:
     """Keeps token ids only, and reads all of them again for every new one."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, evaluated: int = 0) -> None:
         self._model = model
         self._ids: list[int] = []
-        self.evaluated = 0
+        self.evaluated = evaluated
 
     def read(self, ids: Sequence[int]) -> torch.Tensor:
         """One forward pass over all ids so far and the new ones."""
         self._ids.extend(ids)
-        logits = _forward(self._model, self._ids, range(len(self._ids)), use_cache=False)
+        logits = forward_pass(self._model, self._ids, range(len(self._ids)), None)
         self.evaluated += len(self._ids)
         return logits
 
@@ -82,14 +90,38 @@ def stopping_between_layers(model: PreTrainedModel, stopped: Callable[[], bool])
             hook.remove()
 
 
+class Parameters(NamedTuple):
+    """How a model's `forward` wants to be called."""
+
+    cache: str
+    """What it calls the cache: recurrent models say `cache_params`."""
+    positions: bool
+    """Whether it takes positions: recurrent models have none, ALiBi takes distances from the mask."""
+
+
+@cache
+def parameters_of(kind: type[PreTrainedModel]) -> Parameters:
+    """Read off the signature, once per class."""
+    names = signature(kind.forward).parameters
+    past = "past_key_values" if "past_key_values" in names else "cache_params"
+    return Parameters(past, "position_ids" in names)
+
+
 @torch.inference_mode()
-def _forward(model: PreTrainedModel, ids: Sequence[int], positions: range, **options: object) -> torch.Tensor:
-    """Logits `[1, vocabulary]` of the last position; positions are explicit, never guessed from the cache."""
+def forward_pass(
+    model: PreTrainedModel, ids: Sequence[int], positions: Sequence[int], past: Cache | None, keep: int = 1
+) -> torch.Tensor:
+    """Logits `[keep, vocabulary]` of the last `keep` ids; positions are explicit, never guessed."""
+    parameters = parameters_of(type(model))  # type: ignore[arg-type] # classes are hashable
+    options: dict[str, object] = {"use_cache": past is not None}
+    if past is not None:
+        options[parameters.cache] = past
+    if parameters.positions:
+        options["position_ids"] = torch.tensor([list(positions)], device=model.device)
     output = model(
         input_ids=torch.tensor([list(ids)], device=model.device),
-        position_ids=torch.tensor([list(positions)], device=model.device),
-        logits_to_keep=1,
+        logits_to_keep=keep,
         **options,
     )
-    logits: torch.Tensor = output.logits[:, -1]
+    logits: torch.Tensor = output.logits[0, -keep:]
     return logits

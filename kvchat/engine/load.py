@@ -15,15 +15,17 @@ import psutil
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from kvchat.cache.kv import ConversationKV
 from kvchat.contract import ModelFacts
 from kvchat.engine.attention import fold_attention
+from kvchat.engine.shape import DTYPES, NO_LIMIT, ModelShape, measure, new_kv
 from kvchat.errors import KvchatError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CROPPABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+UNLIMITED_CONTEXT = 2048
+"""Tokens for a model whose positions never end, unless more are asked for: such models learned from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class LoadedModel:
     end_ids: frozenset[int]
     """Generating one of these ends the turn."""
     facts: ModelFacts
+    shape: ModelShape
+
+    def new_kv(self, kv: str = "auto") -> ConversationKV:
+        """An empty cache for one conversation: `auto` (as computed), `fp32`, `bf16`, `int8` or `int4`."""
+        return new_kv(self.shape, kv, self.model.dtype)
+
+    def rotary_frequencies(self) -> torch.Tensor | None:
+        """`[rotary_dims / 2]` radians per position; None where no single rotation turns all the keys."""
+        frequencies = self.shape.rotary_frequencies
+        return torch.tensor(frequencies) if frequencies else None
 
 
 def physical_cores() -> int:
@@ -98,29 +110,31 @@ def assemble(
     """Puts a model and its tokenizer together and reads off the facts.
 
     Raises:
-        KvchatError: there is no chat template, or some layers can't be cropped.
+        KvchatError: there is no chat template, or some layers keep what kvchat can't.
     """
     if not getattr(chat, "chat_template", None):
         raise KvchatError(f"{name} has no chat template, so it can't chat. Take an instruction-tuned model.")
-    config = model.config.get_text_config()
-    _refuse_recurrent_layers(config, name)
     fold_attention(model)
+    shape = measure(model.eval(), name)
+    heads = [head for head in shape.heads if head]
     tokenizer = chat.backend_tokenizer
     facts = ModelFacts(
         name=name,
-        layers=config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0),
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        layers=len(heads),
+        kv_heads=heads[0].kv_heads if heads else 0,
+        head_dim=heads[0].key_dim if heads else 0,
         kv_dtype=precision,
         kv_dtype_bytes=DTYPES[precision].itemsize,
         weights_dtype=precision,
         weights_bytes=weights_bytes(model),
-        context_limit=_context_limit(config, context),
+        context_limit=_context_limit(shape, context),
         threads=torch.get_num_threads(),
         path=f"eager {precision}",
         tokenizer=tokenizer_fingerprint(tokenizer),
+        notes=shape.notes,
+        gap_refusal=shape.gap_refusal,
     )
-    return LoadedModel(model.eval(), tokenizer, chat, end_ids(model, chat), facts)
+    return LoadedModel(model, tokenizer, chat, end_ids(model, chat), facts, shape)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -141,24 +155,10 @@ def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
     return frozenset(i for i in (*ids, chat.eos_token_id) if i is not None)
 
 
-def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
-    own: int = (
-        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
-    )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # past this length it turns every position by another angle, and the keys cached so far are wrong
-        own = min(own, rope["original_max_position_embeddings"])
-    return min(own, asked) if asked else own
-
-
-def _refuse_recurrent_layers(config: PreTrainedConfig, name: str) -> None:
-    others = set(getattr(config, "layer_types", None) or ()) - CROPPABLE_LAYERS
-    if others:
-        raise KvchatError(
-            f"{name} has layers of the kind {', '.join(sorted(others))}. Their state can't be cropped, "
-            "and kvchat can't keep them exact yet. Take a model that has attention layers only."
-        )
+def _context_limit(shape: ModelShape, asked: int | None) -> int:
+    if shape.position_limit == NO_LIMIT:
+        return asked or UNLIMITED_CONTEXT
+    return min(shape.position_limit, asked) if asked else shape.position_limit
 
 
 def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:

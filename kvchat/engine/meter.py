@@ -24,6 +24,9 @@ class Meter:
     prefill_read: int = 0
     """Tokens of the prompt read so far: fewer than planned where the turn was stopped."""
     reuse_note: str = ""
+    evicted_tokens: int = 0
+    restored_tokens: int = 0
+    restore_s: float = 0.0
 
     def begin_prefill(self) -> None:
         """The model starts reading."""
@@ -89,6 +92,9 @@ class Meter:
             context_limit=model.context_limit,
             finish_reason=finish.value,
             reuse_note=self.reuse_note,
+            evicted_tokens=self.evicted_tokens,
+            restored_tokens=self.restored_tokens,
+            restore_s=self.restore_s,
         )
 
 

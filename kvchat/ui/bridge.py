@@ -9,7 +9,7 @@ from typing import Protocol
 
 from textual.message_pump import MessagePump
 
-from kvchat.contract import Died, Engine, Ready, Status, TurnRequest
+from kvchat.contract import CacheAct, Died, Engine, Ready, Status, TurnRequest
 from kvchat.ui.messages import EngineStatus, TurnProgress
 
 RESTARTS = 3
@@ -47,6 +47,10 @@ class EngineBridge:
     def stop(self, turn: str) -> None:
         """Ends a turn soon."""
         self._engine.stop(turn)
+
+    def act(self, act: CacheAct) -> None:
+        """Does something to the caches; what came of it arrives as an `EngineStatus`."""
+        self._engine.act(act)
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""

@@ -5,7 +5,11 @@ from dataclasses import replace
 
 from kvchat.contract import (
     CacheMode,
+    Evicted,
+    EvictionPolicy,
+    Miss,
     ModelFacts,
+    PoolState,
     PrefillProgress,
     Tokens,
     TurnFinished,
@@ -27,6 +31,7 @@ class Figures:
         self.state = PanelState()
         self._asked_at = 0.0
         self._largest_prefill = 0
+        self.last_miss: Miss | None = None
 
     def ready(self, model: ModelFacts, rss_bytes: int) -> None:
         """The engine is there."""
@@ -37,9 +42,9 @@ class Figures:
         self.state = replace(self.state, rss_bytes=0)
         self._change(kv_tokens=0, kv_bytes=0)
 
-    def mode(self, mode: CacheMode) -> None:
-        """The mode of the open conversation."""
-        self.state = replace(self.state, mode=mode)
+    def settings(self, mode: CacheMode, policy: EvictionPolicy) -> None:
+        """Those of the open conversation."""
+        self.state = replace(self.state, mode=mode, policy=policy)
 
     def opened(self, conversation: Conversation, warm: WarmCache | None) -> None:
         """Another conversation is shown: its last turn's figures from the file, and what of it is warm."""
@@ -48,7 +53,13 @@ class Figures:
         figures = figures_of(turns[-1]) if turns else TurnFigures()
         held = (warm.tokens, warm.bytes) if warm else (0, 0)
         figures = replace(figures, kv_tokens=held[0], kv_bytes=held[1])
-        self.state = replace(self.state, mode=conversation.mode, turn=figures, step_ms=(), by_mode=by_mode)
+        self.last_miss = None
+        self.state = replace(
+            self.state,
+            turn=figures,
+            step_ms=(),
+            by_mode=by_mode,
+        )
 
     def asked(self) -> None:
         """A turn begins."""
@@ -71,7 +82,24 @@ class Figures:
 
     def started(self, event: TurnStarted) -> None:
         """What is reused and what has to be read is known."""
-        self._change(reused=event.reused_tokens, read=event.prefilled_tokens, reuse_note=event.reuse_note)
+        self.last_miss = event.miss
+        self._change(
+            reused=event.reused_tokens,
+            read=event.prefilled_tokens,
+            restored=event.restored_tokens,
+            reuse_note=event.reuse_note,
+        )
+
+    def evicted(self, event: Evicted) -> None:
+        """Something was dropped because the context was full."""
+        self._change(evicted=self.state.turn.evicted + event.tokens)
+
+    def pool(self, pool: PoolState, conversation: str) -> None:
+        """What all caches take; that of the open conversation may have changed between turns."""
+        self.state = replace(self.state, pool=pool)
+        held = next((c for c in pool.caches if c.conversation == conversation), None)
+        if not self.state.turn.reading:
+            self._change(kv_tokens=held.tokens if held else 0, kv_bytes=held.bytes if held else 0)
 
     def prefilled(self, event: PrefillProgress) -> None:
         """A chunk of a long prompt was read."""
@@ -131,4 +159,8 @@ def figures_of(stats: TurnStats) -> TurnFigures:
         kv_tokens=stats.kv_tokens,
         kv_bytes=stats.kv_bytes,
         reuse_note=stats.reuse_note,
+        restored=stats.restored_tokens,
+        evicted=stats.evicted_tokens,
+        kv_dtype=stats.kv_dtype,
+        limit=stats.context_limit,
     )

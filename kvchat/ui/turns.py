@@ -5,7 +5,9 @@ It knows the session, the bridge and the widgets that show a turn; it refuses to
 
 from kvchat.contract import (
     Died,
+    Evicted,
     Loading,
+    PoolState,
     PrefillProgress,
     Ready,
     Status,
@@ -17,6 +19,7 @@ from kvchat.contract import (
     TurnStarted,
     WarmCache,
 )
+from kvchat.conversation import Message
 from kvchat.session import PendingTurn, Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
@@ -38,19 +41,23 @@ class Turns:
         self.figures = Figures()
         self.status = "starting"
         self.warm: dict[str, WarmCache] = {}
+        self.pool: PoolState | None = None
         self._started: TurnStarted | None = None
+        self.editing: int | None = None
+        """The question that the next message replaces."""
 
     @property
     def answering(self) -> PendingTurn | None:
         """The turn under way, in whichever conversation."""
         return self._session.pending
 
-    async def show_conversation(self) -> None:
-        """Shows the open conversation, and the answer that streams in it."""
+    async def show_conversation(self, *, answering: bool = True) -> None:
+        """Shows the open conversation and, unless it only begins, the answer that streams in it."""
         conversation = self._session.current
-        pending = self._pending_here()
+        pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
-        await self._transcript.show([m for m in conversation.messages if m.id != partial], self._who)
+        messages = [m for m in conversation.messages if m.id != partial]
+        await self._transcript.show(messages, self._who, conversation.left_out)
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
@@ -65,9 +72,48 @@ class Turns:
         Raises:
             KvchatError: another answer is under way.
         """
-        request = self._session.begin_turn(text)
-        await self._transcript.ask(text)
+        editing, self.editing = self.editing, None
+        if editing is None:
+            request = self._session.begin_turn(text)
+            await self._transcript.ask(text, self._questions())
+        else:
+            request = self._session.edit(editing, text)
+            await self.show_conversation(answering=False)
         await self._run(request)
+
+    async def undo(self) -> str:
+        """Takes the last question back; returns its text.
+
+        Raises:
+            KvchatError: there is none, or an answer is under way.
+        """
+        text = self._session.undo()
+        await self.show_conversation()
+        return text
+
+    async def go_on(self) -> None:
+        """Asks the model to go on with the last answer.
+
+        Raises:
+            KvchatError: that answer has ended, or another is under way.
+        """
+        request = self._session.continue_answer()
+        await self._transcript.drop_answers_after_last_question()
+        await self._run(request)
+        self._append(self._session.pending.text if self._session.pending else "")
+
+    def question(self, number: int) -> Message | None:
+        """Question `number` of the open conversation, from 1 on; 0 is the last one."""
+        asked = [m for m in self._session.current.messages if m.role == "user"]
+        return asked[number - 1] if 0 <= number <= len(asked) and asked else None
+
+    def answer_to(self, question: Message) -> int:
+        """Id of the answer to a question; of the question itself where there is none."""
+        answers = [m.id for m in self._session.current.messages if m.parent_id == question.id]
+        return answers[0] if answers else question.id
+
+    def _questions(self) -> int:
+        return sum(m.role == "user" for m in self._session.current.messages)
 
     async def regenerate(self) -> None:
         """Asks for the last answer again.
@@ -107,6 +153,11 @@ class Turns:
                 self._started = event
                 if here:
                     self.figures.started(event)
+            case Evicted():
+                if here:
+                    self.figures.evicted(event)
+                    self._transcript.leave_out(event.left_out)
+                    await self._transcript.notice(f"The context was full: {event.note}.", last=False)
             case PrefillProgress() if here:
                 self.figures.prefilled(event)
             case Tokens():
@@ -128,6 +179,9 @@ class Turns:
             case Ready():
                 self.status = "ready"
                 self.figures.ready(status.model, status.rss_bytes)
+            case PoolState():
+                self._note_pool(status)
+                self._session.note_events(status.events)
             case Died():
                 self.warm.clear()
                 self.figures.lost()
@@ -137,7 +191,7 @@ class Turns:
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
 
     async def _finish(self, event: TurnFinished, *, here: bool) -> None:
-        self.warm = {cache.conversation: cache for cache in event.warm}
+        self._note_pool(event.pool)
         try:
             self._session.finish_turn(event)
         finally:
@@ -165,6 +219,11 @@ class Turns:
         else:
             await streaming.remove()
         await self._transcript.notice(reason, error=True)
+
+    def _note_pool(self, pool: PoolState) -> None:
+        self.pool = pool
+        self.warm = {cache.conversation: cache for cache in pool.caches}
+        self.figures.pool(pool, self._session.current.id)
 
     def _append(self, text: str) -> None:
         if self._transcript.streaming and text:

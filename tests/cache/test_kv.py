@@ -1,12 +1,15 @@
 """The growable layer against transformers' own, and the commits of a conversation's cache."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from kvchat.cache.kv import GROWTH_STEP, ConversationKV, GrowableLayer
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.layers import GROWTH_STEP, GrowableLayer, StoredLayer
 
 HEADS, DIM, LAYERS = 2, 16, 3
 
@@ -22,7 +25,11 @@ def filled_layer(tokens: int) -> GrowableLayer:
     return layer
 
 
-def unique_storage_bytes(layers: list[GrowableLayer]) -> int:
+def empty_kv() -> ConversationKV:
+    return ConversationKV([GrowableLayer() for _ in range(LAYERS)])
+
+
+def unique_storage_bytes(layers: Sequence[StoredLayer]) -> int:
     """What the tensors really hold, each piece of memory counted once."""
     tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -140,69 +147,69 @@ def test_reset_frees_the_memory_and_the_layer_can_be_filled_again() -> None:
 
 
 def test_every_layer_can_be_cropped_and_none_forgets_its_past() -> None:
-    cache = ConversationKV(LAYERS).cache
+    cache = empty_kv().cache
     assert cache.is_sliding == [False] * LAYERS
     assert all(layer.is_croppable for layer in cache.layers)
 
 
 def test_an_append_commits_ids_and_layers_together() -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, [5, 6, 7])
     fill(kv, [8])
     assert kv.ids == (5, 6, 7, 8)
     assert len(kv) == 4
-    assert [layer.length for layer in kv.layers] == [4] * LAYERS
+    assert [layer.length for layer in kv.stored] == [4] * LAYERS
 
 
 @pytest.mark.parametrize("reached", range(LAYERS + 1))
 def test_an_exception_after_any_layer_takes_all_of_them_back(reached: int) -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, [5, 6, 7])
-    before = [layer.keys[:, :, :3].clone() for layer in kv.layers if layer.keys is not None]
+    before = [layer.keys[:, :, :3].clone() for layer in kv.stored if layer.keys is not None]
     with pytest.raises(InterruptedError):
         fail(kv, [8, 9], layers=reached)
     assert kv.ids == (5, 6, 7)
-    assert [layer.length for layer in kv.layers] == [3] * LAYERS
-    after = [layer.keys[:, :, :3] for layer in kv.layers if layer.keys is not None]
+    assert [layer.length for layer in kv.stored] == [3] * LAYERS
+    after = [layer.keys[:, :, :3] for layer in kv.stored if layer.keys is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("reached", range(LAYERS))
 def test_a_pass_that_misses_a_layer_is_refused_and_taken_back(reached: int) -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, [5])
     with pytest.raises(RuntimeError, match="instead of 3"):
         fill(kv, [6, 7], layers=reached)
     assert kv.ids == (5,)
-    assert [layer.length for layer in kv.layers] == [1] * LAYERS
+    assert [layer.length for layer in kv.stored] == [1] * LAYERS
 
 
 def test_a_pass_over_other_tokens_than_announced_is_refused() -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     with pytest.raises(RuntimeError, match="instead of 2"):
         fill(kv, [6, 7], tokens=3)
-    assert (kv.ids, [layer.length for layer in kv.layers]) == ((), [0] * LAYERS)
+    assert (kv.ids, [layer.length for layer in kv.stored]) == ((), [0] * LAYERS)
 
 
 def test_truncate_crops_ids_and_every_layer() -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, [5, 6, 7])
     kv.truncate(1)
     assert kv.ids == (5,)
-    assert [layer.length for layer in kv.layers] == [1] * LAYERS
+    assert [layer.length for layer in kv.stored] == [1] * LAYERS
 
 
 def test_bytes_of_a_conversation_are_the_sum_over_its_layers() -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, list(range(GROWTH_STEP + 1)))
     assert (
-        kv.storage_bytes == unique_storage_bytes(kv.layers) == 2 * LAYERS * HEADS * 2 * GROWTH_STEP * DIM * 4
+        kv.storage_bytes == unique_storage_bytes(kv.stored) == 2 * LAYERS * HEADS * 2 * GROWTH_STEP * DIM * 4
     )
     assert kv.used_bytes == 2 * LAYERS * HEADS * DIM * 4 * len(kv)
 
 
 def test_clear_forgets_and_frees() -> None:
-    kv = ConversationKV(LAYERS)
+    kv = empty_kv()
     fill(kv, [5, 6])
     kv.clear()
     assert (kv.ids, kv.storage_bytes, kv.used_bytes) == ((), 0, 0)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.cache.prefix import Reuse, common_prefix, plan_reuse
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.prefix import Reuse, common_prefix, gap_bounds, plan_reuse
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -68,3 +69,48 @@ def test_plan_of(cached: list[int], prompt: list[int], plan: Reuse) -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         plan_reuse([1, 2], [])
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[int], int]:
+    """(rows that are still stored, tokens of the history)."""
+    tokens = draw(st.integers(0, 30))
+    gone = draw(st.sets(st.integers(0, tokens - 1), max_size=12)) if tokens else set()
+    return [token for token in range(tokens) if token not in gone], tokens
+
+
+@given(histories())
+def test_gaps_begin_before_the_first_evicted_token_and_end_after_the_last(
+    history: tuple[list[int], int],
+) -> None:
+    rows, tokens = history
+    gone = sorted(set(range(tokens)) - set(rows))
+    assert gap_bounds(rows, tokens) == ((gone[0], gone[-1] + 1) if gone else (tokens, 0))
+
+
+@given(histories())
+def test_gaps_are_those_that_a_cache_itself_tells(history: tuple[list[int], int]) -> None:
+    rows, tokens = history
+    kv = ConversationKV([])
+    with kv.append(range(tokens)):
+        pass
+    kv.select(rows)
+    if rows[-1:] == [tokens - 1]:  # an eviction never drops the last token
+        assert gap_bounds(rows, tokens) == (kv.first_gap, kv.last_gap_end)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "bounds"),
+    [
+        ([], 0, (0, 0)),
+        ([0, 1, 2], 3, (3, 0)),
+        ([0, 1, 4, 5], 6, (2, 4)),
+        ([0, 3, 6, 7], 8, (1, 6)),
+        ([2, 3], 4, (0, 2)),
+        ([0, 1], 4, (2, 4)),
+        ([], 4, (0, 4)),
+    ],
+    ids=["empty", "no gap", "one gap", "two gaps", "start gone", "end gone", "all gone"],
+)
+def test_gap_bounds_of(rows: list[int], tokens: int, bounds: tuple[int, int]) -> None:
+    assert gap_bounds(rows, tokens) == bounds

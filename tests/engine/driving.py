@@ -13,6 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import (
     CacheMode,
+    EvictionPolicy,
+    KVPrecision,
     PromptMessage,
     Sampling,
     Tokens,
@@ -159,12 +161,20 @@ class Chat:
         system: str = "",
         mode: CacheMode = CacheMode.ON,
         sampling: Sampling = GREEDY,
+        policy: EvictionPolicy = EvictionPolicy.TURNS,
+        today: str = "",
+        remember: bool = True,
     ) -> None:
         self.engine = engine
         self.loaded = loaded
         self.name = name
         self.mode = mode
         self.sampling = sampling
+        self.policy = policy
+        self.today = today
+        self.remember = remember
+        self.precision = KVPrecision.AUTO
+        self.left_out = 0
         self.turn = ""
         """The id of the turn that was asked for last."""
         self.messages = [PromptMessage("system", system)] if system else []
@@ -177,12 +187,20 @@ class Chat:
         return self.answer(watch)
 
     def answer(self, watch: Watch = lambda _event: None) -> Played:
-        """Answers the last message; the answer is kept if there is one."""
+        """Answers the last message, or goes on with it; the answer is kept if there is one."""
         played = play(self.engine, self.loaded, self.request(), watch)
         last = played.events[-1]
-        if isinstance(last, TurnFinished) and last.token_ids:
-            self.messages.append(PromptMessage("assistant", last.text, last.token_ids, last.tokenizer))
+        if not isinstance(last, TurnFinished):
+            return played
+        self.left_out = last.left_out
+        if last.token_ids:
+            self._keep(last)
         return played
+
+    def _keep(self, said: TurnFinished) -> None:
+        begun = self.messages.pop() if self.messages[-1].role == "assistant" else PromptMessage("", "")
+        text, ids = begun.text + said.text, begun.token_ids + said.token_ids
+        self.messages.append(PromptMessage("assistant", text, ids, said.tokenizer))
 
     def again(self) -> Played:
         """Regenerates the last answer."""
@@ -192,12 +210,25 @@ class Chat:
     def request(self) -> TurnRequest:
         """The turn that answers the messages as they are."""
         self.turn = f"t{next(turn_ids)}"
-        return TurnRequest(self.turn, self.name, tuple(self.messages), self.mode, self.sampling)
+        return TurnRequest(
+            self.turn,
+            self.name,
+            tuple(self.messages),
+            self.mode,
+            self.sampling,
+            self.precision,
+            self.policy,
+            self.left_out,
+            self.today,
+            self.remember,
+        )
 
     @property
     def kv(self) -> ConversationKV:
         """The cache the engine keeps for this conversation."""
-        return self.engine._kept[self.name].kv
+        kept = self.engine.caches.get(self.name)
+        assert kept is not None
+        return kept.kv
 
 
 def stopping_at(engine: LocalEngine, kind: type[TurnEvent], index: int = 0) -> Watch:
@@ -211,9 +242,10 @@ def stopping_at(engine: LocalEngine, kind: type[TurnEvent], index: int = 0) -> W
     return watch
 
 
-def rendered(loaded: LoadedModel, messages: Sequence[PromptMessage]) -> list[int]:
+def rendered(loaded: LoadedModel, messages: Sequence[PromptMessage], today: str = "") -> list[int]:
     """The ids of a conversation, by a renderer that remembers nothing."""
-    return Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer).render(messages)
+    renderer = Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+    return list(renderer.render(messages, today).ids)
 
 
 @torch.inference_mode()
@@ -225,7 +257,7 @@ def uncached_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
 
 def assert_equals_cold(played: Played, loaded: LoadedModel) -> None:
     """Every logit the turn chose from is the one of a cold pass; where it was greedy, so is every choice."""
-    prompt = rendered(loaded, played.request.messages)
+    prompt = rendered(loaded, played.request.messages, played.request.today)
     generated = played.finished.stats.generated_tokens
     assert generated > 0
     cold = uncached_logits(loaded.model, [*prompt, *played.tokens])[len(prompt) - 1 :][:generated]
@@ -236,7 +268,7 @@ def assert_equals_cold(played: Played, loaded: LoadedModel) -> None:
 
 def assert_committed(kv: ConversationKV, ids: Sequence[int]) -> None:
     """Every layer holds exactly the tokens the cache says it holds, and those are `ids`."""
-    assert [layer.length for layer in kv.layers] == [len(kv)] * len(kv.layers)
+    assert [layer.length for layer in kv.stored] == [len(kv)] * len(kv.stored)
     assert list(kv.ids) == list(ids)
 
 

@@ -3,11 +3,18 @@
 import pytest
 
 from kvchat.contract import PromptMessage
-from kvchat.engine.explain import TEMPLATE_REWROTE, explain_difference, has_history
+from kvchat.engine.explain import (
+    ANOTHER_TOKENIZER,
+    REASONING_DROPPED,
+    TEMPLATE_REWROTE,
+    explain_difference,
+    has_history,
+)
 
 A = PromptMessage("user", "Which pass?")
 B = PromptMessage("assistant", "The first.", (1, 2), "t")
 C = PromptMessage("user", "Sure?")
+THOUGHT = PromptMessage("assistant", "<think>Hm.</think>The first.", (1, 2), "t")
 OLD, NEW = PromptMessage("system", "Be brief."), PromptMessage("system", "Be kind.")
 
 
@@ -24,7 +31,10 @@ OLD, NEW = PromptMessage("system", "Be brief."), PromptMessage("system", "Be kin
         ([A, B, C], [A, B, PromptMessage("user", "Really?")], "message 3 edited"),
         ([A, B, C], [A, B, PromptMessage("assistant", C.text)], "message 3 edited"),
         ([A, B], [A, B, C], TEMPLATE_REWROTE),
-        ([A, B], [A, PromptMessage("assistant", B.text), C], TEMPLATE_REWROTE),
+        ([A, B], [A, PromptMessage("assistant", B.text, (7,), "t"), C], TEMPLATE_REWROTE),
+        ([A, B], [A, PromptMessage("assistant", B.text, (1, 2), "another"), C], ANOTHER_TOKENIZER),
+        ([A, THOUGHT], [A, THOUGHT, C], REASONING_DROPPED),
+        ([A, THOUGHT], [A, B, C], "message 2 edited"),
         ([], [A, B, C], TEMPLATE_REWROTE),
     ],
     ids=[
@@ -39,6 +49,9 @@ OLD, NEW = PromptMessage("system", "Be brief."), PromptMessage("system", "Be kin
         "another role",
         "nothing changed",
         "other ids for the same text",
+        "ids of another tokenizer",
+        "reasoning in an answer",
+        "reasoning in an answer that was edited",
         "nothing known",
     ],
 )

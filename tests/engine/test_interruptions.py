@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from kvchat.cache.kv import ConversationKV
+from kvchat.cache.prefix import common_prefix
 from kvchat.contract import CacheMode, PrefillProgress, Sampling, Tokens, TurnEvent, TurnStarted
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.forward import CachedReader
@@ -207,13 +207,18 @@ def test_a_failed_turn_can_be_asked_again(engine: LocalEngine, loaded: LoadedMod
     assert_equals_cold(retried, loaded)
 
 
-def test_a_question_edited_after_its_turn_failed_is_named(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_question_edited_after_its_turn_failed_costs_nothing_read_before(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
     chat = chatting(engine, loaded)
     with after_layer(loaded.model, 1, DECODE, break_down):
         chat.ask(SECOND)
+    held = chat.kv.ids
     chat.messages.pop()
     edited = chat.ask(NEXT)
-    assert edited.started.reuse_note == "message 3 edited"
+    prompt = rendered(loaded, edited.request.messages)
+    assert edited.started.reused_tokens == common_prefix(held, prompt) < len(held)
+    assert (edited.started.reuse_note, edited.started.miss) == ("", None)
     assert_equals_cold(edited, loaded)
 
 
@@ -222,7 +227,7 @@ def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(loaded: Loaded
     ids = loaded.tokenizer.encode(sentences(2)).ids
     start = ids[:-new]
     cold = uncached_logits(loaded.model, ids)[-1]
-    kv = ConversationKV(loaded.facts.layers)
+    kv = loaded.new_kv()
     CachedReader(loaded.model, kv).read(start)
     for layer in range(loaded.facts.layers):
         reader = CachedReader(loaded.model, kv)

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from kvchat.contract import PrefillProgress, Sampling, Tokens, TurnFailed, TurnFinished, TurnStarted
+from kvchat.contract import (
+    EvictionPolicy,
+    PrefillProgress,
+    Sampling,
+    Tokens,
+    TurnFailed,
+    TurnFinished,
+    TurnStarted,
+)
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel, assemble
 from tests.engine.driving import (
@@ -96,16 +104,31 @@ def test_a_prompt_that_fills_the_context_is_refused(tiny: LoadedModel) -> None:
     assert played.evaluated == 0
 
 
-def test_a_prompt_too_long_is_refused_in_a_sentence_and_the_cache_is_unharmed(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize(
+    ("policy", "stays", "choices"),
+    [
+        (EvictionPolicy.TURNS, 1, "Start a new conversation, or send a shorter message."),
+        (
+            EvictionPolicy.NONE,
+            3,
+            "Choose what may be dropped with /policy (turns is exact, sinks costs nothing), or start a new "
+            "conversation.",
+        ),
+    ],
+)
+def test_a_prompt_too_long_is_refused_in_a_sentence_and_the_cache_is_unharmed(
+    tiny: LoadedModel, policy: EvictionPolicy, stays: int, choices: str
+) -> None:
+    """Whether the first turn may be dropped for it, or not."""
     small = limited(tiny, 120)
-    chat = Chat(LocalEngine(small), small)
+    chat = Chat(LocalEngine(small), small, policy=policy)
     chat.ask(QUESTION)
     held = chat.kv.ids
     refused = chat.ask(sentences(20))
-    length = len(rendered(tiny, refused.request.messages))
+    length = len(rendered(tiny, refused.request.messages[-stays:]))
     assert refused.failed.reason == (
         f"This conversation is {length:,} tokens and the context holds 120, so there is no room for an "
-        "answer. Start a new conversation, or send a shorter message."
+        f"answer. {choices}"
     )
     assert refused.evaluated == 0
     assert_committed(chat.kv, held)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvchat.cache.kv import GROWTH_STEP, ConversationKV
-from kvchat.contract import CacheMode, Sampling, Tokens, WarmCache
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.layers import GROWTH_STEP
+from kvchat.contract import CacheMode, Sampling, Tokens
 from kvchat.engine import explain
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
@@ -18,7 +19,7 @@ FIRST, SECOND, THIRD = "Which pass is open in May?", "How long is the drive?", "
 
 def storage_bytes(kv: ConversationKV) -> int:
     """What the tensors really hold, each piece of memory counted once."""
-    tensors = [t for layer in kv.layers for t in (layer.keys, layer.values) if t is not None]
+    tensors = [t for layer in kv.stored for t in (layer.keys, layer.values) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -70,7 +71,7 @@ def test_turn_reads_the_history_once_per_turn_and_keeps_nothing(
         assert played.evaluated == stats.evaluated_tokens == stats.prompt_tokens + stats.generated_tokens - 1
         assert stats.kv_tokens == stats.prompt_tokens + stats.generated_tokens - 1
         assert stats.kv_bytes > 0
-        assert played.finished.warm == engine.warm() == ()
+        assert played.finished.pool.caches == engine.pool().caches == ()
 
 
 def test_off_reads_everything_for_every_token_and_holds_nothing(
@@ -85,7 +86,7 @@ def test_off_reads_everything_for_every_token_and_holds_nothing(
         assert (stats.reused_tokens, stats.reuse_note, stats.cache_mode) == (0, note, "off")
         assert (stats.kv_tokens, stats.kv_bytes, stats.kv_used_bytes) == (0, 0, 0)
         assert {(e.kv_tokens, e.kv_bytes) for e in played.events if isinstance(e, Tokens)} == {(0, 0)}
-        assert played.finished.warm == engine.warm() == ()
+        assert played.finished.pool.caches == engine.pool().caches == ()
 
 
 @pytest.mark.parametrize(
@@ -126,14 +127,14 @@ def test_switching_off_frees_the_kept_cache(tiny: LoadedModel, mode: CacheMode) 
     chat.ask(SECOND)
     gc.collect()
     assert keys() is None
-    assert [warm.conversation for warm in engine.warm()] == ["other"]
+    assert [warm.conversation for warm in engine.pool().caches] == ["other"]
 
 
 def test_forget_frees_one_conversation_and_close_frees_all(tiny: LoadedModel) -> None:
     engine = LocalEngine(tiny)
     a, b = Chat(engine, tiny, "a"), Chat(engine, tiny, "b")
     a.ask(FIRST)
-    b.ask(FIRST)
+    b.ask(THIRD)  # another one, of which nothing can be lent
     keys = [first_keys(a), first_keys(b)]
     engine.forget("a")
     engine.forget("never heard of")
@@ -143,7 +144,7 @@ def test_forget_frees_one_conversation_and_close_frees_all(tiny: LoadedModel) ->
     engine.close()
     gc.collect()
     assert keys[1]() is None
-    assert engine.warm() == ()
+    assert engine.pool().caches == ()
 
 
 def test_reported_bytes_are_those_of_the_storage_and_of_the_formula(
@@ -160,7 +161,10 @@ def test_reported_bytes_are_those_of_the_storage_and_of_the_formula(
         )
         assert stats.kv_tokens == len(kv)
         assert stats.kv_used_bytes == len(kv) * facts.kv_bytes_per_token
-        assert played.finished.warm == (WarmCache("chat", len(kv), kv.storage_bytes),)
+        assert played.finished.pool.used_bytes == kv.storage_bytes
+        (warm,) = played.finished.pool.caches
+        assert (warm.conversation, warm.tokens, warm.bytes) == ("chat", len(kv), kv.storage_bytes)
+        assert (warm.disk_bytes, warm.kv_dtype, warm.hot) == (0, facts.kv_dtype, True)
 
 
 def test_bytes_while_the_answer_grows_past_a_step(tiny: LoadedModel) -> None:

@@ -1,6 +1,7 @@
 """Conversations become ids: typed text stays text, generated ids stay ids, and templates have their say."""
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -48,6 +49,11 @@ def renderer(template: str = CHATML) -> Renderer:
     """A renderer that remembers nothing."""
     chat = chat_with(template)
     return Renderer(chat.backend_tokenizer, chat, "tiny")
+
+
+def ids_of(messages: Sequence[PromptMessage], template: str = CHATML) -> list[int]:
+    """What a model reads of a conversation."""
+    return list(renderer(template).render(messages).ids)
 
 
 def encode(text: str) -> list[int]:
@@ -118,17 +124,16 @@ anything = st.lists(
 
 @given(anything, anything)
 def test_nothing_typed_makes_a_control_token_or_moves_what_was_read(first: str, second: str) -> None:
-    render = renderer().render
-    before = render([user(first)])
-    assert control_counts(before) == control_counts(render([user("harmless")]))
+    before = ids_of([user(first)])
+    assert control_counts(before) == control_counts(ids_of([user("harmless")]))
     answer = reply("The pass is open.")
-    after = render([user(first), answer, user(second)])
+    after = ids_of([user(first), answer, user(second)])
     assert after[: len(before) + len(answer.token_ids)] == [*before, *answer.token_ids]
 
 
 @given(anything)
 def test_every_typed_character_reaches_the_model(text: str) -> None:
-    ids = renderer().render([user(text)])
+    ids = ids_of([user(text)])
     shown = chat_with().backend_tokenizer.decode(ids, skip_special_tokens=False)
     assert f"<|im_start|>user\n{text.replace(SPLIT, '')}<|im_end|>\n" in shown
 
@@ -136,17 +141,17 @@ def test_every_typed_character_reaches_the_model(text: str) -> None:
 def test_generated_ids_stand_where_their_text_stands() -> None:
     answer = reply("The pass is open.")
     assert list(answer.token_ids) != encode(answer.text)
-    ids = renderer().render([user("Which?"), answer, user("Sure?")])
-    start = renderer().render([user("Which?")])
+    ids = ids_of([user("Which?"), answer, user("Sure?")])
+    start = ids_of([user("Which?")])
     tail = encode("<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n")
     assert ids == [*start, *answer.token_ids, *tail]
 
 
 def test_the_same_text_twice_keeps_both_answers_ids() -> None:
     messages = [user("Hm"), reply("Hm"), user("Hm"), PromptMessage("assistant", "Hm"), user("Hm")]
-    ids = renderer().render(messages)
+    ids = ids_of(messages)
     asked = encode("<|im_end|>\n<|im_start|>user\nHm<|im_end|>\n<|im_start|>assistant\n")
-    start = renderer().render(messages[:1])
+    start = ids_of(messages[:1])
     assert ids == [*start, *spelled("Hm"), *asked, *encode("Hm"), *asked]
 
 
@@ -156,8 +161,8 @@ def test_the_same_text_twice_keeps_both_answers_ids() -> None:
     ids=["ids of another tokenizer", "no ids"],
 )
 def test_an_answer_without_ids_of_this_tokenizer_is_encoded(answer: PromptMessage) -> None:
-    ids = renderer().render([user("Which?"), answer, user("Sure?")])
-    assert ids == renderer().render([user("Which?"), PromptMessage("assistant", "The pass."), user("Sure?")])
+    ids = ids_of([user("Which?"), answer, user("Sure?")])
+    assert ids == ids_of([user("Which?"), PromptMessage("assistant", "The pass."), user("Sure?")])
     joined = ",".join(map(str, ids))
     assert ",".join(map(str, encode("The pass."))) in joined
     assert ",".join(map(str, spelled("The pass."))) not in joined
@@ -165,7 +170,7 @@ def test_an_answer_without_ids_of_this_tokenizer_is_encoded(answer: PromptMessag
 
 def test_a_template_that_trims_encodes_what_it_shows_and_keeps_ids_of_the_rest() -> None:
     messages = [user("  Which?\n"), reply("The pass."), user("Sure? "), reply(" Yes. "), user("Why?")]
-    ids = renderer(TRIM).render(messages)
+    ids = ids_of(messages, TRIM)
     expected = [
         *encode("<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"),
         *spelled("The pass."),
@@ -178,7 +183,7 @@ def test_a_template_that_trims_encodes_what_it_shows_and_keeps_ids_of_the_rest()
 @given(st.lists(anything, min_size=1, max_size=3), st.sampled_from([TRIM, DROP_THINKING, CHATML]))
 def test_a_stripping_template_still_splices_the_ids_of_clean_answers(texts: list[str], template: str) -> None:
     messages = [message for text in texts for message in (user(text), reply("The pass."))]
-    ids = renderer(template).render([*messages, user("Last")])
+    ids = ids_of([*messages, user("Last")], template)
     joined = ",".join(map(str, ids))
     assert joined.count(",".join(map(str, spelled("The pass.")))) == len(texts)
 
@@ -197,7 +202,7 @@ def test_a_template_that_drops_old_reasoning_is_followed_and_said_so() -> None:
         *encode("<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"),
     ]
     assert second.started.reused_tokens == first.started.prompt_tokens
-    assert second.started.reuse_note == explain.TEMPLATE_REWROTE
+    assert second.started.reuse_note == explain.REASONING_DROPPED
     assert_equals_cold(second, loaded)
     held = len(chat.kv)
     third = chat.ask("Why?")
@@ -205,7 +210,7 @@ def test_a_template_that_drops_old_reasoning_is_followed_and_said_so() -> None:
 
 
 def test_a_template_that_rewrites_texts_is_followed_without_ids() -> None:
-    ids = renderer(SHOUT).render([user("Which?"), reply("the pass"), user("Sure?")])
+    ids = ids_of([user("Which?"), reply("the pass"), user("Sure?")], SHOUT)
     shown = chat_with().decode(ids)
     assert "WHICH?" in shown
     assert "THE PASS" in shown
@@ -214,12 +219,12 @@ def test_a_template_that_rewrites_texts_is_followed_without_ids() -> None:
 
 def test_a_refusal_of_the_template_is_a_sentence() -> None:
     with pytest.raises(KvchatError, match=r"refuses this conversation: Roles must alternate user/assistant"):
-        renderer(ALTERNATE).render([user("One"), user("Two")])
+        ids_of([user("One"), user("Two")], ALTERNATE)
 
 
 def test_a_broken_template_is_a_sentence() -> None:
     with pytest.raises(KvchatError, match="chat template"):
-        renderer("{% for message in messages %}").render([user("One")])
+        ids_of([user("One")], "{% for message in messages %}")
 
 
 @pytest.mark.parametrize(
@@ -250,3 +255,46 @@ def test_texts_are_found_in_a_rendering(rendering: str, texts: list[str], spans:
 def test_texts_after_a_rewritten_one_count_as_plain_text() -> None:
     skeleton = f"{MARK}0{MARK}|{MARK}1{MARK}|{MARK}2{MARK}|"
     assert find_texts("a|B|c|", skeleton, ["a", "b", "c"]) == [Span(0, 1, 0)]
+
+
+def test_every_message_ends_where_the_rendering_says() -> None:
+    messages = [PromptMessage("system", "Be brief."), user("Which?"), reply("The pass."), user("Sure?")]
+    rendering = renderer().render(messages)
+    shown = [renderer().decode(rendering.ids[:end]) for end in rendering.ends]
+    assert [text.endswith(m.text) for text, m in zip(shown, messages, strict=True)] == [True] * 4
+    assert shown[0] == "<|im_start|>system\nBe brief."
+    assert rendering.ids[rendering.ends[2] - len(spelled("The pass.")) : rendering.ends[2]] == spelled(
+        "The pass."
+    )
+
+
+@given(st.lists(anything, min_size=1, max_size=4))
+def test_messages_end_one_after_the_other_and_before_the_prompt(texts: list[str]) -> None:
+    messages = [message for text in texts for message in (user(text), reply("The pass."))]
+    rendering = renderer().render([*messages, user("Last")])
+    assert list(rendering.ends) == sorted(rendering.ends)
+    assert rendering.ends[0] > 0
+    assert rendering.ends[-1] < len(rendering.ids)
+    for end in rendering.ends[1:-1:2]:
+        assert rendering.ids[end - len(spelled("The pass.")) : end] == spelled("The pass.")
+
+
+def test_a_message_that_a_template_rewrote_ends_with_the_one_before_it() -> None:
+    rendering = renderer(SHOUT).render([user("WHICH?"), reply("the pass"), user("Sure?")])
+    assert rendering.ends[0] == rendering.ends[1] == rendering.ends[2] > 0
+
+
+@pytest.mark.parametrize("begun", ["The pass", " The pass", "The pass ", "The", "\nThe pass\n"])
+def test_an_answer_that_goes_on_ends_the_prompt(begun: str) -> None:
+    messages = [user("The pass"), reply(begun)]
+    start = ids_of(messages[:1])
+    assert ids_of(messages) == [*start, *spelled(begun)]
+    assert renderer().render(messages).ends[-1] == len(start) + len(spelled(begun))
+
+
+def test_a_date_is_the_one_that_is_frozen() -> None:
+    dated = "{{ strftime_now('%d %B %Y') }}\n" + CHATML
+    rendering = renderer(dated).render([user("Which?")], "2026-02-03")
+    assert renderer().decode(rendering.ids).startswith("03 February 2026\n")
+    assert rendering == renderer(dated).render([user("Which?")], "2026-02-03")
+    assert rendering != renderer(dated).render([user("Which?")], "2026-02-04")

@@ -1,191 +1,600 @@
-"""Other architectures through the same cache: sliding windows, shared KV layers, old position encodings."""
+"""Other architectures through the same cache: sliding windows, shared layers, experts, recurrent states.
 
-from collections.abc import Callable
+`SHAPES` is the table of what each of them can do; every row is measured on a tiny random model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    Gemma2Config,
-    Gemma3nTextConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen3Config,
-)
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+import transformers as tf
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvchat.contract import Sampling, Tokens
-from kvchat.engine.engine import LocalEngine
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.layers import GrowableLayer, rounded_up
+from kvchat.cache.quantize import QuantizedLayer
+from kvchat.cache.recurrent import HybridLayer, RecurrentLayer
+from kvchat.cache.rotate import turned
+from kvchat.engine.forward import CachedReader, Stopped, forward_pass, stopping_between_layers
 from kvchat.engine.load import LoadedModel, assemble
-from tests.engine.driving import (
-    Chat,
-    after_layer,
-    assert_committed,
-    assert_equals_cold,
-    rendered,
-    sentences,
-    stopping_at,
-    uncached_logits,
-)
+from kvchat.engine.shape import NO_LIMIT, measure
+from kvchat.errors import KvchatError
 from tests.tiny import seeded_model, tiny_chat
 
-WINDOW, CHUNK = 8, 7
-Build = Callable[..., PreTrainedConfig]
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
+WINDOW, VOCABULARY, CONTEXT, LAYERS = 8, 300, 512, 4
+TOLERANCE = 1e-3
+"""Two fp32 passes over the same ids in other chunks differ by 1e-4, one wrong cached token by over 0.1."""
+SLIDING = ["sliding_attention", "full_attention"] * 2
+LINEAR = ["linear_attention", "full_attention"] * 2
+PROMPT, REPLY, QUESTION = 40, 6, 11
+"""Tokens of a turn: the reply is read one by one."""
+
+Kind = Callable[..., PreTrainedConfig]
 
 
-def config(kind: Build, chat: TokenizersBackend, **own: object) -> PreTrainedConfig:
+def config(kind: Kind, **own: object) -> PreTrainedConfig:
     """A config of tiny sizes under the usual names."""
-    return kind(
-        vocab_size=len(chat),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=chat.bos_token_id,
-        eos_token_id=chat.eos_token_id,
-        pad_token_id=chat.pad_token_id,
-        **own,
-    )
+    sizes: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return kind(**sizes | own)
 
 
-def gpt2(chat: TokenizersBackend) -> PreTrainedConfig:
-    return GPT2Config(
-        vocab_size=len(chat),
-        n_embd=64,
-        n_layer=4,
-        n_head=4,
-        n_positions=512,
-        initializer_range=0.2,
-        bos_token_id=chat.bos_token_id,
-        eos_token_id=chat.eos_token_id,
-    )
+def older(kind: Kind, **own: object) -> PreTrainedConfig:
+    """The same for kinds that call their sizes by other names."""
+    return kind(vocab_size=VOCABULARY, initializer_range=0.2, bos_token_id=1, eos_token_id=2, **own)
 
 
-def bloom(chat: TokenizersBackend) -> PreTrainedConfig:
-    return BloomConfig(
-        vocab_size=len(chat),
-        hidden_size=64,
-        n_layer=4,
-        n_head=4,
-        initializer_range=0.2,
-        bos_token_id=chat.bos_token_id,
-        eos_token_id=chat.eos_token_id,
-    )
-
-
-SHAPES: dict[str, Callable[[TokenizersBackend], PreTrainedConfig]] = {
-    "mistral": lambda chat: config(MistralConfig, chat, head_dim=16, sliding_window=WINDOW),
-    "qwen3": lambda chat: config(Qwen3Config, chat, head_dim=16),
-    "qwen3 sliding": lambda chat: config(
-        Qwen3Config,
-        chat,
-        head_dim=16,
-        use_sliding_window=True,
-        sliding_window=WINDOW,
-        layer_types=ALTERNATING,
-    ),
-    "gemma2": lambda chat: config(Gemma2Config, chat, head_dim=16, sliding_window=WINDOW),
-    "gemma3": lambda chat: config(
-        Gemma3TextConfig, chat, head_dim=16, sliding_window=WINDOW, layer_types=ALTERNATING
-    ),
-    "gemma3n": lambda chat: config(
-        Gemma3nTextConfig,
-        chat,
-        head_dim=16,
-        vocab_size_per_layer_input=len(chat),
-        hidden_size_per_layer_input=16,
-        num_kv_shared_layers=2,
-        sliding_window=WINDOW,
-        layer_types=ALTERNATING,
-        activation_sparsity_pattern=[0.0] * 4,
-        laurel_rank=8,
-    ),
-    "phi3": lambda chat: config(Phi3Config, chat, sliding_window=WINDOW),
-    "llama of old": lambda chat: config(LlamaConfig, chat, tie_word_embeddings=True),
-    "gpt2": gpt2,
-    "bloom": bloom,
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+MAMBA = {"hidden_size": 64, "num_hidden_layers": LAYERS, "state_size": 16}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
+MAMBA_HEADS = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+GEMMA3N = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.0] * LAYERS,
+    "laurel_rank": 8,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+ANYWHERE, SINCE_MARK, MARKS_ONLY = "anywhere", "to marks, anywhere after the last", "to marks"
+GAPS = ""
+
+
+@dataclass(frozen=True)
+class Can:
+    """What a model of one architecture can do with its cache."""
+
+    made: Callable[[], PreTrainedConfig]
+    goes_back: str = ANYWHERE
+    no_gaps: str = GAPS
+    """Part of the sentence that refuses policies with gaps; empty where they work."""
+    positions: str = "rotary"
+    layout: str = "half"
+    notes: tuple[str, ...] = ()
+    """A part of each note."""
+
+
+A_WINDOW = "mask of a sliding window"
+A_STATE = "a recurrent state can't forget"
+OF_EXPERTS = "expert layers: experts hold no KV"
+OF_A_STATE = "recurrent layers: a crop goes back to the last turn end"
+HALF_SLIDING = "sliding window of 8 in 2 of 4 layers"
+ALL_SLIDING = "sliding window of 8 in 4 of 4 layers"
+
+SHAPES: dict[str, Can] = {
+    "Llama": Can(lambda: config(tf.LlamaConfig)),
+    "Qwen2": Can(lambda: config(tf.Qwen2Config)),
+    "Qwen3": Can(lambda: config(tf.Qwen3Config, head_dim=16)),
+    "Cohere": Can(lambda: config(tf.CohereConfig), layout="interleaved"),
+    "Mistral": Can(
+        lambda: config(tf.MistralConfig, head_dim=16, sliding_window=WINDOW),
+        no_gaps=A_WINDOW,
+        notes=(ALL_SLIDING,),
+    ),
+    "Gemma 2": Can(
+        lambda: config(tf.Gemma2Config, head_dim=16, sliding_window=WINDOW),
+        no_gaps=A_WINDOW,
+        notes=(HALF_SLIDING,),
+    ),
+    "Gemma 3": Can(
+        lambda: config(tf.Gemma3TextConfig, head_dim=16, sliding_window=WINDOW, layer_types=SLIDING),
+        no_gaps=A_WINDOW,
+        notes=(HALF_SLIDING,),
+    ),
+    "Gemma 3n": Can(
+        lambda: config(
+            tf.Gemma3nTextConfig, head_dim=16, sliding_window=WINDOW, layer_types=SLIDING, **GEMMA3N
+        ),
+        no_gaps=A_WINDOW,
+        notes=("sliding window of 8 in 1 of 2 layers", "2 of 4 layers store no keys and values"),
+    ),
+    "Phi": Can(lambda: config(tf.PhiConfig)),
+    "Phi-3": Can(lambda: config(tf.Phi3Config)),
+    "GPT-2": Can(
+        lambda: older(tf.GPT2Config, n_embd=64, n_layer=LAYERS, n_head=4, n_positions=CONTEXT),
+        no_gaps="its positions are learned and end at 512",
+        positions="learned",
+        layout="none",
+    ),
+    "Bloom": Can(
+        lambda: older(tf.BloomConfig, hidden_size=64, n_layer=LAYERS, n_head=4),
+        no_gaps="ALiBi",
+        positions="alibi",
+        layout="none",
+    ),
+    "OLMoE": Can(lambda: config(tf.OlmoeConfig, **EXPERTS), notes=(OF_EXPERTS,)),
+    "Qwen3-MoE": Can(
+        lambda: config(tf.Qwen3MoeConfig, head_dim=16, moe_intermediate_size=32, **EXPERTS),
+        notes=(OF_EXPERTS,),
+    ),
+    "DeepSeek-V3": Can(lambda: config(tf.DeepseekV3Config, **DEEPSEEK), layout="other", notes=(OF_EXPERTS,)),
+    "gpt-oss": Can(
+        lambda: config(
+            tf.GptOssConfig,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            layer_types=SLIDING,
+        ),
+        no_gaps=A_WINDOW,
+        notes=(OF_EXPERTS, HALF_SLIDING, "attention sinks are in the model"),
+    ),
+    "LFM2": Can(
+        lambda: config(tf.Lfm2Config, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3),
+        SINCE_MARK,
+        "a convolution mixes neighbours",
+        notes=("2 convolution layers",),
+    ),
+    "Qwen3-Next": Can(
+        lambda: config(
+            tf.Qwen3NextConfig,
+            head_dim=16,
+            layer_types=LINEAR,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            **DELTA,
+            **EXPERTS,
+        ),
+        MARKS_ONLY,
+        A_STATE,
+        notes=(OF_EXPERTS, OF_A_STATE),
+    ),
+    "Falcon-H1": Can(
+        lambda: config(
+            tf.FalconH1Config,
+            head_dim=16,
+            mamba_n_groups=1,
+            mamba_d_conv=4,
+            mamba_chunk_size=8,
+            **MAMBA_HEADS,
+        ),
+        MARKS_ONLY,
+        A_STATE,
+        notes=(OF_A_STATE,),
+    ),
+    "Mamba": Can(
+        lambda: older(tf.MambaConfig, **MAMBA),
+        MARKS_ONLY,
+        A_STATE,
+        positions="none",
+        layout="none",
+        notes=(OF_A_STATE, "go on one token at a time"),
+    ),
+    "Mamba2": Can(
+        lambda: older(tf.Mamba2Config, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, **MAMBA),
+        MARKS_ONLY,
+        A_STATE,
+        positions="none",
+        layout="none",
+        notes=(OF_A_STATE,),
+    ),
+}
+
+
+def assembled(name: str) -> LoadedModel:
+    return assemble(seeded_model(SHAPES[name].made()), tiny_chat(), name, precision="fp32")
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def shaped(request: pytest.FixtureRequest) -> LoadedModel:
     """A tiny random model of that architecture."""
-    chat = tiny_chat()
-    return assemble(seeded_model(SHAPES[request.param](chat)), chat, request.param, precision="fp32")
+    return assembled(request.param)
 
 
-def asked_twice(loaded: LoadedModel) -> Chat:
-    """A conversation with two turns, both compared with a cold run."""
-    chat = Chat(LocalEngine(loaded, prefill_chunk=CHUNK), loaded, sampling=Sampling(max_tokens=12))
-    first = chat.ask(sentences(2))
-    held = len(chat.kv)
-    assert held > 2 * WINDOW
-    second = chat.ask("And the train?")
-    assert (second.started.reused_tokens, second.started.reuse_note) == (held, "")
-    for played in (first, second):
-        assert_equals_cold(played, loaded)
-    return chat
+def some_ids(number: int, seed: int = 0) -> list[int]:
+    """Token ids that stand for text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (number,), generator=generator).tolist()
 
 
-def test_cached_turns_equal_cold_ones(shaped: LoadedModel) -> None:
-    asked_twice(shaped)
+class Reading:
+    """One conversation, read as an engine reads it: a mark before the last prompt token and at turn ends."""
+
+    def __init__(self, loaded: LoadedModel, kv: ConversationKV | None = None) -> None:
+        self.model = loaded.model
+        self.kv = loaded.new_kv() if kv is None else kv
+        self.reader = CachedReader(self.model, self.kv)
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Reads on, and compares with a cold pass over everything."""
+        found = self.reader.read(ids)
+        assert_equal_logits(found, cold(self.model, self.kv.ids))
+
+    def turn(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
+        if prompt[:-1]:
+            self.reader.read(prompt[:-1])
+        self.kv.mark()
+        for token in (prompt[-1], *reply):
+            self.read([token])
+        self.kv.mark()
 
 
-def test_a_crop_to_before_the_window_equals_a_cold_run(shaped: LoadedModel) -> None:
-    chat = asked_twice(shaped)
-    del chat.messages[1:]
-    again = chat.answer()
-    assert again.started.prefilled_tokens == 1
-    assert_committed(chat.kv, [*rendered(shaped, again.request.messages), *again.tokens[:-1]])
-    assert_equals_cold(again, shaped)
+def cold(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """The oracle: logits `[1, vocabulary]` after one plain pass over all ids."""
+    return forward_pass(model, ids, range(len(ids)), None)
 
 
-def test_reported_bytes_are_those_of_the_formula(shaped: LoadedModel) -> None:
-    chat = asked_twice(shaped)
-    assert chat.kv.used_bytes == len(chat.kv) * shaped.facts.kv_bytes_per_token
+def assert_equal_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert found.argmax() == expected.argmax()
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_stop_between_layers_ends_the_pass_at_once(shaped: LoadedModel, layer: int) -> None:
-    chat = asked_twice(shaped)
-    with after_layer(shaped.model, layer, 3, lambda: chat.engine.stop(chat.turn)):
-        chat.messages.pop()
-        stopped = chat.answer()
-    assert (stopped.finished.stats.finish_reason, len(stopped.tokens)) == ("cancelled", 2)
-    assert_equals_cold(chat.ask("Tell me about the sea."), shaped)
+def one_turn(loaded: LoadedModel) -> Reading:
+    reading = Reading(loaded)
+    reading.turn(some_ids(PROMPT), some_ids(REPLY, 1))
+    return reading
+
+
+def assert_whole(kv: ConversationKV, length: int) -> None:
+    """All layers hold the same tokens, and those are the ones the cache tells of."""
+    assert [layer.length for layer in kv.stored] == [length] * len(kv.stored)
+    assert len(kv) == len(kv.ids) == length
+
+
+def passes_through(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers in the order they run."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def failing_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
+    """Inside the block, a pass fails when that layer has done its part of it."""
+
+    def fail(*_: object) -> None:
+        raise InterruptedError
+
+    handle = passes_through(model)[layer].register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_model_can_what_the_table_says(shaped: LoadedModel) -> None:
+    can, shape = SHAPES[shaped.facts.name], shaped.shape
+    assert shape.is_croppable == (can.goes_back != MARKS_ONLY)
+    assert any(shape.states) == (can.goes_back != ANYWHERE)
+    assert (shape.positions, shape.rotary) == (can.positions, can.layout)
+    assert can.no_gaps in shape.gap_refusal
+    assert bool(can.no_gaps) == bool(shape.gap_refusal)
+    assert len(shape.notes) == len(can.notes)
+    for found, expected in zip(shape.notes, can.notes, strict=True):
+        assert expected in found
+    assert shape.position_limit == (NO_LIMIT if can.positions in ("alibi", "none") else CONTEXT)
+    assert (shaped.facts.notes, shaped.facts.gap_refusal) == (shape.notes, shape.gap_refusal)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, PROMPT])
+def test_chunks_equal_a_cold_pass(shaped: LoadedModel, chunk: int) -> None:
+    reading, ids = Reading(shaped), some_ids(PROMPT)
+    for start in range(0, PROMPT, chunk):
+        reading.read(ids[start : start + chunk])
+    assert_whole(reading.kv, PROMPT)
+
+
+def test_a_second_turn_continues_the_first(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    reading.turn(some_ids(QUESTION, 2), some_ids(REPLY, 3))
+    assert_whole(reading.kv, PROMPT + 2 * REPLY + QUESTION)
+
+
+def test_regenerating_reads_one_token(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    assert reading.kv.reachable(PROMPT - 1) == PROMPT - 1
+    reading.kv.truncate(PROMPT - 1)
+    reading.read(some_ids(PROMPT)[-1:])
+    for token in some_ids(REPLY, 4):
+        reading.read([token])
+    assert_whole(reading.kv, PROMPT + REPLY)
+
+
+def test_an_early_edit_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    edited = 12
+    reached = reading.kv.reachable(edited)
+    assert reached == (edited if SHAPES[shaped.facts.name].goes_back == ANYWHERE else 0)
+    reading.kv.truncate(reached)
+    reading.read([*some_ids(PROMPT)[reached:edited], *some_ids(QUESTION, 5)])
+    assert_whole(reading.kv, edited + QUESTION)
+
+
+def test_a_crop_inside_a_reply_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    reading.turn(some_ids(QUESTION, 2), [])
+    end = len(reading.kv)
+    for token in some_ids(REPLY, 3):
+        reading.read([token])
+    reached = reading.kv.reachable(end + 2)
+    assert reached == (end if SHAPES[shaped.facts.name].goes_back == MARKS_ONLY else end + 2)
+    reading.kv.truncate(reached)
+    reading.read(some_ids(QUESTION, 6))
+    assert_whole(reading.kv, reached + QUESTION)
+
+
+def test_a_crop_to_a_length_that_cannot_be_had_is_refused(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    if reading.kv.reachable(PROMPT + 2) == PROMPT + 2:
+        reading.kv.truncate(PROMPT + 2)
+        assert_whole(reading.kv, PROMPT + 2)
+        return
+    with pytest.raises(ValueError, match=f"can't go back to {PROMPT + 2} of {PROMPT + REPLY}"):
+        reading.kv.truncate(PROMPT + 2)
+    assert_whole(reading.kv, PROMPT + REPLY)
+    reading.read(some_ids(2, 7))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_failure_in_any_layer_leaves_no_trace(shaped: LoadedModel, layer: int, tokens: int) -> None:
+    reading = one_turn(shaped)
+    reading.read(some_ids(3, 2))
+    committed = len(reading.kv)
+    with failing_after(shaped.model, layer), pytest.raises(InterruptedError):
+        reading.reader.read(some_ids(tokens, 8))
+    marks_only = SHAPES[shaped.facts.name].goes_back == MARKS_ONLY
+    assert_whole(reading.kv, PROMPT + REPLY if marks_only else committed)
+    reading.read(some_ids(QUESTION, 9))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_failure_in_the_very_first_pass_leaves_an_empty_cache(shaped: LoadedModel, layer: int) -> None:
+    reading = Reading(shaped)
+    with failing_after(shaped.model, layer), pytest.raises(InterruptedError):
+        reading.reader.read(some_ids(5))
+    assert_whole(reading.kv, 0)
+    reading.read(some_ids(QUESTION, 9))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_stop_is_looked_at_before_every_layer(shaped: LoadedModel, layer: int) -> None:
+    reading, asked = one_turn(shaped), count()
+    with (
+        stopping_between_layers(shaped.model, lambda: next(asked) == layer),
+        pytest.raises(Stopped),
+    ):
+        reading.reader.read([5])
+    assert next(asked) == layer + 1
+    assert_whole(reading.kv, PROMPT + REPLY)
+    reading.read(some_ids(QUESTION, 9))
+
+
+def test_both_branches_of_a_fork_equal_cold_passes(shaped: LoadedModel) -> None:
+    parent = one_turn(shaped)
+    branch = Reading(shaped, parent.kv.fork(PROMPT - 1))
+    branch.read(some_ids(QUESTION, 10))
+    whole = Reading(shaped, parent.kv.fork(len(parent.kv)))
+    whole.read(some_ids(QUESTION, 11))
+    parent.read(some_ids(QUESTION, 12))
+    for reading in (branch, whole):
+        reading.read(some_ids(3, 13))
+    assert parent.kv.ids == (*some_ids(PROMPT), *some_ids(REPLY, 1), *some_ids(QUESTION, 12))
+
+
+def test_a_packed_cache_goes_on_bit_for_bit(shaped: LoadedModel) -> None:
+    """Packed after each of two turns, with a regeneration between them."""
+    live, restored = one_turn(shaped), shaped.new_kv()
+    restored.unpack(live.kv.pack())
+    live.kv.truncate(PROMPT - 1)
+    live.turn(some_ids(PROMPT)[-1:], some_ids(REPLY, 4))
+    live.turn(some_ids(QUESTION, 2), some_ids(REPLY, 3))
+    restored.unpack(live.kv.pack())
+    assert restored.ids == live.kv.ids
+    again = Reading(shaped, restored)
+    for ids in (some_ids(1, 5), some_ids(QUESTION, 6)):
+        assert torch.equal(again.reader.read(ids), live.reader.read(ids))
+    back = restored.reachable(PROMPT + REPLY)
+    assert back == live.kv.reachable(PROMPT + REPLY) == PROMPT + REPLY
+    restored.truncate(back)
+    again.read(some_ids(QUESTION, 7))
+
+
+def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
+    shape, fresh = shaped.shape, shaped.new_kv()
+    to_read = fresh.bytes_to_read(PROMPT)
+    recorded = PROMPT * sum(state.recorded_bytes for state in shape.states if state)
+    foretold = rounded_up(PROMPT) * shape.kv_bytes_per_token(torch.float32) + shape.state_bytes
+    assert fresh.bytes_at(PROMPT) == to_read == foretold + recorded
+    reading = Reading(shaped, fresh)
+    reading.read(some_ids(PROMPT))
+    assert fresh.used_bytes == PROMPT * shape.kv_bytes_per_token(torch.float32)
+    # the window in which a record begins is held besides, until the next mark
+    windows = shape.state_bytes if recorded else 0
+    assert fresh.storage_bytes == foretold + recorded + windows
+    fresh.mark()
+    assert fresh.storage_bytes == foretold + shape.state_bytes
+    fresh.clear()
+    assert (fresh.storage_bytes, len(fresh)) == (0, 0)
+    reading.read(some_ids(PROMPT, 1))
+
+
+def test_a_cleared_cache_is_as_new(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    reading.kv.clear()
+    found = reading.reader.read(some_ids(QUESTION, 3))
+    assert torch.equal(found, Reading(shaped).reader.read(some_ids(QUESTION, 3)))
+
+
+def test_gaps_are_refused_where_there_is_a_state(shaped: LoadedModel) -> None:
+    reading = one_turn(shaped)
+    if not reading.kv.states:
+        reading.kv.select([0, 1, *range(20, PROMPT)])
+        assert reading.kv.has_gap
+        return
+    with pytest.raises(ValueError, match="can't forget"):
+        reading.kv.select([0, 1])
+
+
+def test_a_gap_keeps_positions_where_the_table_allows_gaps(shaped: LoadedModel) -> None:
+    """The first layer's keys depend on nothing but token and position: after the gap they stay the same."""
+    if SHAPES[shaped.facts.name].no_gaps:
+        assert shaped.shape.gap_refusal
+        return
+    reading, whole = one_turn(shaped), one_turn(shaped)
+    reading.kv.select([*range(4), *range(20, PROMPT)])
+    whole.kv.truncate(PROMPT)
+    for kv in (reading.kv, whole.kv):
+        CachedReader(shaped.model, kv).read([7, 8])
+    ours, theirs = reading.kv.stored[0], whole.kv.stored[0]
+    assert ours.keys is not None
+    assert theirs.keys is not None
+    last = slice(ours.length - 2, ours.length), slice(theirs.length - 2, theirs.length)
+    torch.testing.assert_close(ours.keys[:, :, last[0]], theirs.keys[:, :, last[1]])
+
+
+def test_the_measured_rotation_turns_keys_to_other_positions(shaped: LoadedModel) -> None:
+    """A token on its own, read at position 100, has the keys of position 3 turned by 97."""
+    frequencies = shaped.rotary_frequencies()
+    if frequencies is None:
+        assert shaped.shape.rotary_dims == 0
+        return
+    keys = []
+    for position in (3, 100):
+        kv = shaped.new_kv()
+        with kv.append([9]) as past:
+            forward_pass(shaped.model, [9], [position], past)
+        keys.append([layer.keys[:, :, :1] for layer in kv.stored if layer.keys is not None])
+    interleaved = shaped.shape.rotary == "interleaved"
+    for at_3, at_100 in zip(*keys, strict=True):
+        moved = turned(at_3, torch.tensor([97]), frequencies, interleaved=interleaved)
+        torch.testing.assert_close(moved, at_100, atol=1e-4, rtol=0)
+
+
+def test_bf16_weights_are_measured_alike(shaped: LoadedModel) -> None:
+    model = seeded_model(SHAPES[shaped.facts.name].made()).to(torch.bfloat16)  # type: ignore[arg-type]
+    found, expected = measure(model, "bf16"), shaped.shape
+    for name in ("kinds", "heads", "positions", "rotary", "is_croppable", "gap_refusal", "notes"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("name", ["Phi", "Falcon-H1", "LFM2", "Mamba2"])
+def test_attention_is_quantised_and_states_are_not(name: str) -> None:
+    kv = assembled(name).new_kv("int8")
+    expected = {
+        "Phi": {QuantizedLayer},
+        "Falcon-H1": {HybridLayer},
+        "LFM2": {RecurrentLayer, QuantizedLayer},
+        "Mamba2": {RecurrentLayer},
+    }
+    assert {type(layer) for layer in kv.layers} == expected[name]
+
+
+def test_another_precision_is_that_of_the_stored_keys() -> None:
+    loaded = assembled("Llama")
+    kv = loaded.new_kv("bf16")
+    CachedReader(loaded.model, kv).read(some_ids(5))
+    assert {layer.keys.dtype for layer in kv.stored if layer.keys is not None} == {torch.bfloat16}
+    assert kv.used_bytes == 5 * loaded.shape.kv_bytes_per_token(torch.bfloat16)
+    assert {type(layer) for layer in loaded.new_kv("auto").layers} == {GrowableLayer}
+
+
+def test_a_compressed_layer_is_measured_and_not_computed() -> None:
+    """DeepSeek keeps one compressed key and one turned part per token, whatever its config says of heads."""
+    heads = {
+        (head.kv_heads, head.key_dim, head.value_dim) for head in assembled("DeepSeek-V3").shape.heads if head
+    }
+    assert heads == {(1, DEEPSEEK["kv_lora_rank"], DEEPSEEK["qk_rope_head_dim"])}
+
+
+def test_a_model_without_attention_has_no_heads() -> None:
+    loaded = assembled("Mamba2")
+    assert (loaded.facts.layers, loaded.facts.kv_heads, loaded.facts.head_dim) == (0, 0, 0)
+    assert (loaded.facts.kv_bytes_per_token, len(loaded.shape.kinds)) == (0, LAYERS)
+
+
+def test_layers_that_keep_something_else_are_refused_in_a_sentence() -> None:
+    model = seeded_model(config(tf.LlamaConfig))
+    model.config.layer_types = ["full_attention", "indexed_attention"] * 2
+    with pytest.raises(KvchatError, match="strange has layers of the kind indexed_attention"):
+        measure(model, "strange")
 
 
 def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None:
-    chat = tiny_chat()
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     long_rope = config(
-        Phi3Config,
-        chat,
+        tf.Phi3Config,
         original_max_position_embeddings=60,
         rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
     )
-    loaded = assemble(seeded_model(long_rope), chat, "phi3 long", precision="fp32", context=400)
-    assert loaded.facts.context_limit == 60
-    talk = Chat(LocalEngine(loaded), loaded, sampling=Sampling(max_tokens=100))
-    talk.ask("Hi", stopping_at(talk.engine, Tokens, 3))
-    second = talk.ask("And?")
-    assert second.finished.stats.finish_reason == "context"
-    assert_equals_cold(second, loaded)
+    loaded = assemble(seeded_model(long_rope), tiny_chat(), "long", precision="fp32", context=400)
+    assert (loaded.facts.context_limit, loaded.shape.position_limit) == (60, 60)
+    Reading(loaded).turn(some_ids(50), some_ids(10, 1))
+
+
+def test_a_context_without_end_is_the_one_that_is_asked_for() -> None:
+    chat, made = tiny_chat(), SHAPES["Bloom"].made
+    limits = [
+        assemble(seeded_model(made()), chat, "bloom", precision="fp32", context=asked).facts.context_limit
+        for asked in (None, 100, 5000)
+    ]
+    assert limits == [2048, 100, 5000]
 
 
 def test_the_window_of_these_tests_hides_something() -> None:
     """Else cached and uncached would be equal whatever the cache kept."""
-    chat = tiny_chat()
-    narrow = seeded_model(config(MistralConfig, chat, head_dim=16, sliding_window=WINDOW))
-    wide = seeded_model(config(MistralConfig, chat, head_dim=16, sliding_window=None))
-    ids = chat.backend_tokenizer.encode(sentences(2)).ids
-    assert (uncached_logits(narrow, ids)[-1] - uncached_logits(wide, ids)[-1]).abs().max() > 1
-    assert torch.equal(uncached_logits(narrow, ids[:4]), uncached_logits(wide, ids[:4]))
+    narrow = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=WINDOW))
+    wide = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=None))
+    ids = some_ids(PROMPT)
+    assert (cold(narrow, ids) - cold(wide, ids)).abs().max() > 1
+    assert torch.equal(cold(narrow, ids[:4]), cold(wide, ids[:4]))
+
+
+def test_one_wrong_token_is_more_than_the_tolerance(shaped: LoadedModel) -> None:
+    """Else these equalities would hold for a cache of other tokens, too."""
+    ids = some_ids(PROMPT)
+    other = [*ids[:-2], ids[-2] + 1 if ids[-2] < VOCABULARY - 1 else 3, ids[-1]]
+    assert (cold(shaped.model, ids) - cold(shaped.model, other)).abs().max() > 20 * TOLERANCE

@@ -11,14 +11,16 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheMode, Died, EvictionPolicy, KVPrecision, Loading, PoolState, Ready
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash
+from kvchat.ui.desk import CacheDesk, miss_words
 from kvchat.ui.messages import EngineStatus, TurnProgress
-from kvchat.ui.screens.dialogs import AskLine, Confirm, Help
+from kvchat.ui.screens.caches import CachesScreen
+from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.turns import Turns
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import COLOURS, CachePanel
@@ -29,6 +31,11 @@ DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
 """The panel is drawn this often while an answer streams."""
+
+
+def whole_number(text: str) -> int:
+    """The number in `text`; 0 for none, -1 for something else."""
+    return int(text) if text.strip().isdecimal() else -1 if text.strip() else 0
 
 
 class ChatScreen(Screen[None]):
@@ -76,6 +83,7 @@ class ChatScreen(Screen[None]):
             self.app.exit(return_code=1, message=f"kvchat: {error}")
             return
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
+        self._desk = CacheDesk(self._session, self._bridge, self._say, self._confirm)
         self._begun = True
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
@@ -100,8 +108,16 @@ class ChatScreen(Screen[None]):
 
     @on(EngineStatus)
     async def _engine_status(self, message: EngineStatus) -> None:
-        await self._turns.on_status(message.status)
-        self._refresh_all()
+        status = message.status
+        with self._telling():
+            await self._turns.on_status(status)
+            if isinstance(status, Ready | Died):
+                self._desk.engine_ready = isinstance(status, Ready)
+            elif not isinstance(status, Loading):
+                self._desk.on_report(status)
+            self._refresh_all()
+        if isinstance(status, PoolState) and isinstance(self.app.screen, CachesScreen):
+            self.app.screen.show(status)
 
     @on(TurnProgress)
     async def _turn_progress(self, message: TurnProgress) -> None:
@@ -192,12 +208,12 @@ class ChatScreen(Screen[None]):
             return
         with self._telling():
             self._session.configure(mode=CacheMode(mode) if mode else following)
-        self._turns.figures.mode(self._session.current.mode)
         self._refresh_all()
 
     def action_stop(self) -> None:
         """Stops the answer; without one, goes to the prompt."""
         if not self._turns.stop():
+            self._turns.editing = None
             self._prompt.focus()
 
     async def action_regenerate(self) -> None:
@@ -222,6 +238,79 @@ class ChatScreen(Screen[None]):
             self._rename(self._session.current.id, title)
         else:
             self._ask_title(self._session.current.id)
+
+    async def action_undo(self) -> None:
+        """Takes the last question back into the prompt."""
+        with self._telling():
+            self._prompt.give_back(await self._turns.undo())
+            self._refresh_all()
+
+    def action_edit(self, number: str = "") -> None:
+        """Takes a question into the prompt; what is sent then replaces it."""
+        with self._telling():
+            question = self._turns.question(whole_number(number))
+            if question is None:
+                raise KvchatError("Which question? The transcript numbers them; /edit 2 edits the second.")
+            self._turns.editing = question.id
+            self._prompt.text = question.text
+            self._prompt.move_cursor(self._prompt.document.end)
+            self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
+
+    async def action_continue(self) -> None:
+        """Lets the model go on with the last answer."""
+        with self._telling():
+            await self._turns.go_on()
+        self._refresh_all()
+
+    async def action_fork(self, number: str = "") -> None:
+        """Goes on in a new conversation that shares the cache so far."""
+        with self._telling():
+            parent = self._session.current.id
+            question = self._turns.question(whole_number(number)) if number else None
+            self._save_draft()
+            self._session.fork(self._turns.answer_to(question) if question else None)
+            self._desk.fork(parent)
+            await self._opened()
+            self._say("This is the fork: it shares the cache of the other one until one of them writes.")
+
+    def action_why(self) -> None:
+        """Explains the last miss."""
+        why = miss_words(self._turns.figures.last_miss)
+        self.app.push_screen(Explanation("Why was something read again?", why))
+
+    def action_caches(self) -> None:
+        """Shows every cache."""
+        with self._telling():
+            summaries = self._session.conversations()
+            self.app.push_screen(
+                CachesScreen(summaries, self._turns.pool, self._desk.act, lambda: self.action_budget())
+            )
+
+    def action_policy(self, name: str = "") -> None:
+        """Chooses what is dropped when the context is full."""
+        if not name:
+            now = self._session.current.policy
+            self._say(f"When the context is full: {now}. /policy {'|'.join(EvictionPolicy)} changes that.")
+            return
+        with self._telling():
+            self._desk.policy(name.strip())
+
+    def action_kv(self, name: str = "") -> None:
+        """Stores keys and values in another precision."""
+        if not name:
+            now = self._session.current.kv
+            self._say(f"Keys and values: {now}. /kv {'|'.join(KVPrecision)} changes that.")
+            return
+        with self._telling():
+            self._desk.precision(name.strip())
+
+    def action_budget(self, size: str = "") -> None:
+        """Changes how much memory all caches may take."""
+        if size:
+            self._desk.budget(size)
+        else:
+            question = "Memory for all KV caches, such as 2GB or 512MB"
+            self.app.push_screen(AskLine(question), lambda given: self._desk.budget(given) if given else None)
 
     async def action_clear(self) -> None:
         """Empties the open conversation."""
@@ -277,8 +366,7 @@ class ChatScreen(Screen[None]):
     def _set_system(self, text: str | None) -> None:
         with self._telling():
             if text is not None:
-                self._session.configure(system_prompt=text)
-                self._say("The next turn reads the conversation again, with the new system prompt.")
+                self._desk.system_prompt(text)
 
     async def _opened(self, typed: str = "") -> None:
         self._prompt.text = self._session.draft() + typed
@@ -301,6 +389,7 @@ class ChatScreen(Screen[None]):
             self._refresh_figures()
 
     def _refresh_figures(self) -> None:
+        self._turns.figures.settings(self._session.current.mode, self._session.current.policy)
         self.query_one(CachePanel).show(self._turns.figures.state)
         self.query_one("#status", Static).update(self._status_line())
 
@@ -327,6 +416,15 @@ class ChatScreen(Screen[None]):
             (f"cache {mode.value}", f"bold {COLOURS[mode]}"),
             (" · " + " · ".join(parts), "$text-muted"),
         )
+
+    def _confirm(self, question: str, yes: str, act: Callable[[], None]) -> None:
+        def answered(sure: bool | None) -> None:
+            if sure:
+                with self._telling():
+                    act()
+                    self._refresh_all()
+
+        self.app.push_screen(Confirm(question, yes), answered)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

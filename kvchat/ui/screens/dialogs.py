@@ -53,6 +53,22 @@ class Confirm(ModalScreen[bool]):
         self.dismiss(event.button.id == "yes")
 
 
+class Explanation(ModalScreen[None]):
+    """Something explained in Markdown."""
+
+    BINDINGS = [Binding("escape,enter,f6,q", "dismiss(None)", "Close")]
+
+    def __init__(self, title: str, markdown: str) -> None:
+        super().__init__()
+        self._title = title
+        self._markdown = markdown
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog"):
+            yield Static(Content(self._title), classes="head")
+            yield Markdown(self._markdown, open_links=False)
+
+
 class Help(ModalScreen[None]):
     """Keys, commands, and how to read the panel."""
 

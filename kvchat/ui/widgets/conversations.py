@@ -13,7 +13,7 @@ from kvchat.contract import WarmCache
 from kvchat.conversation import Summary
 from kvchat.text import megabytes, one_line
 
-WARM, COLD = "●", "○"
+GLYPHS = {"hot": "●", "disk": "◐", "cold": "○"}
 TITLE_CELLS = 19
 
 
@@ -83,9 +83,10 @@ class ConversationList(OptionList):
 
     def _label(self, summary: Summary, warm: WarmCache | None, current: bool) -> Content:
         title = one_line(summary.title) or "untitled"
-        size = megabytes(warm.bytes) if warm else ""
+        where = "hot" if warm and warm.hot else "disk" if warm and warm.disk_bytes else "cold"
+        size = megabytes(warm.bytes) if warm and warm.hot else "on disk" if where == "disk" else ""
         return Content.assemble(
-            (f"{WARM if warm else COLD} ", "$success" if warm else "$text-muted"),
+            (f"{GLYPHS[where]} ", "$success" if where == "hot" else "$text-muted"),
             (fitted(title, TITLE_CELLS), "bold $text-accent" if current else ""),
             (f"{size:>9}", "$text-muted"),
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from textual.content import Content
 from textual.widgets import Static
 
-from kvchat.contract import CacheMode, ModelFacts, TurnStats
+from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TurnStats
 from kvchat.text import clean, megabytes
 
 GLYPHS = {
@@ -27,6 +27,14 @@ MEANING = {
     CacheMode.TURN: "thrown away each turn",
     CacheMode.OFF: "re-reads all, each token",
 }
+WHEN_FULL = {
+    EvictionPolicy.NONE: "ends there",
+    EvictionPolicy.TURNS: "exact",
+    EvictionPolicy.SINKS: "approximate",
+    EvictionPolicy.SNAPKV: "approximate",
+}
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+"""Of one number; scales of quantised blocks come on top."""
 BARS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32
@@ -49,6 +57,13 @@ class TurnFigures:
     reuse_note: str = ""
     reading: str = ""
     """Progress of a long prefill."""
+    restored: int = 0
+    """Of the reused ones, those that came from disk in this turn."""
+    evicted: int = 0
+    kv_dtype: str = ""
+    """Empty before the first turn: as the model computes."""
+    limit: int = 0
+    """Tokens that fit; 0 before the first turn."""
 
     @property
     def context(self) -> int:
@@ -68,6 +83,8 @@ class PanelState:
     rss_bytes: int = 0
     prefill_rate: float = 0.0
     """Tokens a second, from the largest prefill measured so far; 0 where none was long enough."""
+    policy: EvictionPolicy = EvictionPolicy.TURNS
+    pool: PoolState | None = None
     by_mode: Mapping[str, TurnStats] = field(default_factory=dict)
     """The last turn's figures in each mode."""
 
@@ -133,6 +150,10 @@ def turn_lines(state: PanelState) -> list[Content]:
     largest = max(counts.values())
     width = INNER_WIDTH - 20
     lines = [row(name, f"{n:,}", bar(n, largest, width), styles[name]) for name, n in counts.items()]
+    if turn.restored:
+        lines.append(row("restored", f"{turn.restored:,}", "from disk"))
+    if turn.evicted:
+        lines.append(row("evicted", f"{turn.evicted:,}", "context full", "$text-error"))
     lines += [
         row("TTFT", seconds(turn.ttft_s)),
         row("prefill", rate(turn.prefill_tok_s), "tok/s"),
@@ -154,12 +175,15 @@ def kv_lines(state: PanelState) -> list[Content]:
     if (model := state.model) is None:
         return []
     tokens = state.turn.kv_tokens
-    used = model.kv_bytes_per_token * tokens
-    freed = "then freed" if state.mode is CacheMode.TURN and tokens else model.kv_dtype
+    stored_as = state.turn.kv_dtype or model.kv_dtype
+    bits = BITS.get(stored_as, 8 * model.kv_dtype_bytes)
+    used = model.kv_bytes_per_token * tokens * bits // (8 * model.kv_dtype_bytes)
+    freed = "then freed" if state.mode is CacheMode.TURN and tokens else stored_as
+    size = f"{bits // 8} bytes" if bits > 8 else f"{bits} bits"
     formula = (
-        f"2 × {model.layers} layers × {model.kv_heads} KV heads\n"
-        f"× {model.head_dim} dim × {model.kv_dtype_bytes} bytes × {tokens:,}"
+        f"2 × {model.layers} layers × {model.kv_heads} KV heads\n× {model.head_dim} dim × {size} × {tokens:,}"
     )
+    limit = state.turn.limit or model.context_limit
     return [
         heading("KV cache"),
         Content.assemble((formula, "$text-muted")),
@@ -167,8 +191,21 @@ def kv_lines(state: PanelState) -> list[Content]:
         row("allocated", megabytes(state.turn.kv_bytes)),
         row("weights", megabytes(model.weights_bytes), model.weights_dtype),
         row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–"),
-        row("context", f"{state.turn.context:,}", f"of {model.context_limit:,}"),
+        *pool_rows(state.pool),
+        row("context", f"{state.turn.context:,}", f"of {limit:,}"),
+        row("when full", state.policy.value, WHEN_FULL[state.policy]),
+        *(Content.assemble((clean(note), "$text-muted")) for note in model.notes),
     ]
+
+
+def pool_rows(pool: PoolState | None) -> list[Content]:
+    """What all caches take, in memory and on disk."""
+    if pool is None:
+        return []
+    rows = [row("all KV", megabytes(pool.used_bytes), f"of {megabytes(pool.budget_bytes)}")]
+    if pool.disk_cap_bytes:
+        rows.append(row("on disk", megabytes(pool.disk_bytes), f"of {megabytes(pool.disk_cap_bytes)}"))
+    return rows
 
 
 def saving_lines(state: PanelState) -> list[Content]:

@@ -69,12 +69,14 @@ def answer_note(stats: TurnStats | None, finish: str | None) -> str:
 class UserMessage(VerticalGroup):
     """What the user wrote, as it was written."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, number: int) -> None:
+        """`number` counts the questions of the conversation from 1."""
         super().__init__(classes="message user")
         self._text = text
+        self._number = number
 
     def compose(self) -> ComposeResult:
-        yield Static("you", classes="who", markup=False)
+        yield Static(f"you · {self._number}", classes="who", markup=False)
         yield Static(Content(clean(self._text)), classes="text")
 
 
@@ -154,21 +156,26 @@ class Transcript(VerticalScroll):
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
-        self._earlier: list[Message] = []
+        self._earlier = 0
+        """Messages that come before the mounted ones."""
+        self._messages: list[Message] = []
+        self._left_out = 0
         self.streaming: AnswerMessage | None = None
 
     def on_mount(self) -> None:
         """Follows the end from the start."""
         self.anchor()
 
-    async def show(self, messages: Sequence[Message], who: str) -> None:
-        """Replaces everything by a conversation."""
+    async def show(self, messages: Sequence[Message], who: str, left_out: int = 0) -> None:
+        """Replaces everything by a conversation; the `left_out` oldest messages are dimmed."""
         self.streaming = None
         self._who = who
-        self._earlier = list(messages[:-SHOWN_AT_ONCE])
-        widgets: list[Widget] = [self._widget(m) for m in messages[-SHOWN_AT_ONCE:]]
+        self._messages = list(messages)
+        self._left_out = left_out
+        self._earlier = max(0, len(messages) - SHOWN_AT_ONCE)
+        widgets = [self._widget(place) for place in range(self._earlier, len(messages))]
         if self._earlier:
-            widgets.insert(0, EarlierMessages(len(self._earlier)))
+            widgets.insert(0, EarlierMessages(self._earlier))
         async with self.batch():
             await self.remove_children()
             await self.mount_all(widgets or [Static(Content(WELCOME), classes="welcome")])
@@ -176,15 +183,22 @@ class Transcript(VerticalScroll):
 
     def show_earlier(self) -> None:
         """Mounts some of the messages that come before."""
-        shown, self._earlier = self._earlier[-SHOWN_AT_ONCE:], self._earlier[:-SHOWN_AT_ONCE]
+        end, self._earlier = self._earlier, max(0, self._earlier - SHOWN_AT_ONCE)
         self.query(EarlierMessages).remove()
-        widgets: list[Widget] = [EarlierMessages(len(self._earlier))] if self._earlier else []
-        self.mount_all([*widgets, *(self._widget(m) for m in shown)], before=0)
+        widgets: list[Widget] = [EarlierMessages(self._earlier)] if self._earlier else []
+        self.mount_all([*widgets, *(self._widget(p) for p in range(self._earlier, end))], before=0)
 
-    async def ask(self, text: str) -> None:
-        """Shows a message of the user."""
+    def leave_out(self, count: int) -> None:
+        """Dims the oldest messages: the model doesn't see them any more."""
+        self._left_out = max(count, self._left_out)
+        shown = list(self.query(".message"))
+        for widget in shown[: max(0, self._left_out - self._earlier)]:
+            widget.add_class("left-out")
+
+    async def ask(self, text: str, number: int) -> None:
+        """Shows a message of the user, the `number`-th question."""
         await self.query(".welcome").remove()
-        await self.mount(UserMessage(text))
+        await self.mount(UserMessage(text, number))
         self.anchor()
 
     async def begin_answer(self, who: str) -> None:
@@ -200,16 +214,28 @@ class Transcript(VerticalScroll):
                 return
             await child.remove()
 
-    async def notice(self, text: str, *, error: bool = False) -> None:
-        """Says something below the last message; of two notices that say the same, the longer one stays."""
-        last = self.children[-1] if self.children else None
-        if isinstance(last, Notice) and last.text.startswith(text):
+    async def notice(self, text: str, *, error: bool = False, last: bool = True) -> None:
+        """Says something below the last message; of two notices that say the same, the longer one stays.
+
+        With `last` false it is said above the answer that streams.
+        """
+        if not last and self.streaming:
+            await self.mount(Notice(text, error=error), before=self.streaming)
             return
-        if isinstance(last, Notice) and text.startswith(last.text):
-            await last.remove()
+        below = self.children[-1] if self.children else None
+        if isinstance(below, Notice) and below.text.startswith(text):
+            return
+        if isinstance(below, Notice) and text.startswith(below.text):
+            await below.remove()
         await self.mount(Notice(text, error=error))
 
-    def _widget(self, message: Message) -> Widget:
+    def _widget(self, place: int) -> Widget:
+        message = self._messages[place]
+        widget: Widget
         if message.role == "user":
-            return UserMessage(message.text)
-        return AnswerMessage(self._who, message.text, answer_note(message.stats, message.finish_reason))
+            number = sum(m.role == "user" for m in self._messages[: place + 1])
+            widget = UserMessage(message.text, number)
+        else:
+            note = answer_note(message.stats, message.finish_reason)
+            widget = AnswerMessage(self._who, message.text, note)
+        return widget.set_class(place < self._left_out, "left-out")

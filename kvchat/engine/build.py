@@ -1,0 +1,34 @@
+"""Puts an engine together: a loaded model, a budget for its caches, and a shelf to save them on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from kvchat.cache.shelf import Shelf
+from kvchat.contract import Report
+from kvchat.engine.disk import DiskTier
+from kvchat.engine.engine import LocalEngine
+from kvchat.engine.load import LoadedModel
+
+SHARE_OF_MEMORY = 4
+"""Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
+
+
+def open_engine(
+    loaded: LoadedModel,
+    budget: int | None,
+    folder: Path | None,
+    disk_cap: int,
+    report: Callable[[Report], None] = lambda _report: None,
+) -> LocalEngine:
+    """An engine that saves its caches in `folder`; with None, it saves none.
+
+    Args:
+        budget: bytes in memory for all caches; None takes a share of what is available now.
+        disk_cap: bytes that all saved caches may take; with 0 none is saved.
+        report: gets what came of an act.
+    """
+    available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
+    disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
+    return LocalEngine(loaded, budget_bytes=budget or available, disk=disk, report=report)

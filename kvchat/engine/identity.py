@@ -1,0 +1,47 @@
+"""What keys and values depend on, as a fingerprint. Reads the model in memory; it knows no files."""
+
+import hashlib
+import json
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from kvchat.cache.fingerprint import Fingerprint
+from kvchat.contract import ModelFacts
+
+SAMPLES = 64
+"""Numbers of each weight tensor that go into the hash: a model that was trained further differs in all."""
+
+
+def identify(model: PreTrainedModel, chat: TokenizersBackend, facts: ModelFacts) -> Fingerprint:
+    """The fingerprint of caches in the precision of the weights."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return Fingerprint(
+        model=facts.name,
+        revision=weights_hash(model),
+        weights=facts.weights_dtype,
+        kv=facts.kv_dtype,
+        rope=_hash(json.dumps(rope, sort_keys=True, default=str)),
+        template=_hash(json.dumps(chat.chat_template, sort_keys=True)),
+        tokenizer=facts.tokenizer,
+        transformers=version("transformers").partition(".")[0],
+    )
+
+
+@torch.inference_mode()
+def weights_hash(model: PreTrainedModel) -> str:
+    """16 hex digits over the names, shapes and a sample of every weight tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,289 @@
+"""What a turn will reuse, read and leave out, and why: decided before anything happens.
+
+The same plan is the price that is quoted before an act, and what the turn then carries out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvchat.cache.evict import POLICIES, dropped, turns_in
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.prefix import common_prefix
+from kvchat.contract import (
+    CacheMode,
+    EvictionPolicy,
+    KVPrecision,
+    Miss,
+    ModelFacts,
+    PromptMessage,
+    TurnRequest,
+)
+from kvchat.engine import explain
+from kvchat.engine.caches import Caches, Kept
+from kvchat.engine.context import SHRUNK_TO, layout_of, messages_to_drop, without_oldest
+from kvchat.engine.disk import DiskTier, Saved
+from kvchat.engine.render import Rendered, Renderer
+from kvchat.errors import KvchatError
+
+LEAST_LOAN = 16
+"""Tokens that another conversation's cache must save before it is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The conversation's cache in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The prefix of another conversation's cache."""
+
+    lender: str
+
+
+Source = Own | Lent | Saved
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One turn, decided."""
+
+    messages: tuple[PromptMessage, ...]
+    """Those that are not left out."""
+    rendered: Rendered
+    left_out: int
+    evicted_tokens: int
+    """Tokens of the messages that are left out from this turn on."""
+    limit: int
+    """Tokens that fit: the model's context, or what the KV budget holds."""
+    source: Source
+    reused: int
+    miss: Miss | None
+    note: str
+    """Why less is reused than the history; empty where all of it is."""
+
+    @property
+    def unread(self) -> tuple[int, ...]:
+        """The tokens that have to be read."""
+        return self.rendered.ids[self.reused :]
+
+
+@dataclass(slots=True)
+class Rate:
+    """The prefill rate, from the largest of the latest reads."""
+
+    tokens_per_s: float | None = None
+    tokens: int = 0
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Takes a measured read into account; small ones say more about overhead."""
+        if tokens >= max(64, self.tokens // 4) and seconds > 0:
+            self.tokens, self.tokens_per_s = tokens, tokens / seconds
+
+    def seconds(self, tokens: int) -> float | None:
+        """What reading so many tokens takes; None before anything was measured."""
+        return tokens / self.tokens_per_s if self.tokens_per_s else None
+
+
+class Planner:
+    """Plans turns for one model."""
+
+    def __init__(
+        self, facts: ModelFacts, renderer: Renderer, caches: Caches, disk: DiskTier | None, rate: Rate
+    ) -> None:
+        self._facts = facts
+        self._renderer = renderer
+        self._caches = caches
+        self._disk = disk
+        self._rate = rate
+
+    def plan(self, request: TurnRequest) -> Plan:
+        """Decides a turn; nothing changes.
+
+        Raises:
+            KvchatError: the conversation can't be rendered, or is longer than the context and may not shrink.
+        """
+        limit = self.limit(request)
+        left_out, before = request.left_out, 0
+        messages, rendered = self.rendered(request, left_out)
+        if request.policy is EvictionPolicy.TURNS or (request.mode is CacheMode.OFF and self._gap(request)):
+            left_out, before = self._leave_out(request, rendered, limit)
+            messages, rendered = self.rendered(request, left_out)
+        if len(rendered.ids) >= limit and not (self._gap(request) and request.mode is not CacheMode.OFF):
+            self._refuse(request, rendered, limit)
+        if self._gap(request) and self._facts.gap_refusal:
+            raise KvchatError(f"The policy {request.policy} can't be used: {self._facts.gap_refusal}")
+        evicted = max(0, before - len(rendered.ids))
+        source, reused, refused = self._source(request, rendered)
+        miss = self._miss(request, messages, rendered, reused, left_out, refused)
+        note = self._note(request, messages, miss)
+        return Plan(messages, rendered, left_out, evicted, limit, source, reused, miss, note)
+
+    def rendered(self, request: TurnRequest, left_out: int) -> tuple[tuple[PromptMessage, ...], Rendered]:
+        """The messages without the oldest ones, and what the model reads of them."""
+        messages = without_oldest(request.messages, left_out)
+        return messages, self._renderer.render(messages, request.today)
+
+    def limit(self, request: TurnRequest) -> int:
+        """Tokens that fit into the context and into the whole KV budget."""
+        if request.mode is CacheMode.OFF:
+            return self._facts.context_limit
+        kept = self._caches.get(request.conversation)
+        kv = kept.kv if kept and self.fits(kept, request.kv) else self._caches.empty(request.kv).kv
+        return kv.rows_within(self._caches.budget_bytes, self._facts.context_limit)
+
+    def more_to_leave_out(self, request: TurnRequest, plan: Plan, answer: int) -> int:
+        """How many messages are left out once the answer has filled the context in mid-turn."""
+        return self._shrunk(request, plan.left_out, int(plan.limit * SHRUNK_TO) - answer)
+
+    def preview(self, request: TurnRequest, plan: Plan) -> str:
+        """What the policy would drop if it had to act now."""
+        policy = POLICIES[request.policy.value]
+        layout = layout_of(plan.messages, plan.rendered)
+        if request.policy is EvictionPolicy.NONE:
+            return "nothing is dropped: at the limit the answer ends and the next one is refused"
+        if request.policy is EvictionPolicy.SNAPKV:
+            return "the half that the latest question attends to least; 32 tokens are read again to score"
+        gone = dropped(layout.tokens, policy.keep(layout, int(layout.tokens * SHRUNK_TO)))
+        tokens = sum(len(r) for r in gone)
+        if not policy.leaves_gap:
+            again = layout.tokens - (gone[-1].stop if gone else layout.tokens)
+            turns = turns_in(layout, gone)
+            price = self._rate.seconds(again)
+            cost = f", about {price:.1f} s" if price else ""
+            return f"{turns} turns ({tokens:,} tokens); {again:,} that stay are read again{cost}: exact"
+        spans = ", ".join(f"{r.start:,}-{r.stop - 1:,}" for r in gone)
+        return f"tokens {spans or '–'} ({tokens:,}); nothing is read again: approximate"
+
+    def _gap(self, request: TurnRequest) -> bool:
+        return POLICIES[request.policy.value].leaves_gap
+
+    def _leave_out(self, request: TurnRequest, rendered: Rendered, limit: int) -> tuple[int, int]:
+        """(messages to leave out, tokens of the prompt with them)."""
+        reserve = min(request.sampling.max_tokens, limit // 8)
+        before = len(rendered.ids)
+        if before + reserve <= limit:
+            return request.left_out, before
+        return self._shrunk(request, request.left_out, int(limit * SHRUNK_TO)), before
+
+    def _shrunk(self, request: TurnRequest, left_out: int, target: int) -> int:
+        """Messages to leave out until the prompt has at most `target` tokens, or only one turn is left.
+
+        Not all at once: what a template puts before the first message stays, whichever message is the first.
+        """
+        while True:
+            messages, rendered = self.rendered(request, left_out)
+            fits = len(rendered.ids) <= target
+            more = 0 if fits else messages_to_drop(messages, rendered, target)
+            if not more:
+                return left_out
+            left_out += more
+
+    def _refuse(self, request: TurnRequest, rendered: Rendered, limit: int) -> None:
+        what = "the KV budget" if limit < self._facts.context_limit else "the context"
+        choices = "Start a new conversation, or send a shorter message."
+        if request.policy is EvictionPolicy.NONE and len(request.messages) > 2:
+            choices = (
+                "Choose what may be dropped with /policy (turns is exact, sinks costs nothing), "
+                "or start a new conversation."
+            )
+        raise KvchatError(
+            f"This conversation is {len(rendered.ids):,} tokens and {what} holds {limit:,}, "
+            f"so there is no room for an answer. {choices}"
+        )
+
+    def fits(self, kept: Kept, asked: KVPrecision) -> bool:
+        """Whether a cache is stored as asked; one that may be lowered may have been."""
+        return kept.precision is self._caches.real(asked) or (asked is KVPrecision.AUTO and kept.auto)
+
+    def _source(self, request: TurnRequest, rendered: Rendered) -> tuple[Source, int, str]:
+        """(where the reused tokens come from, how many they are, why a cache was refused)."""
+        if request.mode is not CacheMode.ON:
+            return Own(), 0, ""
+        best: tuple[Source, int] = (Own(), 0)
+        refused = ""
+        kept = self._caches.get(request.conversation)
+        if kept and self.fits(kept, request.kv):
+            best = (Own(), self.reusable(kept.kv, rendered.ids, gaps=self._gap(request)))
+        elif kept:
+            refused = f"KV precision changed: {kept.precision} → {self._caches.real(request.kv)}"
+        saved, why = self._saved(request, rendered)
+        if saved and saved.reusable(rendered.ids, gaps=self._gap(request)) > best[1]:
+            best = (saved, saved.reusable(rendered.ids, gaps=self._gap(request)))
+        loans = [
+            (self.reusable(other.kv, rendered.ids), name)
+            for name, other in self._caches.others(request.conversation)
+            if other.precision is self._caches.real(request.kv)
+        ]
+        reach, lender = max(loans, default=(0, ""))
+        if reach > best[1] + LEAST_LOAN:
+            best = (Lent(lender), reach)
+        return *best, refused or why
+
+    def _saved(self, request: TurnRequest, rendered: Rendered) -> tuple[Saved | None, str]:
+        """What lies on disk and may be used, or why it may not."""
+        if self._disk is None or not request.remember:
+            return None, ""
+        try:
+            saved = self._disk.find(request.conversation)
+        except KvchatError as error:
+            return None, str(error)
+        if saved is None:
+            return None, ""
+        wanted = self._caches.fingerprint(self._caches.real(request.kv))
+        difference = wanted.difference(saved.fingerprint)
+        return (None, difference) if difference else (saved, "")
+
+    def reusable(self, kv: ConversationKV, prompt: Sequence[int], *, gaps: bool = False) -> int:
+        """Tokens of the prompt that this cache holds and can go back to; at least one is left to read."""
+        same = min(common_prefix(kv.ids, prompt), len(prompt) - 1)
+        return kv.reachable(same if gaps else min(same, kv.first_gap))
+
+    def seconds(self, tokens: int) -> float | None:
+        """What reading so many tokens takes at the rate measured so far."""
+        return self._rate.seconds(tokens)
+
+    def _miss(
+        self,
+        request: TurnRequest,
+        messages: Sequence[PromptMessage],
+        rendered: Rendered,
+        reused: int,
+        left_out: int,
+        refused: str,
+    ) -> Miss | None:
+        """Why tokens of earlier messages are read again; None where none are."""
+        # the id sampled last was never read: reading it now is no loss
+        again = explain.read_before(rendered) - reused - 1
+        if again <= 0 or request.mode is not CacheMode.ON or not explain.has_history(messages):
+            return None
+        price = self._rate.seconds(again)
+        kept = self._caches.get(request.conversation)
+        if refused or kept is None or not kept.kv or len(kept.kv) <= kept.system_end:
+            gone = self._caches.why_gone.get(request.conversation, "")
+            return Miss(refused or gone or explain.NOT_READ_YET, again, price)
+        token, message, was, now = explain.difference_at(kept.kv.ids, rendered, self._renderer.decode)
+        if message < len(messages) and messages[0].role != "system":
+            message += 1
+        cause = self._cause(request, kept, messages, left_out, token)
+        return Miss(cause, again, price, token, was, now, message)
+
+    def _cause(
+        self, request: TurnRequest, kept: Kept, messages: Sequence[PromptMessage], left_out: int, token: int
+    ) -> str:
+        if left_out != kept.left_out:
+            return explain.TURNS_LEFT_OUT
+        if kept.kv.has_gap and (token <= kept.kv.last_gap_end or not self._gap(request)):
+            return explain.BEFORE_A_GAP
+        if kept.kv.states and token >= len(kept.kv.ids):
+            return explain.BEFORE_A_MARK
+        if token >= len(kept.kv.ids):
+            return explain.NOT_KEPT
+        return explain.explain_difference(kept.messages, messages)
+
+    def _note(self, request: TurnRequest, messages: Sequence[PromptMessage], miss: Miss | None) -> str:
+        if not explain.has_history(messages):
+            return ""
+        if request.mode is not CacheMode.ON:
+            return explain.NEVER_KEPT[request.mode]
+        return miss.cause if miss else ""

@@ -1,0 +1,143 @@
+"""Every KV cache: in memory, on disk or cold; what it takes, and what can be done to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import DataTable, Static
+
+from kvchat.contract import CacheAct, Drop, Pin, PoolState, Spill, Warm, WarmCache
+from kvchat.conversation import Summary
+from kvchat.text import megabytes, one_line
+from kvchat.ui.widgets.conversations import fitted
+
+WHERE = {"hot": "● in memory", "disk": "◐ on disk", "cold": "○ cold"}
+TITLE_CELLS = 30
+HINT = "P pin · E out of memory · W into memory · D drop · B budget · Esc back"
+FILLED, EMPTY, BAR_CELLS = "█", "░", 40
+
+
+def where(cache: WarmCache | None) -> str:
+    """`hot`, `disk` or `cold`."""
+    if cache is None:
+        return "cold"
+    return "hot" if cache.hot else "disk" if cache.disk_bytes else "cold"
+
+
+def budget_line(pool: PoolState | None) -> str:
+    """How full the budget is, as a bar and in bytes."""
+    if pool is None or not pool.budget_bytes:
+        return "The engine is not ready yet."
+    filled = min(BAR_CELLS, round(pool.used_bytes / pool.budget_bytes * BAR_CELLS))
+    bar = FILLED * filled + EMPTY * (BAR_CELLS - filled)
+    disk = f"disk {megabytes(pool.disk_bytes)} of {megabytes(pool.disk_cap_bytes)}"
+    saved = disk if pool.disk_cap_bytes else "nothing is saved to disk"
+    return f"{bar}  memory {megabytes(pool.used_bytes)} of {megabytes(pool.budget_bytes)} · {saved}"
+
+
+def row_of(summary: Summary, cache: WarmCache | None) -> tuple[str, ...]:
+    """One line of the table."""
+    used = datetime.fromtimestamp(cache.last_used).strftime("%H:%M") if cache and cache.last_used else ""
+    marks = [word for word, holds in _marks(cache) if holds]
+    return (
+        WHERE[where(cache)],
+        fitted(one_line(summary.title) or "untitled", TITLE_CELLS),
+        f"{cache.tokens:,}" if cache and cache.tokens else "",
+        megabytes(cache.bytes) if cache and cache.hot else "",
+        megabytes(cache.disk_bytes) if cache and cache.disk_bytes else "",
+        cache.kv_dtype if cache else "",
+        used,
+        ", ".join(marks),
+    )
+
+
+def _marks(cache: WarmCache | None) -> Sequence[tuple[str, bool]]:
+    return [("pinned", bool(cache and cache.pinned)), ("next to go", bool(cache and cache.next_to_go))]
+
+
+class CachesScreen(ModalScreen[None]):
+    """The list of all caches; it stays up to date while it is open."""
+
+    BINDINGS = [
+        Binding("escape,f8,q", "dismiss(None)", "Back"),
+        Binding("p", "pin", "Pin"),
+        Binding("e", "spill", "Out of memory"),
+        Binding("w", "warm", "Into memory"),
+        Binding("d,delete", "drop", "Drop"),
+        Binding("b", "budget", "Budget"),
+    ]
+
+    def __init__(
+        self,
+        summaries: Sequence[Summary],
+        pool: PoolState | None,
+        act: Callable[[CacheAct], None],
+        ask_budget: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._summaries = list(summaries)
+        self._pool = pool
+        self._act = act
+        self._ask_budget = ask_budget
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog caches"):
+            yield Static("KV caches", classes="head")
+            yield Static(id="budget")
+            yield DataTable(cursor_type="row", zebra_stripes=True)
+            yield Static(Content(HINT), classes="note")
+
+    def on_mount(self) -> None:
+        """Fills the table."""
+        table = self.query_one(DataTable)
+        for label in ("where", "conversation", "tokens", "memory", "disk", "KV", "used", ""):
+            table.add_column(label)
+        self.show(self._pool)
+
+    def show(self, pool: PoolState | None) -> None:
+        """Draws the caches as they are now."""
+        self._pool = pool
+        table = self.query_one(DataTable)
+        row = table.cursor_row
+        table.clear()
+        caches = self._caches()
+        for summary in self._summaries:
+            table.add_row(*map(Content, row_of(summary, caches.get(summary.id))), key=summary.id)
+        table.move_cursor(row=min(row, max(0, table.row_count - 1)))
+        self.query_one("#budget", Static).update(Content(budget_line(pool)))
+
+    def action_pin(self) -> None:
+        """Pins, or lets go."""
+        if chosen := self._chosen():
+            cache = self._caches().get(chosen)
+            self._act(Pin(chosen, not (cache and cache.pinned)))
+
+    def action_spill(self) -> None:
+        """Moves a cache out of memory."""
+        if chosen := self._chosen():
+            self._act(Spill(chosen))
+
+    def action_warm(self) -> None:
+        """Brings a cache back from disk."""
+        if chosen := self._chosen():
+            self._act(Warm(chosen))
+
+    def action_drop(self) -> None:
+        """Frees a cache in memory and on disk; the text stays."""
+        if chosen := self._chosen():
+            self._act(Drop(chosen))
+
+    def action_budget(self) -> None:
+        """Asks for another budget."""
+        self._ask_budget()
+
+    def _caches(self) -> Mapping[str, WarmCache]:
+        return {cache.conversation: cache for cache in self._pool.caches} if self._pool else {}
+
+    def _chosen(self) -> str | None:
+        table = self.query_one(DataTable)
+        return self._summaries[table.cursor_row].id if table.row_count else None

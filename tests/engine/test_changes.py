@@ -1,0 +1,324 @@
+"""One rule for every change of a history: what the cache and the prompt share is kept, the rest is read.
+
+Regenerating, editing, undoing, continuing, forking and changing the system prompt are all that rule: each of
+these turns reads exactly what it leaves, and equals a cold run in fp32.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvchat.cache.kv import ConversationKV
+from kvchat.cache.layers import GROWTH_STEP
+from kvchat.cache.prefix import common_prefix
+from kvchat.contract import (
+    CacheEventKind,
+    CacheMode,
+    Fork,
+    KVPrecision,
+    PoolState,
+    PromptMessage,
+    Report,
+    Sampling,
+    Tokens,
+)
+from kvchat.engine.engine import LocalEngine
+from kvchat.engine.load import LoadedModel
+from kvchat.engine.plan import LEAST_LOAN
+from tests.engine.driving import (
+    Chat,
+    Played,
+    affordable,
+    assert_committed,
+    assert_equals_cold,
+    rendered,
+    sentences,
+    stopping_at,
+    user,
+)
+
+SYSTEM = "You answer in one word, and you never talk about the sea or the rivers of the north."
+QUESTIONS = ("Which pass is open in May?", "How long is the drive?", "And the train?")
+Change = Callable[[Chat], Played]
+
+
+def talked(engine: LocalEngine, loaded: LoadedModel, system: str = SYSTEM, name: str = "chat") -> Chat:
+    """A conversation of three turns."""
+    chat = Chat(engine, loaded, name, system=system)
+    for question in QUESTIONS:
+        chat.ask(question)
+    return chat
+
+
+def contents(kv: ConversationKV) -> list[torch.Tensor]:
+    """A copy of all keys and values."""
+    return [tensor.clone() for layer in kv.stored for tensor in layer.read()]
+
+
+def assert_same(kv: ConversationKV, before: list[torch.Tensor]) -> None:
+    for now, then in zip(contents(kv), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def assert_follows_the_rule(played: Played, held: tuple[int, ...], loaded: LoadedModel) -> None:
+    """The longest common prefix is reused, everything else is read once, and the result is a cold run's."""
+    prompt = rendered(loaded, played.request.messages, played.request.today)
+    reused = min(common_prefix(held, prompt), len(prompt) - 1)
+    stats = played.finished.stats
+    assert (stats.reused_tokens, stats.prefilled_tokens) == (reused, len(prompt) - reused)
+    assert played.evaluated == len(prompt) - reused + stats.generated_tokens - 1
+    assert_equals_cold(played, loaded)
+
+
+def asked(chat: Chat) -> Played:
+    return chat.ask("Are you sure?")
+
+
+def edited(index: int, *, alone: bool) -> Change:
+    """Another text for one message; what comes after it goes, or stays and only that one is changed."""
+
+    def change(chat: Chat) -> Played:
+        chat.messages[index] = PromptMessage(chat.messages[index].role, "Nobody knows the way.")
+        if not alone:
+            del chat.messages[index + 1 :]
+        return chat.answer() if chat.messages[-1].role == "user" else asked(chat)
+
+    return change
+
+
+def undone(turns: int) -> Change:
+    """The latest turns never happened."""
+
+    def change(chat: Chat) -> Played:
+        del chat.messages[len(chat.messages) - 2 * turns :]
+        return asked(chat)
+
+    return change
+
+
+def with_system(*text: str) -> Change:
+    def change(chat: Chat) -> Played:
+        chat.messages[:1] = [PromptMessage("system", each) for each in text]
+        return asked(chat)
+
+    return change
+
+
+def an_answer_in_between_removed(chat: Chat) -> Played:
+    del chat.messages[3:5]
+    return asked(chat)
+
+
+CHANGES: dict[str, Change] = {
+    "nothing but a new question": asked,
+    "regenerate": Chat.again,
+    "continue the last answer": Chat.answer,
+    **{f"edit message {i} and drop the rest": edited(i, alone=False) for i in range(1, 7)},
+    **{f"edit message {i} only": edited(i, alone=True) for i in range(1, 7)},
+    **{f"undo {n}": undone(n) for n in (1, 2, 3)},
+    "remove a turn in between": an_answer_in_between_removed,
+    "another system prompt": with_system("You answer in verse."),
+    "a longer system prompt": with_system(SYSTEM + " Be brief."),
+    "no system prompt": with_system(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_reads_exactly_what_the_rule_leaves(
+    engine: LocalEngine, loaded: LoadedModel, name: str
+) -> None:
+    chat = talked(engine, loaded)
+    held = chat.kv.ids
+    assert_follows_the_rule(CHANGES[name](chat), held, loaded)
+    held = chat.kv.ids
+    following = chat.ask("Why?")
+    assert following.started.reused_tokens == len(held)
+    assert following.started.miss is None
+    assert_follows_the_rule(following, held, loaded)
+
+
+def test_a_change_taken_back_reads_what_the_change_had_cost(engine: LocalEngine, loaded: LoadedModel) -> None:
+    chat = talked(engine, loaded)
+    before = list(chat.messages)
+    chat.messages[3] = user("How long is the walk?")
+    chat.ask("Are you sure?")
+    chat.messages[:] = before
+    held = chat.kv.ids
+    assert_follows_the_rule(chat.ask("Are you sure?"), held, loaded)
+
+
+@pytest.mark.parametrize("said", [1, 3])
+def test_a_stopped_answer_goes_on_where_it_ended(engine: LocalEngine, loaded: LoadedModel, said: int) -> None:
+    """The token that was chosen last was never read, and is all there is to read."""
+    whole = Chat(LocalEngine(loaded), loaded, system=SYSTEM, sampling=Sampling(max_tokens=8)).ask(
+        QUESTIONS[0]
+    )
+    chat = Chat(engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=8))
+    stopped = chat.ask(QUESTIONS[0], stopping_at(engine, Tokens, said - 1))
+    assert stopped.tokens == whole.tokens[:said]
+    held = chat.kv.ids
+    chat.sampling = Sampling(max_tokens=8 - said)
+    rest = chat.answer()
+    assert (rest.started.prefilled_tokens, rest.started.miss) == (1, None)
+    assert_follows_the_rule(rest, held, loaded)
+    assert [*stopped.tokens, *rest.tokens] == whole.tokens
+    assert [m.role for m in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[-1].token_ids == tuple(whole.tokens)
+    assert chat.messages[-1].text == whole.finished.text
+    held = chat.kv.ids
+    assert_follows_the_rule(chat.ask(QUESTIONS[1]), held, loaded)
+
+
+def test_every_turn_of_a_long_chat_reads_its_new_tokens_and_nothing_else(loaded: LoadedModel) -> None:
+    """20 turns: what a turn reads is its prompt without everything that was read before it."""
+    engine = LocalEngine(loaded)
+    chat = Chat(engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=3))
+    read = 0
+    for turn in range(20):
+        held = chat.kv.ids if turn else ()
+        played = chat.ask(f"And pass {turn}?")
+        prompt = rendered(loaded, played.request.messages)
+        assert tuple(prompt[: len(held)]) == held
+        assert played.started.reused_tokens == len(held)
+        assert played.started.prefilled_tokens == len(prompt) - len(held)
+        assert (played.started.miss, played.finished.stats.reuse_note) == (None, "")
+        read += played.evaluated
+        assert_committed(chat.kv, [*prompt, *played.tokens[:-1]])
+        if turn % affordable(loaded, 1, 10) == 0:
+            assert_equals_cold(played, loaded)
+    assert read == len(chat.kv.ids)
+
+
+def forked(chat: Chat, messages: int) -> Chat:
+    """Another conversation that starts with the first messages of this one."""
+    child = Chat(chat.engine, chat.loaded, "child", sampling=chat.sampling)
+    child.messages = chat.messages[:messages]
+    chat.engine.act(Fork(chat.name, child.name))
+    return child
+
+
+@pytest.mark.parametrize("messages", range(1, 8))
+def test_a_fork_at_any_message_is_the_rule_too_and_the_parent_keeps_every_bit(
+    engine: LocalEngine, loaded: LoadedModel, messages: int
+) -> None:
+    parent = talked(engine, loaded)
+    held, before = parent.kv.ids, contents(parent.kv)
+    child = forked(parent, messages)
+    played = child.ask("And by boat?") if child.messages[-1].role != "user" else child.answer()
+    assert_follows_the_rule(played, held, loaded)
+    assert parent.kv.ids == held
+    assert_same(parent.kv, before)
+    child_held, child_before = child.kv.ids, contents(child.kv)
+    assert_follows_the_rule(parent.ask("Are you sure?"), held, loaded)
+    assert_same(child.kv, child_before)
+    assert_follows_the_rule(child.ask("Why?"), child_held, loaded)
+
+
+def test_a_fork_shares_memory_until_one_of_them_writes_over_the_other(loaded: LoadedModel) -> None:
+    reports: list[Report] = []
+    engine = LocalEngine(loaded, report=reports.append)
+    parent = talked(engine, loaded)
+    alone = engine.pool().used_bytes
+    child = forked(parent, len(parent.messages))
+    assert child.kv.storages() == parent.kv.storages()
+    (pool,) = reports
+    assert isinstance(pool, PoolState)
+    assert pool.used_bytes == alone
+    assert [c.bytes for c in pool.caches] == [alone, alone]
+    (event,) = [e for e in pool.events if e.kind is CacheEventKind.FORK]
+    assert (event.conversation, event.tokens, event.bytes) == ("child", len(parent.kv), 0)
+    parent.again()  # over rows that the child still has
+    assert child.kv.storages().keys().isdisjoint(parent.kv.storages())
+    assert engine.pool().used_bytes == 2 * alone
+
+
+def test_a_fork_outlives_its_parent(engine: LocalEngine, loaded: LoadedModel) -> None:
+    parent = talked(engine, loaded)
+    child = forked(parent, len(parent.messages))
+    held = child.kv.ids
+    engine.forget(parent.name)
+    assert [c.conversation for c in engine.pool().caches] == ["child"]
+    assert_follows_the_rule(child.ask("Are you sure?"), held, loaded)
+
+
+def test_a_fork_of_what_has_no_cache_is_read_once(engine: LocalEngine, loaded: LoadedModel) -> None:
+    parent = talked(LocalEngine(loaded), loaded)
+    parent.engine = engine
+    child = forked(parent, len(parent.messages))
+    assert engine.pool().caches == ()
+    assert_follows_the_rule(child.ask("Are you sure?"), (), loaded)
+
+
+def test_forks_that_grow_past_the_shared_memory_stay_apart(tiny: LoadedModel) -> None:
+    engine = LocalEngine(tiny)
+    parent = talked(engine, tiny)
+    child = forked(parent, len(parent.messages))
+    for number in (1, 2):
+        for chat in (parent, child):
+            held = chat.kv.ids
+            played = chat.ask(f"{chat.name} {number}: {sentences(GROWTH_STEP // 12)}")
+            assert_follows_the_rule(played, held, tiny)
+    assert len(parent.kv) > 2 * GROWTH_STEP
+
+
+def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+    lender = talked(engine, loaded)
+    held, before = lender.kv.ids, contents(lender.kv)
+    engine.pool()
+    borrower = Chat(engine, loaded, "borrower", system=SYSTEM)
+    played = borrower.ask("What is the code?")
+    assert played.started.reused_tokens > LEAST_LOAN
+    assert_follows_the_rule(played, held, loaded)
+    (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.LEND]
+    assert (event.conversation, event.tokens) == ("borrower", played.started.reused_tokens)
+    assert lender.name in event.note
+    assert_same(lender.kv, before)
+    assert_follows_the_rule(lender.ask("Why?"), held, loaded)
+    held = borrower.kv.ids
+    assert_follows_the_rule(borrower.ask("Why?"), held, loaded)
+
+
+def test_the_longest_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+    talked(engine, loaded, name="one")
+    other = Chat(engine, loaded, "other", system=SYSTEM)
+    other.ask("What is the code? Tell me.")
+    held = other.kv.ids
+    borrower = Chat(engine, loaded, "borrower", system=SYSTEM)
+    assert_follows_the_rule(borrower.ask("What is the code? Tell nobody."), held, loaded)
+
+
+def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+    talked(engine, loaded, system="Yes.")
+    played = Chat(engine, loaded, "other", system="No.").ask("What is the code?")
+    assert_follows_the_rule(played, (), loaded)
+    assert not [e for e in played.finished.pool.events if e.kind is CacheEventKind.LEND]
+
+
+@pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
+def test_nothing_is_lent_to_a_conversation_without_a_cache(tiny: LoadedModel, mode: CacheMode) -> None:
+    engine = LocalEngine(tiny)
+    talked(engine, tiny)
+    played = Chat(engine, tiny, "other", system=SYSTEM, mode=mode).ask("What is the code?")
+    assert played.started.reused_tokens == 0
+    assert_equals_cold(played, tiny)
+
+
+def test_nothing_is_lent_in_another_precision(tiny: LoadedModel) -> None:
+    engine = LocalEngine(tiny)
+    talked(engine, tiny)
+    other = Chat(engine, tiny, "other", system=SYSTEM)
+    other.precision = KVPrecision.BF16
+    assert other.ask("What is the code?").started.reused_tokens == 0
+
+
+def test_a_longer_prefix_of_another_conversation_is_better_than_ones_own(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
+    """An edit that makes a conversation equal to another one."""
+    other = talked(engine, loaded)
+    chat = Chat(engine, loaded, "chat 2", system="Another one.")
+    chat.ask(QUESTIONS[1])
+    chat.messages = list(other.messages)
+    held = other.kv.ids
+    assert_follows_the_rule(chat.ask("Are you sure?"), held, loaded)
