@@ -16,6 +16,7 @@ import torch
 import transformers
 from rich.table import Table
 
+from kvchat.bench_history import HistoryRow, history_rows
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
 from kvchat.engine.engine import PREFILL_CHUNK, LocalEngine
@@ -64,6 +65,8 @@ class Row:
     turn: int | None = None
     read_tokens: int | None = None
     kv_bytes: int | None = None
+    restore_s: float | None = None
+    """Of `ttft_s`, the time that reading the cache from disk and verifying it took."""
 
 
 def run_bench(
@@ -81,12 +84,27 @@ def run_bench(
             f"{loaded.facts.name} holds {loaded.facts.context_limit:,} tokens, not {max(too_long):,}."
         )
     chatting = replace(loaded, end_ids=frozenset()) if fill else loaded
-    rows = [*_raw_rows(loaded, contexts, note), *_turn_rows(chatting, turns, answer_tokens, note)]
+    rows = [*_raw_rows(loaded, contexts, note)]
+    rows += [_restore_row(row) for row in history_rows(loaded, contexts, note)]
+    rows += _turn_rows(chatting, turns, answer_tokens, note)
     return {
         "machine": machine(),
         "model": asdict(loaded.facts),
         "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in rows],
     }
+
+
+def _restore_row(row: HistoryRow) -> Row:
+    return Row(
+        "restore",
+        row.context,
+        row.how,
+        row.read_tokens / row.ttft_s,
+        ttft_s=row.ttft_s,
+        read_tokens=row.read_tokens,
+        kv_bytes=row.kv_bytes,
+        restore_s=row.restore_s or None,
+    )
 
 
 def machine() -> dict[str, object]:
@@ -200,7 +218,7 @@ def _turn_row(number: int, finished: TurnFinished) -> Row:
 
 def table_of(rows: Iterable[dict[str, object]]) -> Table:
     """The rows for people."""
-    table = Table("case", "cache", "turn", "context", "read", "TTFT", "tok/s", "KV")
+    table = Table("case", "cache", "turn", "context", "read", "TTFT", "restore", "tok/s", "KV")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
@@ -211,6 +229,7 @@ def table_of(rows: Iterable[dict[str, object]]) -> Table:
             _cell(row["context"], "{:,}"),
             _cell(row.get("read_tokens"), "{:,}"),
             _cell(row.get("ttft_s"), "{:.3f} s"),
+            _cell(row.get("restore_s"), "{:.3f} s"),
             _cell(row["tok_s"], "{:,.1f}"),
             megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
         )

@@ -103,6 +103,11 @@ class TurnRequest:
     """The date that templates see, ISO 8601; frozen per conversation, so that midnight costs no cache."""
     remember: bool = True
     """Whether anything of it may be written to disk."""
+    known_prefill_tok_s: float = 0.0
+    """What earlier turns measured, for prices before this engine has measured anything;
+
+    0 where nothing is known.
+    """
 
 
 @dataclass(frozen=True, slots=True)

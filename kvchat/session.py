@@ -21,6 +21,7 @@ from kvchat.contract import (
     Tokens,
     TurnFinished,
     TurnRequest,
+    TurnStats,
 )
 from kvchat.conversation import Conversation, Message, Summary, title_from
 from kvchat.errors import KvchatError
@@ -59,12 +60,37 @@ class PendingTurn:
     asked: int
     """Id of the message that is being answered."""
     reply: Message | None = None
+    """The answer as it was saved last."""
     text: str = ""
+    """Of the whole answer so far."""
     ids: list[int] = field(default_factory=list)
+    """Of what this turn wrote."""
     saved_at: float = 0.0
     tokenizer: str = ""
-    goes_on: bool = False
-    """Whether the answer was begun in an earlier turn."""
+    begun: Message | None = None
+    """The answer that this turn goes on with, as it was before."""
+
+    @property
+    def begun_text(self) -> str:
+        """What the answer said before this turn."""
+        return self.begun.text if self.begun else ""
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Of the whole answer; none where a part of it has none of this tokenizer.
+
+        Such an answer is encoded again: ids that stand for half of a text would lose the other half.
+        """
+        if self.begun is None:
+            return tuple(self.ids)
+        fits = self.begun.token_ids and self.begun.tokenizer == self.tokenizer
+        return (*self.begun.token_ids, *self.ids) if fits else ()
+
+
+def known_rate(turns: Sequence[TurnStats]) -> float:
+    """Tokens a second of the largest prefill among these turns; 0 without any."""
+    largest = max(turns, key=lambda stats: stats.prefilled_tokens, default=None)
+    return largest.prefill_tok_s if largest else 0.0
 
 
 class Session:
@@ -153,9 +179,8 @@ class Session:
         Raises:
             KvchatError: an answer is still under way, or another process deleted the conversation.
         """
-        self._refuse_while_answering()
+        self._refuse_what_cannot_be_changed()
         if not self._saved():
-            self._refuse_what_was_deleted()
             self.current = replace(self.current, title=self.current.title or title_from(text))
             self._store.create(self.current)
         self._append(Message(0, self._head_id(), "user", text, ""))
@@ -168,9 +193,7 @@ class Session:
             KvchatError: there is nothing to answer, an answer is under way, or another process deleted the
                 conversation.
         """
-        self._refuse_while_answering()
-        if not self._saved():
-            self._refuse_what_was_deleted()
+        self._refuse_what_cannot_be_changed()
         messages = self.current.messages
         if messages and messages[-1].role == "assistant":
             messages = messages[:-1]
@@ -185,9 +208,9 @@ class Session:
         Both stay in the file as another branch.
 
         Raises:
-            KvchatError: there is none, or an answer is under way.
+            KvchatError: there is none, an answer is under way, or another process deleted the conversation.
         """
-        self._refuse_while_answering()
+        self._refuse_what_cannot_be_changed()
         asked = next((i for i in reversed(range(len(self.current.messages))) if self._is_question(i)), None)
         if asked is None:
             raise KvchatError("There is no question to take back.")
@@ -199,9 +222,10 @@ class Session:
         """Asks another question in the place of an earlier one, on a new branch beside the old one.
 
         Raises:
-            KvchatError: it is no question of this conversation, or an answer is under way.
+            KvchatError: it is no question of this conversation, an answer is under way, or another process
+                deleted the conversation.
         """
-        self._refuse_while_answering()
+        self._refuse_what_cannot_be_changed()
         messages = self.current.messages
         place = next((i for i, m in enumerate(messages) if m.id == message and self._is_question(i)), None)
         if place is None:
@@ -213,9 +237,10 @@ class Session:
         """Asks the model to go on with the last answer, which was stopped or reached its limit.
 
         Raises:
-            KvchatError: there is no such answer, or an answer is under way.
+            KvchatError: there is no such answer, an answer is under way, or another process
+                deleted the conversation.
         """
-        self._refuse_while_answering()
+        self._refuse_what_cannot_be_changed()
         head = self.current.head
         if head is None or head.role != "assistant" or not head.text:
             raise KvchatError("There is no answer to go on with.")
@@ -224,17 +249,17 @@ class Session:
         request = self._request()
         pending = self.pending
         assert pending is not None
-        pending.asked, pending.reply, pending.goes_on = head.parent_id or 0, head, True
-        pending.text, pending.ids, pending.tokenizer = head.text, list(head.token_ids), head.tokenizer
+        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.text
         return request
 
     def fork(self, message: int | None = None) -> Conversation:
         """Opens a new conversation with the messages up to `message`, or with all of them.
 
         Raises:
-            KvchatError: there is nothing to fork, or an answer is under way.
+            KvchatError: there is nothing to fork, an answer is under way, or another process
+                deleted the conversation.
         """
-        self._refuse_while_answering()
+        self._refuse_what_cannot_be_changed()
         messages = self.current.messages
         ids = [m.id for m in messages]
         end = ids.index(message) + 1 if message in ids else len(messages)
@@ -245,6 +270,7 @@ class Session:
             id=secrets.token_hex(4),
             title=f"{self.current.title} (fork)",
             messages=messages[:end],
+            left_out=self._still_left_out(messages[:end]),
         )
         self.current = self._store.fork(copy)
         return self.current
@@ -278,12 +304,8 @@ class Session:
         if (pending := self._pending(finished.turn)) is None:
             return None
         self.pending = None
-        before = pending.reply if pending.goes_on else None
-        if not before:
-            pending.text, pending.ids = finished.text, list(finished.token_ids)
-        if before and before.tokenizer != finished.tokenizer:
-            pending.ids = []  # ids of two tokenizers make no answer; its text is encoded again
-        pending.tokenizer = finished.tokenizer
+        pending.text = pending.begun_text + finished.text
+        pending.ids, pending.tokenizer = list(finished.token_ids), finished.tokenizer
         self.note_events(finished.pool.events)
         self._leave_out(pending.conversation, finished.left_out)
         message = self._save_reply(pending, finished.stats.finish_reason)
@@ -297,14 +319,14 @@ class Session:
         if (pending := self._pending(turn)) is None:
             return
         self.pending = None
-        if pending.text:
+        if pending.text != pending.begun_text:
             self._save_reply(pending, FinishReason.ERROR.value)
 
     def abandon_turn(self) -> None:
         """Ends the turn under way because the program ends: what was written stays, as after a stop."""
         pending = self._pending(self.pending.turn) if self.pending else None
         self.pending = None
-        if pending and pending.text:
+        if pending and pending.text != pending.begun_text:
             self._save_reply(pending, FinishReason.CANCELLED.value)
 
     def draft(self) -> str:
@@ -335,11 +357,19 @@ class Session:
 
     def _go_to(self, messages: tuple[Message, ...]) -> None:
         """Makes the last of `messages` the head; what came after stays in the file as another branch."""
-        left_out = self.current.left_out if len(messages) > self.current.left_out else 0
+        left_out = self._still_left_out(messages)
         self.current = replace(self.current, messages=messages, left_out=left_out)
         if self._saved():
             self._store.set_head(self.current.id, messages[-1].id if messages else None)
             self._store.save_settings(self.current)
+
+    def _still_left_out(self, messages: tuple[Message, ...]) -> int:
+        """Messages that stay left out of these; none where that would leave nothing.
+
+        Counted as an engine counts them: unanswered questions in a row are one message.
+        """
+        read = replace(self.current, system_prompt="", messages=messages).prompt()
+        return self.current.left_out if len(read) > self.current.left_out else 0
 
     def _leave_out(self, conversation: str, count: int) -> None:
         """Remembers how many of the oldest messages an eviction left out."""
@@ -384,6 +414,7 @@ class Session:
             current.left_out,
             current.created_at,
             remember=not self.defaults.private,
+            known_prefill_tok_s=known_rate([m.stats for m in current.messages if m.stats]),
         )
 
     def _pending(self, turn: str) -> PendingTurn | None:
@@ -392,18 +423,16 @@ class Session:
             self.pending = None
         return self.pending if self.pending and self.pending.turn == turn else None
 
-    def _refuse_while_answering(self) -> None:
+    def _refuse_what_cannot_be_changed(self) -> None:
+        """A conversation whose answer is under way, or that has messages and isn't saved any more."""
         if self.pending:
             raise KvchatError("An answer is still being written. Esc stops it.")
-
-    def _refuse_what_was_deleted(self) -> None:
-        """Messages without a saved conversation: another process deleted it."""
-        if self.current.messages:
+        if self.current.messages and not self._saved():
             raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""
-        ids = tuple(pending.ids)
+        ids = pending.all_ids
         if pending.reply is None:
             blank = Message(0, pending.asked, "assistant", pending.text, "", ids, pending.tokenizer, finish)
             pending.reply = self._store.add_message(pending.conversation, blank)

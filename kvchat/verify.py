@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,7 +134,8 @@ def run_checks(loaded: LoadedModel, questions: Sequence[str], tokens: int) -> It
     yield _check("cropped by an edit", loaded, lambda: _edited(loaded, questions, tokens))
     for policy in (EvictionPolicy.TURNS, EvictionPolicy.SINKS, EvictionPolicy.SNAPKV):
         if policy is EvictionPolicy.TURNS or not loaded.facts.gap_refusal:
-            yield _check(f"after {policy}", loaded, lambda p=policy: _evicted(loaded, questions, tokens, p))
+            evicted = partial(_evicted, loaded, questions, tokens, policy)
+            yield _check(f"after {policy}", loaded, evicted)
 
 
 def _check(name: str, loaded: LoadedModel, answer: Callable[[], Answered]) -> Check:

@@ -340,6 +340,10 @@ class ConversationKV:
         fitting = (rows for rows in range(rounded_up(most), 0, -GROWTH_STEP) if peak(rows) <= budget)
         return min(most, next(fitting, 0))
 
+    def unshare(self, tokens: int) -> int:
+        """Copies what a fork shares, where appending so many tokens would write over it; returns bytes."""
+        return sum(layer.unshare(tokens) for layer in self.stored)
+
     def fork(self, length: int) -> "ConversationKV":
         """A cache of the first `length` tokens that shares this one's memory until one writes over the other.
 

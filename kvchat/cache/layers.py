@@ -97,6 +97,13 @@ class StoredLayer(CacheLayerMixin):
     def fork(self) -> Self:
         """A layer with the same content that shares this one's memory until one writes over the other."""
 
+    def unshare(self, tokens: int) -> int:
+        """Leaves a fork's memory where appending so many tokens would write over it; returns bytes copied.
+
+        An `update` does the same by itself: asked before, it can be timed and told.
+        """
+        return 0
+
     @abstractmethod
     def pack(self, start: int) -> dict[str, torch.Tensor]:
         """Contiguous copies of what is stored from token `start` on; `start` comes from `pack_start`."""
@@ -256,6 +263,12 @@ class GrowableLayer(StoredLayer):
         other._holders = self._holders
         self._holders.add(other)
         return other
+
+    def unshare(self, tokens: int) -> int:
+        if self.keys is None or self.values is None or not self._writes_over_others(self.length):
+            return 0
+        self._move(self.keys, self.values, rounded_up(self.length + tokens))
+        return self.used_bytes
 
     def change_keys(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces the filled keys `[1, kv_heads, length, head_dim]` by others of that shape."""

@@ -134,6 +134,16 @@ class SharedRows:
         freed = sum(self.storages().values()) if len(self._holders) == 1 else 0
         return Growth(row_bytes * self.rounded_up(end), freed)
 
+    def unshare(self, start: int, end: int) -> int:
+        """Leaves the memory of others where writing from `start` to `end` would go over it;
+
+        returns bytes copied.
+        """
+        if not self._tensors or not any(o.count > start for o in self._holders if o is not self):
+            return 0
+        self._move(start, self.rounded_up(end), {})
+        return sum(tensor[:start].nbytes for tensor in self._tensors.values())
+
     def write(self, start: int, rows: Mapping[str, torch.Tensor]) -> None:
         """Keeps the first `start` rows and puts these after them."""
         new = len(next(iter(rows.values())))
@@ -271,6 +281,12 @@ class QuantizedLayer(StoredLayer):
         kept = 0 if slots else exact
         residual = self._residual.growth(kept, exact + tokens - sum(slots), self._token_bytes())
         return Growth(grown.allocated + residual.allocated, grown.freed + residual.freed)
+
+    def unshare(self, tokens: int) -> int:
+        slots = finished(self._start, self.length + tokens)
+        used, exact = len(self._counts), self._residual.count
+        copied = self._slots.unshare(used, used + len(slots)) if slots else 0
+        return copied + self._residual.unshare(0 if slots else exact, exact + tokens - sum(slots))
 
     def _token_bytes(self) -> int:
         return self._shape.numbers * self._dtype.itemsize if self._shape and self._dtype else 0

@@ -137,7 +137,7 @@ def _quote(ask: Ask, planner: Planner) -> Quote:
         plan = planner.plan(ask.request)
     except KvchatError as error:
         return Quote(ask.key, 0, 0, 0, None, None, "", str(error))
-    unread = len(plan.rendered.ids) - plan.reused
+    unread = len(plan.unread)
     price = planner.seconds(unread)
     preview = planner.preview(ask.request, plan)
-    return Quote(ask.key, len(plan.rendered.ids), plan.reused, unread, price, plan.miss, preview)
+    return Quote(ask.key, plan.rows + unread, plan.rows, unread, price, plan.miss, preview)

@@ -194,7 +194,8 @@ class Caches:
         prefix = kept.kv.ids[: kept.system_end]
         shared = any(other.kv.ids[: len(prefix)] == prefix for _, other in self.others(conversation))
         shrinkable = not kept.kv.states and kept.kv.block == 1 and kept.kv.first_gap >= len(prefix)
-        if not prefix or shared or not shrinkable or len(prefix) == len(kept.kv):
+        frees = kept.kv.bytes_at(len(prefix)) < kept.kv.storage_bytes  # both grow in steps
+        if not prefix or shared or not shrinkable or not frees:
             del self._kept[conversation]
             kept.kv.clear()
         else:

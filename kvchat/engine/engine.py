@@ -97,6 +97,15 @@ class Turn:
         )
 
 
+def answered(messages: Sequence[PromptMessage], said: PromptMessage) -> tuple[PromptMessage, ...]:
+    """The conversation with its answer, which may have been begun in an earlier turn."""
+    begun = messages[-1]
+    if begun.role != "assistant":
+        return (*messages, said)
+    ids = (*begun.token_ids, *said.token_ids)
+    return (*messages[:-1], replace(said, text=begun.text + said.text, token_ids=ids))
+
+
 class LocalEngine:
     """Runs a loaded model in this process; satisfies `contract.Engine`."""
 
@@ -169,15 +178,14 @@ class LocalEngine:
 
     def pool(self) -> PoolState:
         """Every cache there is, and what happened to them since the last time."""
-        events, self._events[:] = tuple(self._events), []
+        events = tuple(self._events)
+        del self._events[: len(events)]  # the saving thread may have added one meanwhile
         return self.caches.state(events)
 
     def _note_saved(self, result: SaveResult) -> None:
         """Called from the saving thread."""
         kind = CacheEventKind.REFUSE if result.error else CacheEventKind.SAVE
-        self._tell(
-            kind, result.conversation, 0, size=result.bytes, seconds=result.seconds, note=result.error
-        )
+        self._tell(kind, result.conversation, 0, size=result.bytes, seconds=result.seconds, note=result.error)
         for other in result.removed:
             self._tell(CacheEventKind.DROP, other, 0, note="removed from disk: its cap was reached")
 
@@ -212,7 +220,9 @@ class LocalEngine:
 
     def _finish(self, turn: Turn) -> TurnFinished:
         request, kept, answer, plan = turn.request, turn.kept, turn.answer, turn.plan
-        kept.messages = (*plan.messages, PromptMessage("assistant", answer.text))
+        ids = tuple(i for i in answer.ids if i not in self._loaded.end_ids)
+        said = PromptMessage("assistant", answer.text, ids, self.facts.tokenizer)
+        kept.messages = answered(plan.messages, said)
         kept.last_used = time.time()
         kept.kv.mark()
         stats = turn.meter.stats(
@@ -228,7 +238,6 @@ class LocalEngine:
             self.caches.save(request.conversation)
         else:
             self.caches.discard(request.conversation, explain.WHEN_DISCARDED[request.mode])
-        ids = tuple(i for i in answer.ids if i not in self._loaded.end_ids)
         return TurnFinished(
             request.turn, answer.text, ids, self.facts.tokenizer, stats, self.pool(), plan.left_out
         )
@@ -342,10 +351,20 @@ class LocalEngine:
         """One forward pass, after its memory was made room for."""
         if turn.request.mode is not CacheMode.OFF:
             self.caches.make_room(turn.kept.kv.bytes_to_read(len(ids)))
+            self._unshare(turn, len(ids))
             if turn.leaves_gaps and (room := keep_positions(self._loaded, turn.kept.kv, len(ids))):
                 turn.reader.evaluated += room.reread
                 self._tell(CacheEventKind.EVICT, turn.request.conversation, 0, note=room.note)
         return turn.reader.read(ids)
+
+    def _unshare(self, turn: Turn, tokens: int) -> None:
+        """The first write into memory that a fork shares copies it; the timeline says what that took."""
+        kv, started = turn.kept.kv, time.perf_counter()
+        if copied := kv.unshare(tokens):
+            took = time.perf_counter() - started
+            note = "copied out of the memory it shared"
+            conversation = turn.request.conversation
+            self._tell(CacheEventKind.FORK, conversation, len(kv), size=copied, seconds=took, note=note)
 
     def _make_context(self, turn: Turn) -> Generator[TurnEvent, None, list[int]]:
         """The answer has filled the context: drops what the policy lets go; returns the tokens to read next.

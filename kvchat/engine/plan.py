@@ -3,6 +3,7 @@
 The same plan is the price that is quoted before an act, and what the turn then carries out.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,9 @@ class Plan:
     """Tokens that fit: the model's context, or what the KV budget holds."""
     source: Source
     reused: int
+    """Tokens of the prompt that are not read again."""
+    rows: int
+    """Rows that stand for them: fewer after an eviction that left a gap."""
     miss: Miss | None
     note: str
     """Why less is reused than the history; empty where all of it is."""
@@ -79,6 +83,11 @@ class Rate:
         """Takes a measured read into account; small ones say more about overhead."""
         if tokens >= max(64, self.tokens // 4) and seconds > 0:
             self.tokens, self.tokens_per_s = tokens, tokens / seconds
+
+    def hint(self, tokens_per_s: float) -> None:
+        """Takes what earlier turns measured, until there is a measurement of this run."""
+        if self.tokens_per_s is None and tokens_per_s > 0:
+            self.tokens_per_s = tokens_per_s
 
     def seconds(self, tokens: int) -> float | None:
         """What reading so many tokens takes; None before anything was measured."""
@@ -103,6 +112,7 @@ class Planner:
         Raises:
             KvchatError: the conversation can't be rendered, or is longer than the context and may not shrink.
         """
+        self._rate.hint(request.known_prefill_tok_s)
         limit = self.limit(request)
         left_out, before = request.left_out, 0
         messages, rendered = self.rendered(request, left_out)
@@ -117,7 +127,8 @@ class Planner:
         source, reused, refused = self._source(request, rendered)
         miss = self._miss(request, messages, rendered, reused, left_out, refused)
         note = self._note(request, messages, miss)
-        return Plan(messages, rendered, left_out, evicted, limit, source, reused, miss, note)
+        rows = self._rows(request, source, reused)
+        return Plan(messages, rendered, left_out, evicted, limit, source, reused, rows, miss, note)
 
     def rendered(self, request: TurnRequest, left_out: int) -> tuple[tuple[PromptMessage, ...], Rendered]:
         """The messages without the oldest ones, and what the model reads of them."""
@@ -207,7 +218,8 @@ class Planner:
             best = (Own(), self.reusable(kept.kv, rendered.ids, gaps=self._gap(request)))
         elif kept:
             refused = f"KV precision changed: {kept.precision} → {self._caches.real(request.kv)}"
-        saved, why = self._saved(request, rendered)
+        hot = kept is not None and not refused and len(kept.kv) > kept.system_end
+        saved, why = (None, "") if hot else self._saved(request)
         if saved and saved.reusable(rendered.ids, gaps=self._gap(request)) > best[1]:
             best = (saved, saved.reusable(rendered.ids, gaps=self._gap(request)))
         loans = [
@@ -220,7 +232,7 @@ class Planner:
             best = (Lent(lender), reach)
         return *best, refused or why
 
-    def _saved(self, request: TurnRequest, rendered: Rendered) -> tuple[Saved | None, str]:
+    def _saved(self, request: TurnRequest) -> tuple[Saved | None, str]:
         """What lies on disk and may be used, or why it may not."""
         if self._disk is None or not request.remember:
             return None, ""
@@ -233,6 +245,14 @@ class Planner:
         wanted = self._caches.fingerprint(self._caches.real(request.kv))
         difference = wanted.difference(saved.fingerprint)
         return (None, difference) if difference else (saved, "")
+
+    def _rows(self, request: TurnRequest, source: Source, reused: int) -> int:
+        """Rows that the cache keeps for so many tokens."""
+        if isinstance(source, Lent) or not reused:
+            return reused
+        kept = self._caches.get(request.conversation)
+        rows = source.chain.rows if isinstance(source, Saved) else kept.kv.rows if kept else ()
+        return bisect_left(rows, reused)
 
     def reusable(self, kv: ConversationKV, prompt: Sequence[int], *, gaps: bool = False) -> int:
         """Tokens of the prompt that this cache holds and can go back to; at least one is left to read."""
@@ -279,6 +299,8 @@ class Planner:
             return explain.BEFORE_A_MARK
         if token >= len(kept.kv.ids):
             return explain.NOT_KEPT
+        if not kept.messages:  # it came from disk, where there are no texts
+            return explain.NOT_AS_SAVED
         return explain.explain_difference(kept.messages, messages)
 
     def _note(self, request: TurnRequest, messages: Sequence[PromptMessage], miss: Miss | None) -> str:

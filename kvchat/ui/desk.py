@@ -5,33 +5,40 @@ It knows the session and the bridge; it refuses to know widgets.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kvchat.contract import (
     Ask,
     CacheAct,
     Converted,
+    Died,
     EvictionPolicy,
     Fork,
     KVPrecision,
-    Miss,
+    ModelFacts,
     Quote,
+    Ready,
     Refused,
-    Report,
     SetBudget,
     SetPrecision,
+    Status,
     TurnRequest,
+    WarmCache,
 )
 from kvchat.session import Session
-from kvchat.text import megabytes, one_line, parse_size
+from kvchat.text import megabytes, parse_size
 from kvchat.ui.bridge import EngineBridge
+from kvchat.ui.words import BITS, converted_words, policy_words, price_words
 
 WORTH_ASKING_S = 1.0
 """An act that costs more than this is asked about before it is done."""
+UNPRICED = "holds from the next turn on."
 
 Say = Callable[[str], None]
 Act = Callable[[], None]
+Caches = Callable[[], Mapping[str, WarmCache]]
 Confirm = Callable[[str, str, Act], None]
 """Asks a question, with the word for yes, and what is done then."""
 
@@ -42,81 +49,84 @@ class Waiting:
 
     what: str
     act: Act
+    words: Callable[[Quote], str]
+    conversation: str
+    """What it is meant for; another one may be open once the price is there."""
 
 
 class CacheDesk:
     """Prices first, acts after."""
 
-    def __init__(self, session: Session, bridge: EngineBridge, say: Say, confirm: Confirm) -> None:
+    def __init__(
+        self, session: Session, bridge: EngineBridge, caches: Caches, say: Say, confirm: Confirm
+    ) -> None:
         self._session = session
         self._bridge = bridge
         self._say = say
         self._confirm = confirm
         self._waiting: dict[str, Waiting] = {}
-        self.engine_ready = False
+        self._model: ModelFacts | None = None
+        """None while no engine is ready."""
+        self._caches = caches
+        self._budget: SetBudget | None = None
 
-    def on_report(self, report: Report) -> None:
-        """What came of an act, or what it would cost."""
-        match report:
+    def on_status(self, status: Status) -> None:
+        """What came of an act or what it would cost, and whether there is an engine to ask."""
+        match status:
+            case Ready():
+                self._model = status.model
+                if self._budget:
+                    self.act(self._budget)
+            case Died():
+                self._on_death()
             case Quote():
-                self._on_quote(report)
+                self._on_quote(status)
             case Converted():
-                self._say(converted_words(report))
+                self._say(converted_words(status))
             case Refused():
-                self._say(report.reason)
-
-    def priced(self, what: str, request: TurnRequest | None, act: Act) -> None:
-        """Does `act` once its price is known and, where it is high, agreed to.
-
-        Args:
-            what: the act, as the beginning of a sentence.
-            request: the next turn, as it would be after the act; None where there is nothing to read yet.
-        """
-        if request is None or not self.engine_ready:
-            act()
-            return
-        key = secrets.token_hex(4)
-        self._waiting[key] = Waiting(what, act)
-        self._bridge.act(Ask(key, request))
+                self._say(status.reason)
 
     def policy(self, name: str) -> None:
         """Chooses what is dropped when the context is full; says what that would be."""
         if name not in set(EvictionPolicy):
-            self._say(f"The policies are {', '.join(EvictionPolicy)}; not {name}.")
+            now = self._session.current.policy
+            self._say(choice("When the context is full", now, "/policy", EvictionPolicy, name))
             return
         policy = EvictionPolicy(name)
-        self.priced(
-            f"Policy {name}",
-            self._next(policy=policy),
-            lambda: self._session.configure(policy=policy),
-        )
+        act = partial(self._session.configure, policy=policy)
+        self._priced(f"Policy {policy}", self._next(policy=policy), act, policy_words)
 
     def system_prompt(self, text: str) -> None:
         """Sets the system prompt of the open conversation."""
         messages = replace(self._session.current, system_prompt=text).prompt()
-        self.priced(
-            "System prompt",
-            self._next(messages=messages),
-            lambda: self._session.configure(system_prompt=text),
-        )
+        act = partial(self._session.configure, system_prompt=text)
+        self._priced("New system prompt", self._next(messages=messages), act)
 
     def precision(self, name: str) -> None:
-        """Stores keys and values in another precision; what is cached is converted."""
+        """Stores keys and values in another precision; what is cached is converted.
+
+        Only rounding can be done to a cache: more bits, or a cache on disk, mean reading again.
+        """
         if name not in set(KVPrecision):
-            self._say(f"The KV precisions are {', '.join(KVPrecision)}; not {name}.")
+            self._say(choice("Keys and values", self._session.current.kv, "/kv", KVPrecision, name))
             return
         kv = KVPrecision(name)
-        self._session.configure(kv=kv)
-        self.act(SetPrecision(self._session.current.id, kv))
+        if self._can_be_rounded(kv):
+            self._set_precision(kv)
+        else:
+            self._priced(f"KV precision {kv}", self._next(kv=kv), partial(self._set_precision, kv))
 
     def budget(self, size: str) -> None:
-        """Changes how much memory all caches may take."""
+        """Changes how much memory all caches may take; a new engine is told again."""
         try:
             wanted = parse_size(size)
         except (ValueError, OverflowError):
+            wanted = 0
+        if not wanted:
             self._say("A budget is a size, such as 2GB or 512MB.")
             return
-        self.act(SetBudget(wanted))
+        self._budget = SetBudget(wanted)
+        self.act(self._budget)
         self._say(f"All KV caches together may take {megabytes(wanted)} of memory.")
 
     def fork(self, parent: str) -> None:
@@ -127,61 +137,77 @@ class CacheDesk:
         """Hands an act to the engine."""
         self._bridge.act(act)
 
-    def _next(self, **changes: object) -> TurnRequest | None:
-        return self._session.request_as_if(**changes) if self._session.current.messages else None
+    def _priced(
+        self,
+        what: str,
+        request: TurnRequest | None,
+        act: Act,
+        words: Callable[[Quote], str] = price_words,
+    ) -> None:
+        """Does `act` once its price is known and, where it is high, agreed to.
+
+        An engine that is not there or that is answering gives no price: then `act` is done at once.
+
+        Args:
+            what: the act, as the beginning of a sentence.
+            request: the next turn, as it would be after the act; None where there is nothing to read yet.
+            words: the price as the rest of that sentence.
+        """
+        if request is None or self._model is None or self._session.pending:
+            act()
+            self._say(f"{what}: {UNPRICED}")
+            return
+        key = secrets.token_hex(4)
+        self._waiting[key] = Waiting(what, act, words, request.conversation)
+        self._bridge.act(Ask(key, request))
 
     def _on_quote(self, quote: Quote) -> None:
         waiting = self._waiting.pop(quote.key, None)
         if waiting is None:
             return
-        words = f"{waiting.what}: {price_words(quote)}"
-        if quote.miss and (quote.seconds is None or quote.seconds > WORTH_ASKING_S):
+        words = f"{waiting.what}: {waiting.words(quote)}"
+        if waiting.conversation != self._session.current.id:
+            self._say(f"{waiting.what}: nothing was changed, another conversation is open.")
+        elif quote.refusal:
+            self._say(f"{waiting.what}: nothing was changed. {quote.refusal}")
+        elif self._is_dear(quote):
             self._confirm(words, "Do it", waiting.act)
         else:
             waiting.act()
             self._say(words)
 
+    def _is_dear(self, quote: Quote) -> bool:
+        """Whether something that is cached would be read again, and for how long."""
+        cached = self._session.current.id in self._caches()
+        dear = quote.seconds is None or quote.seconds > WORTH_ASKING_S
+        return bool(quote.miss) and cached and dear
 
-def price_words(quote: Quote) -> str:
-    """What the next turn would read, and what the policy would drop."""
-    if quote.refusal:
-        return quote.refusal
-    words = f"the next turn reads {quote.prefilled_tokens:,} tokens{about(quote.seconds)}"
-    if quote.miss:
-        words += f", {quote.miss.tokens:,} of them again"
-    return f"{words}. When the context is full, it would now drop {quote.preview}."
+    def _on_death(self) -> None:
+        """Nobody answers any more, and nothing is cached that could be lost."""
+        self._model = None
+        waiting, self._waiting = self._waiting, {}
+        for each in waiting.values():
+            if each.conversation == self._session.current.id:
+                each.act()
+                self._say(f"{each.what}: {UNPRICED}")
 
+    def _can_be_rounded(self, kv: KVPrecision) -> bool:
+        """Whether the open conversation's cache, if there is one, can be stored so as it is."""
+        cache = self._caches().get(self._session.current.id)
+        if cache is None or self._model is None:
+            return True
+        wanted = self._model.kv_dtype if kv is KVPrecision.AUTO else kv.value
+        return cache.hot and BITS.get(wanted, 0) <= BITS.get(cache.kv_dtype, 0)
 
-def about(seconds: float | None) -> str:
-    """`, about 0.7 s`; nothing where nothing was measured yet."""
-    return "" if seconds is None else f", about {seconds:.1f} s"
+    def _set_precision(self, kv: KVPrecision) -> None:
+        self._session.configure(kv=kv)
+        self.act(SetPrecision(self._session.current.id, kv))
 
-
-def converted_words(converted: Converted) -> str:
-    """Bytes before and after, and how far the model still agrees with itself."""
-    words = f"Keys and values are {converted.kv_dtype}"
-    if converted.bytes_after != converted.bytes_before:
-        words += f": {megabytes(converted.bytes_before)} → {megabytes(converted.bytes_after)}"
-    if converted.compared_tokens:
-        words += (
-            f"; of the last {converted.compared_tokens} tokens, the model would choose "
-            f"{converted.agreeing_tokens} as before"
-        )
-    return f"{words}. {converted.note}".strip() if converted.note else f"{words}."
-
-
-def miss_words(miss: Miss | None) -> str:
-    """The last miss, for people: the cause, the price, and the first token that differs in its place."""
-    if miss is None:
-        return "Nothing was read again: the last turn reused everything there was."
-    lines = [f"**{one_line(miss.cause)}**", f"{miss.tokens:,} tokens were read again{about(miss.seconds)}."]
-    if miss.token is not None:
-        place = "the system prompt" if miss.message == 0 else f"message {miss.message}"
-        lines.append(f"The first difference is token {miss.token:,}, in {place}:")
-        lines.append(f"cached: `{code(miss.was)}`  \nnow: `{code(miss.now)}`")
-    return "\n\n".join(lines)
+    def _next(self, **changes: object) -> TurnRequest | None:
+        return self._session.request_as_if(**changes) if self._session.current.messages else None
 
 
-def code(text: str) -> str:
-    """Text as it may stand in a Markdown code span."""
-    return one_line(text.replace("\n", "⏎").replace("`", "ʼ")) or "(nothing)"
+def choice(what: str, now: str, command: str, names: Iterable[str], given: str) -> str:
+    """What is chosen and what could be; and that `given`, if anything, is none of it."""
+    wrong = f"{given} is none of them. " if given else ""
+    return f"{wrong}{what}: {now}. {command} {'|'.join(names)} changes that."

@@ -39,7 +39,7 @@ class Figures:
 
     def lost(self) -> None:
         """The engine died, and with it every cache."""
-        self.state = replace(self.state, rss_bytes=0)
+        self.state = replace(self.state, rss_bytes=0, pool=None)
         self._change(kv_tokens=0, kv_bytes=0)
 
     def settings(self, mode: CacheMode, policy: EvictionPolicy) -> None:

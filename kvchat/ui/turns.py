@@ -43,6 +43,8 @@ class Turns:
         self.warm: dict[str, WarmCache] = {}
         self.pool: PoolState | None = None
         self._started: TurnStarted | None = None
+        self._evicted: list[Evicted] = []
+        """In the turn under way."""
         self.editing: int | None = None
         """The question that the next message replaces."""
 
@@ -54,6 +56,7 @@ class Turns:
     async def show_conversation(self, *, answering: bool = True) -> None:
         """Shows the open conversation and, unless it only begins, the answer that streams in it."""
         conversation = self._session.current
+        self.editing = None
         pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
         messages = [m for m in conversation.messages if m.id != partial]
@@ -64,6 +67,8 @@ class Turns:
             if self._started and self._started.turn == pending.turn:
                 self.figures.started(self._started)
             await self._transcript.begin_answer(self._who)
+            for evicted in self._evicted:
+                await self._show_evicted(evicted)
             self._append(pending.text)
 
     async def send(self, text: str) -> None:
@@ -72,12 +77,11 @@ class Turns:
         Raises:
             KvchatError: another answer is under way.
         """
-        editing, self.editing = self.editing, None
-        if editing is None:
+        if self.editing is None:
             request = self._session.begin_turn(text)
             await self._transcript.ask(text, self._questions())
         else:
-            request = self._session.edit(editing, text)
+            request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
         await self._run(request)
 
@@ -126,6 +130,7 @@ class Turns:
         await self._run(request)
 
     async def _run(self, request: TurnRequest) -> None:
+        self._evicted.clear()
         await self._transcript.begin_answer(self._who)
         self.figures.asked()
         self._bridge.run_turn(request)
@@ -145,6 +150,8 @@ class Turns:
     async def on_event(self, event: TurnEvent) -> None:
         """Shows what happened in a turn; one whose conversation was deleted shows nothing."""
         pending = self.answering
+        if isinstance(event, TurnFinished):
+            self._note_pool(event.pool)
         if pending is None or pending.turn != event.turn:
             return
         here = self._pending_here() is not None
@@ -154,10 +161,9 @@ class Turns:
                 if here:
                     self.figures.started(event)
             case Evicted():
+                self._evicted.append(event)
                 if here:
-                    self.figures.evicted(event)
-                    self._transcript.leave_out(event.left_out)
-                    await self._transcript.notice(f"The context was full: {event.note}.", last=False)
+                    await self._show_evicted(event)
             case PrefillProgress() if here:
                 self.figures.prefilled(event)
             case Tokens():
@@ -167,7 +173,7 @@ class Turns:
                 # shown first: where it can't be saved, it can still be read
                 self._session.keep_partial(event)
             case TurnFinished():
-                await self._finish(event, here=here)
+                await self._finish(event, pending, here=here)
             case TurnFailed():
                 await self._fail(event, here=here)
 
@@ -184,14 +190,19 @@ class Turns:
                 self._session.note_events(status.events)
             case Died():
                 self.warm.clear()
+                self.pool = None
                 self.figures.lost()
                 self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
                 again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
 
-    async def _finish(self, event: TurnFinished, *, here: bool) -> None:
-        self._note_pool(event.pool)
+    async def _show_evicted(self, event: Evicted) -> None:
+        self.figures.evicted(event)
+        self._transcript.leave_out(event.left_out)
+        await self._transcript.notice(f"The context was full: {event.note}.", last=False)
+
+    async def _finish(self, event: TurnFinished, pending: PendingTurn, *, here: bool) -> None:
         try:
             self._session.finish_turn(event)
         finally:
@@ -199,7 +210,8 @@ class Turns:
                 self.figures.finished(event)
                 if self._transcript.streaming:
                     note = answer_note(event.stats, event.stats.finish_reason)
-                    await self._transcript.streaming.finish(event.text, note)
+                    # an answer that was gone on with is longer than what this turn wrote
+                    await self._transcript.streaming.finish(pending.text, note)
                 self._transcript.streaming = None
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:

@@ -709,3 +709,17 @@ def test_golden_texts_are_scored_nearly_as_without_quantisation(smollm2: LoadedM
     assert float(off[8].max()) < 1e-3
     assert torch.equal(choices[8], exact.argmax(-1))
     assert float(off[4].mean()) < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_leaving_a_forks_memory_beforehand_changes_neither_of_the_two(bits: int, tokens: int) -> None:
+    layer = filled(bits, 3 * BLOCK + 10)
+    fork = layer.fork()
+    layer.update(*states(1, 9))
+    before = [t.clone() for t in layer.read()]
+    assert fork.unshare(tokens) > 0
+    assert all(torch.equal(a, b[:, :, : fork.length]) for a, b in zip(fork.read(), before, strict=True))
+    assert (fork.unshare(tokens), fork.growth(tokens)) == (0, (0, 0))
+    fork.update(*states(tokens, 10))
+    assert all(torch.equal(a, b) for a, b in zip(layer.read(), before, strict=True))

@@ -309,6 +309,7 @@ def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
     assert Tokens in [type(each) for each in played.events[: played.events.index(event)]]
     assert (event.left_out, chat.left_out) == (played.finished.left_out, event.left_out)
     assert_equals_cold_without(played, small, event.left_out)
+    chat.sampling = replace(chat.sampling, max_tokens=4)
     again = chat.ask("Why?")
     assert (evictions(again), again.started.reuse_note) == ([], "")
     assert_equals_cold_without(again, small, event.left_out)

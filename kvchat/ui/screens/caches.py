@@ -94,13 +94,15 @@ class CachesScreen(ModalScreen[None]):
     def on_mount(self) -> None:
         """Fills the table."""
         table = self.query_one(DataTable)
-        for label in ("where", "conversation", "tokens", "memory", "disk", "KV", "used", ""):
+        for label in COLUMNS:
             table.add_column(label)
-        self.show(self._pool)
+        self.call_later(self.show, self._pool)
 
     def show(self, pool: PoolState | None) -> None:
-        """Draws the caches as they are now."""
+        """Draws the caches as they are now; None where there is no engine that could have any."""
         self._pool = pool
+        if not self.is_mounted:
+            return
         table = self.query_one(DataTable)
         row = table.cursor_row
         table.clear()

@@ -7,7 +7,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Markdown, Static
 
-from kvchat.text import one_line
+from kvchat.text import clean, one_line
 from kvchat.ui.commands import help_markdown
 
 
@@ -39,7 +39,7 @@ class Confirm(ModalScreen[bool]):
 
     def __init__(self, question: str, yes: str) -> None:
         super().__init__()
-        self._question = question
+        self._question = clean(question)
         self._yes = yes
 
     def compose(self) -> ComposeResult:
@@ -54,19 +54,19 @@ class Confirm(ModalScreen[bool]):
 
 
 class Explanation(ModalScreen[None]):
-    """Something explained in Markdown."""
+    """Something explained."""
 
     BINDINGS = [Binding("escape,enter,f6,q", "dismiss(None)", "Close")]
 
-    def __init__(self, title: str, markdown: str) -> None:
+    def __init__(self, title: str, text: Content) -> None:
         super().__init__()
         self._title = title
-        self._markdown = markdown
+        self._text = text
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog"):
             yield Static(Content(self._title), classes="head")
-            yield Markdown(self._markdown, open_links=False)
+            yield Static(self._text, classes="text")
 
 
 class Help(ModalScreen[None]):

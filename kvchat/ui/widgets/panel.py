@@ -12,6 +12,7 @@ from textual.widgets import Static
 
 from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TurnStats
 from kvchat.text import clean, megabytes
+from kvchat.ui.words import BITS
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),
@@ -33,8 +34,6 @@ WHEN_FULL = {
     EvictionPolicy.SINKS: "approximate",
     EvictionPolicy.SNAPKV: "approximate",
 }
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
-"""Of one number; scales of quantised blocks come on top."""
 BARS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32

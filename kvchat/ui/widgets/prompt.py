@@ -48,6 +48,14 @@ class Prompt(TextArea):
         self.text = text + self.text
         self.move_cursor(self.document.end)
 
+    def recall(self, back: int) -> None:
+        """Shows what was sent so many messages ago; 0 brings the user's own draft back."""
+        if self._recalled == 0:
+            self._own = self.text
+        self._recalled = back
+        self.text = self._history[-back] if back else self._own
+        self.move_cursor(self.document.end)
+
     async def _on_key(self, event: events.Key) -> None:
         if event.key == "enter":
             event.stop()
@@ -87,9 +95,5 @@ class Prompt(TextArea):
         target = self._recalled + step
         if not 0 <= target <= len(self._history):
             return False
-        if self._recalled == 0:
-            self._own = self.text
-        self._recalled = target
-        self.text = self._history[-target] if target else self._own
-        self.move_cursor(self.document.end)
+        self.recall(target)
         return True

@@ -1,0 +1,71 @@
+"""What a cache costs and why, in words. Plain values in, text out; no widgets, no engine."""
+
+import re
+
+from textual.content import Content
+
+from kvchat.contract import Converted, Miss, Quote
+from kvchat.text import clean, megabytes, one_line
+
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+"""Of one number; scales of quantised blocks come on top."""
+LOST_SPACE = re.compile(r"^ | $|(?<= ) | (?= )")
+"""Spaces that the eye would miss: at the ends, and next to each other."""
+
+
+def about(seconds: float | None) -> str:
+    """`, about 0.7 s`; nothing where nothing was measured yet."""
+    return "" if seconds is None else f", about {seconds:.1f} s"
+
+
+def price_words(quote: Quote) -> str:
+    """What the next turn would read."""
+    words = f"the next turn reads {quote.prefilled_tokens:,} tokens{about(quote.seconds)}"
+    return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
+
+
+def policy_words(quote: Quote) -> str:
+    """What the next turn would read, and what the policy would drop."""
+    return f"{price_words(quote)} When the context is full: {quote.preview}."
+
+
+def converted_words(converted: Converted) -> str:
+    """Bytes before and after, and how far the model still agrees with itself."""
+    words = f"Keys and values: {converted.kv_dtype}"
+    if converted.bytes_after != converted.bytes_before:
+        words += f", {megabytes(converted.bytes_before)} → {megabytes(converted.bytes_after)}"
+    if converted.compared_tokens:
+        words += (
+            f"; of the last {converted.compared_tokens} tokens, the model would choose "
+            f"{converted.agreeing_tokens} as before"
+        )
+    return f"{words}; {converted.note}." if converted.note else f"{words}."
+
+
+def miss_words(miss: Miss | None, note: str = "") -> Content:
+    """The last miss: the cause, the price, and the first token that differs in its place.
+
+    Args:
+        miss: None where nothing was missed, or where only a turn's figures are left of it.
+        note: the last turn's own words about what it did not reuse.
+    """
+    if miss is None:
+        return Content(one_line(note) or "Nothing was read again: the last turn reused all there was.")
+    lines = [
+        Content.assemble((one_line(miss.cause), "bold")),
+        Content(f"\n{miss.tokens:,} tokens were read again{about(miss.seconds)}."),
+    ]
+    if miss.token is not None:
+        place = "the system prompt" if miss.message == 0 else f"message {miss.message}"
+        lines += [
+            Content(f"\nThe first difference is token {miss.token:,}, in {place}:"),
+            Content.assemble(("cached  ", "$text-muted"), (visible(miss.was), "$text-error")),
+            Content.assemble(("now     ", "$text-muted"), (visible(miss.now), "$text-success")),
+        ]
+    return Content("\n").join(lines)
+
+
+def visible(text: str) -> str:
+    """Text on one line in which line ends, tabs and spaces that matter can be seen."""
+    shown = clean(text).replace("\n", "⏎").replace("\t", "⇥")
+    return LOST_SPACE.sub("␣", shown) or "(nothing)"

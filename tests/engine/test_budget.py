@@ -1,0 +1,342 @@
+"""All caches together stay within a budget of bytes; who makes room is predicted, and what comes back is exact."""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from kvchat.cache.layers import GROWTH_STEP
+from kvchat.contract import (
+    CacheEventKind,
+    EvictionPolicy,
+    Fork,
+    KVPrecision,
+    Pin,
+    PoolState,
+    Report,
+    SetBudget,
+    Spill,
+    Warm,
+)
+from kvchat.engine.disk import DiskTier
+from kvchat.engine.engine import UNBOUNDED, LocalEngine
+from kvchat.engine.load import LoadedModel
+from tests.engine.driving import Chat, Played, assert_equals_cold, rendered, sentences
+from tests.engine.oracle import (
+    Guard,
+    assert_equals_cold_without,
+    chat_with,
+    evictions,
+    storage_bytes,
+    tier,
+    timeline,
+    torch_storages,
+)
+
+SYSTEM = "You are a guide to the old towns of the north, the rivers and the sea; answer in a few words."
+NONE, TURNS, _, _ = EvictionPolicy
+KINDS = (CacheEventKind.SPILL, CacheEventKind.DROP, CacheEventKind.CONVERT)
+
+
+def budget_for(loaded: LoadedModel, conversations: float, tokens: int = GROWTH_STEP) -> int:
+    """Bytes of so many caches of so many tokens."""
+    return int(loaded.new_kv("fp32").bytes_at(tokens) * conversations)
+
+
+def going(played: Played) -> list[tuple[str, str]]:
+    """(conversation, what happened to it) of all that made room in a turn, in order."""
+    return [(e.conversation, e.kind.value) for e in played.finished.pool.events if e.kind in KINDS]
+
+
+class House:
+    """An engine, its conversations by name, and a watch over its memory."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        budget: int,
+        disk: DiskTier | None = None,
+        *,
+        system: str = "",
+        kv: KVPrecision = KVPrecision.AUTO,
+        policy: EvictionPolicy = TURNS,
+    ) -> None:
+        self.loaded, self.system, self.kv, self.policy = loaded, system, kv, policy
+        self.reports: list[Report] = []
+        self.engine = LocalEngine(loaded, budget_bytes=budget, disk=disk, report=self.reports.append)
+        self.guard = Guard(self.engine)
+        self.chats: dict[str, Chat] = {}
+
+    def chat(self, name: str) -> Chat:
+        if name not in self.chats:
+            self.chats[name] = chat_with(
+                self.engine, self.loaded, self.policy, name, system=self.system, max_tokens=4, kv=self.kv
+            )
+        return self.chats[name]
+
+    def ask(self, name: str, text: str = "") -> Played:
+        """A turn of one conversation, watched; each begins with words of its own, so that none lends."""
+        played = self.chat(name).ask(text or f"{name * 9}: which pass is open?", self.guard)
+        self.guard()
+        return played
+
+    @property
+    def pool(self) -> PoolState:
+        return self.engine.pool()
+
+    @property
+    def hot(self) -> dict[str, int]:
+        """Conversation → tokens in memory."""
+        return {cache.conversation: cache.tokens for cache in self.pool.caches if cache.hot}
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize("kv", [KVPrecision.AUTO, KVPrecision.FP32, KVPrecision.INT8])
+def test_no_event_of_any_turn_finds_more_memory_in_use_than_the_budget(
+    tiny: LoadedModel, tmp_path: Path, kv: KVPrecision, on_disk: bool
+) -> None:
+    """Conversations grow over several steps, leave forks, are spilled and come back."""
+    budget = budget_for(tiny, 3.3)
+    house = House(tiny, budget, tier(tmp_path) if on_disk else None, kv=kv, system=SYSTEM)
+    order = Random(1)
+    for number in range(24):
+        name = order.choice("abcd")
+        house.ask(name, f"{name}{number}: {sentences(order.choice([1, 5, 9]))}")
+        if number % 6 == 5:
+            house.engine.act(Fork(name, f"fork-{number}"))
+            house.guard()
+    assert house.guard.highest > 0.6 * budget
+    house.engine.close()
+
+
+def test_the_least_recently_used_conversation_is_spilled(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Room for two: the third one sends away whoever was asked longest ago."""
+    house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
+    order, used = Random(2), list[str]()
+    for _ in range(20):
+        name = order.choice("abcd")
+        leaves = [] if name in used[-2:] or len(used) < 2 else [(used[-2], "spill")]
+        played = house.ask(name)
+        assert going(played) == leaves
+        used = [*(each for each in used if each != name), name]
+        assert set(house.hot) == set(used[-2:])
+    house.engine.close()
+
+
+def test_a_pinned_conversation_goes_after_the_others(tiny: LoadedModel, tmp_path: Path) -> None:
+    house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
+    house.ask("a")
+    house.engine.act(Pin("a", True))
+    house.ask("b")
+    assert [c.conversation for c in house.pool.caches if c.next_to_go] == ["b"]
+    assert going(house.ask("c")) == [("b", "spill")]
+    assert going(house.ask("d")) == [("c", "spill")]
+    house.engine.act(Pin("a", False))
+    assert going(house.ask("e")) == [("a", "spill")]
+    house.engine.close()
+
+
+def test_the_active_conversation_never_makes_room_not_even_for_itself(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
+    house.ask("b")
+    for number in range(8):
+        played = house.ask("a", f"{number}: {sentences(5)}")
+        assert "a" not in dict(going(played))
+        assert (played.started.miss is None) or evictions(played)
+    assert set(house.hot) == {"a"}
+    house.engine.close()
+
+
+def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """It is let go of last: after every whole conversation, pinned ones too."""
+    house = House(tiny, budget_for(tiny, 3.6), tier(tmp_path), system=SYSTEM)
+    house.ask("a", sentences(40))
+    assert house.hot["a"] > GROWTH_STEP
+    house.engine.act(Spill("a"))
+    prefix = house.hot["a"]
+    first = house.chat("a").messages[0]
+    assert prefix == house.engine.caches.get("a").system_end  # type: ignore[union-attr]
+    assert house.chat("a").kv.ids == tuple(rendered(tiny, [first, *house.chat("b").messages[1:]]))[:prefix]
+    played = house.ask("b")
+    assert (played.started.reused_tokens, played.started.miss) == (prefix, None)
+    assert [e.note for e in timeline(played, CacheEventKind.LEND)] == ["from a"]
+    assert_equals_cold(played, tiny)
+    house.engine.act(Pin("b", True))
+    assert [c.conversation for c in house.pool.caches if c.next_to_go] == ["b"]
+    house.engine.close()
+
+
+def test_a_prefix_that_would_free_nothing_is_not_kept(tiny: LoadedModel, tmp_path: Path) -> None:
+    """A cache grows in steps, and the prefix of a short conversation takes as many bytes as all of it."""
+    house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path), system=SYSTEM)
+    house.ask("a")
+    house.chat("b").messages = []
+    house.ask("b")
+    house.chat("c").messages = []
+    assert going(house.ask("c")) == [("a", "spill")]
+    assert set(house.hot) == {"b", "c"}
+    house.engine.close()
+
+
+def test_without_a_disk_a_cache_of_no_fixed_precision_goes_to_8_bits_first(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 2.5))
+    house.ask("a")
+    house.ask("b")
+    played = house.ask("c")
+    assert going(played) == [("a", "convert")]
+    (event,) = timeline(played, CacheEventKind.CONVERT)
+    assert "int8" in event.note
+    assert "no disk" in event.note
+    stored = {cache.conversation: cache.kv_dtype for cache in house.pool.caches}
+    assert stored == {"a": "int8", "b": "fp32", "c": "fp32"}
+    again = house.ask("a")
+    assert (again.started.miss, again.finished.stats.kv_dtype) == (None, "int8")
+    assert again.started.reused_tokens > 20
+
+
+def test_without_a_disk_8_bits_are_dropped_when_they_have_to_make_room_again(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 2.5))
+    happened = [step for name in "abcdefgh" for step in going(house.ask(name))]
+    first = happened.index(("a", "convert"))
+    assert ("a", "drop") in happened[first:]
+    assert all(kind == "convert" or (name, "convert") in happened for name, kind in happened)
+
+
+def test_without_a_disk_a_cache_of_fixed_precision_is_dropped_and_read_again(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 2.5), kv=KVPrecision.FP32)
+    house.ask("a")
+    house.ask("b")
+    played = house.ask("c")
+    assert going(played) == [("a", "drop")]
+    (event,) = timeline(played, CacheEventKind.DROP)
+    assert "budget was full" in event.note
+    again = house.ask("a")
+    assert again.started.reused_tokens == 0
+    assert again.started.miss is not None
+    assert "budget was full" in again.started.miss.cause
+    assert_equals_cold(again, tiny)
+
+
+def test_a_spilled_conversation_comes_back_from_disk_and_is_exact(tiny: LoadedModel, tmp_path: Path) -> None:
+    house = House(tiny, budget_for(tiny, 1.5), tier(tmp_path))
+    held = dict.fromkeys("ab", 0)
+    for _ in range(4):
+        for name in "ab":
+            played = house.ask(name)
+            stats = played.finished.stats
+            assert stats.restored_tokens == stats.reused_tokens == held[name]
+            assert (played.started.miss, played.started.restored_tokens) == (None, held[name])
+            assert_equals_cold(played, tiny)
+            held[name] = len(house.chat(name).kv)
+    house.engine.close()
+
+
+def test_a_budget_smaller_than_the_active_conversation_is_its_context_limit(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32)
+    left_out = 0
+    for number in range(9):
+        chat = house.chat("a")
+        played = house.ask("a", f"{number}: {sentences(5)}")
+        assert played.finished.stats.context_limit == GROWTH_STEP < tiny.facts.context_limit
+        assert_equals_cold_without(played, tiny, chat.left_out)
+        assert len(chat.kv) <= GROWTH_STEP
+        assert (chat.left_out > left_out) is bool(evictions(played))
+        left_out = chat.left_out
+    assert left_out > 0
+
+
+def test_with_the_policy_none_a_full_budget_refuses_in_words(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32, policy=NONE)
+    house.ask("a", sentences(10))
+    failed = house.ask("a", sentences(15)).failed
+    assert "the KV budget" in failed.reason
+    assert "/policy" in failed.reason
+    assert f"holds {GROWTH_STEP:,}" in failed.reason
+
+
+def test_an_answer_ends_where_the_budget_does(tiny: LoadedModel) -> None:
+    house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32, policy=NONE)
+    chat = house.chat("a")
+    chat.sampling = replace(chat.sampling, max_tokens=400)
+    played = house.ask("a", sentences(10))
+    assert played.finished.stats.finish_reason == "context"
+    assert len(chat.kv) < GROWTH_STEP
+    assert_equals_cold(played, tiny)
+
+
+def test_a_smaller_budget_spills_at_once_and_a_larger_one_lets_them_come_back(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    house = House(tiny, UNBOUNDED, tier(tmp_path))
+    for name in "abcd":
+        house.ask(name)
+    house.reports.clear()
+    house.engine.act(SetBudget(budget_for(tiny, 2)))
+    house.guard()
+    (pool,) = house.reports
+    assert isinstance(pool, PoolState)
+    assert [(e.conversation, e.kind) for e in pool.events if e.kind in KINDS] == [
+        ("a", CacheEventKind.SPILL),
+        ("b", CacheEventKind.SPILL),
+    ]
+    assert pool.used_bytes <= pool.budget_bytes == budget_for(tiny, 2)
+    assert set(house.hot) == {"c", "d"}
+    house.engine.act(SetBudget(UNBOUNDED))
+    house.engine.act(Warm("a"))
+    assert set(house.hot) == {"a", "c", "d"}
+    for name in "abcd":
+        played = house.ask(name)
+        assert (played.started.miss, going(played)) == (None, [])
+        assert_equals_cold(played, tiny)
+    house.engine.close()
+
+
+def test_reported_bytes_are_those_of_the_memory_that_is_there(tiny: LoadedModel, tmp_path: Path) -> None:
+    house = House(tiny, UNBOUNDED, tier(tmp_path))
+    house.ask("a", sentences(30))
+    house.ask("b")
+    house.chat("c").precision = KVPrecision.INT4
+    house.ask("c", sentences(20))
+    pool = house.pool
+    own = {name: sum(torch_storages(house.chat(name).kv.layers).values()) for name in "abc"}
+    assert {cache.conversation: cache.bytes for cache in pool.caches} == own
+    assert pool.used_bytes == sum(own.values()) == storage_bytes(house.engine)
+    assert pool.disk_bytes == sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors"))
+    assert pool.disk_bytes == sum(cache.disk_bytes for cache in pool.caches) > 0
+    house.engine.close()
+
+
+def test_what_forks_share_counts_once_until_one_of_them_writes(tiny: LoadedModel) -> None:
+    house = House(tiny, UNBOUNDED)
+    house.ask("a", sentences(20))
+    before = house.pool.used_bytes
+    for number in range(5):
+        house.engine.act(Fork("a", f"fork-{number}"))
+    assert house.pool.used_bytes == before == storage_bytes(house.engine)
+    assert [cache.bytes for cache in house.pool.caches] == [before] * 6
+    fork = house.chat("fork-0")
+    fork.messages = list(house.chat("a").messages)
+    played = house.ask("fork-0", "And?")
+    assert_equals_cold(played, tiny)
+    assert before < house.pool.used_bytes <= 2 * before + budget_for(tiny, 1)
+    again = house.ask("a", "And?")
+    assert again.started.reused_tokens == played.started.reused_tokens
+    assert_equals_cold(again, tiny)
+
+
+def test_a_fork_that_has_to_make_room_takes_nothing_from_its_parent(tiny: LoadedModel, tmp_path: Path) -> None:
+    house = House(tiny, UNBOUNDED, tier(tmp_path))
+    house.ask("a")
+    house.engine.act(Fork("a", "fork"))
+    house.chat("fork").messages = list(house.chat("a").messages)
+    house.engine.act(Spill("fork"))
+    for name in ("a", "fork"):
+        played = house.ask(name, "And?")
+        assert played.started.miss is None
+        assert_equals_cold(played, tiny)
+    house.engine.close()
