@@ -712,7 +712,7 @@ def test_golden_texts_are_scored_nearly_as_without_quantisation(smollm2: LoadedM
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("tokens", [1, 40])
 def test_leaving_a_forks_memory_beforehand_changes_neither_of_the_two(bits: int, tokens: int) -> None:
     layer = filled(bits, 3 * BLOCK + 10)
     fork = layer.fork()
