@@ -1,22 +1,42 @@
 """The conductor: everything is saved before anything happens with it, however a turn ends."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from kvchat import session as session_module
-from kvchat.contract import CacheMode, PromptMessage, Sampling
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    KVPrecision,
+    PoolState,
+    PromptMessage,
+    Sampling,
+    TurnFinished,
+    TurnRequest,
+)
 from kvchat.conversation import Conversation, Message
 from kvchat.errors import KvchatError
 from kvchat.session import PARTIAL_EVERY_S, Defaults, Session
 from kvchat.store import Store
-from tests.samples import FIGURES, TOKENIZER, finished, piece
+from tests.samples import FIGURES, TOKENIZER, piece
 
-DEFAULTS = Defaults("maker/model", "Be brief.", CacheMode.TURN, Sampling(temperature=0.3, seed=5))
+DEFAULTS = Defaults(
+    "maker/model",
+    "Be brief.",
+    CacheMode.TURN,
+    Sampling(temperature=0.3, seed=5),
+    KVPrecision.INT8,
+    EvictionPolicy.SINKS,
+)
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
+OTHER_TOKENIZER = "fedcba9876543210"
 
 
 @dataclass
@@ -27,6 +47,20 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+def finished(
+    turn: str,
+    text: str,
+    *ids: int,
+    finish: str = "stop",
+    tokenizer: str = TOKENIZER,
+    left_out: int = 0,
+    events: tuple[CacheEvent, ...] = (),
+) -> TurnFinished:
+    """The end of a turn."""
+    pool = PoolState((), 0, 0, 0, 0, events)
+    return TurnFinished(turn, text, ids, tokenizer, replace(FIGURES, finish_reason=finish), pool, left_out)
 
 
 @pytest.fixture
@@ -58,13 +92,20 @@ def talk(messages: tuple[Message, ...]) -> list[tuple[str, str, str | None]]:
     return [(m.role, m.text, m.finish_reason) for m in messages]
 
 
-def answered(session: Session, question: str, text: str = "The Brenner.") -> Message:
+def answered(
+    session: Session, question: str, text: str = "The Brenner.", *, finish: str = "stop", left_out: int = 0
+) -> Message:
     """A whole turn; returns its answer."""
     request = session.begin_turn(question)
     session.keep_partial(piece(request.turn, text, 1, 2))
-    message = session.finish_turn(finished(request.turn, text, 1, 2))
+    message = session.finish_turn(finished(request.turn, text, 1, 2, finish=finish, left_out=left_out))
     assert message
     return message
+
+
+def asked(request: TurnRequest) -> list[str]:
+    """The texts that an engine gets to read, system prompt aside."""
+    return [m.text for m in request.messages if m.role != "system"]
 
 
 def all_messages(path: Path) -> int:
@@ -80,14 +121,17 @@ def test_the_question_is_on_disk_before_the_request_leaves(session: Session, pat
     request = session.begin_turn(FIRST)
     saved = on_disk(path, request.conversation)
     assert talk(saved.messages) == [("user", FIRST, None)]
-    assert (saved.model, saved.system_prompt, saved.mode, saved.sampling) == (
+    assert (saved.model, saved.system_prompt, saved.mode, saved.sampling, saved.kv, saved.policy) == (
         DEFAULTS.model,
         DEFAULTS.system_prompt,
         DEFAULTS.mode,
         DEFAULTS.sampling,
+        DEFAULTS.kv,
+        DEFAULTS.policy,
     )
     assert request.messages == (PromptMessage("system", "Be brief."), PromptMessage("user", FIRST))
     assert (request.mode, request.sampling) == (CacheMode.TURN, DEFAULTS.sampling)
+    assert (request.kv, request.policy, request.left_out) == (KVPrecision.INT8, EvictionPolicy.SINKS, 0)
 
 
 def test_the_answer_is_saved_with_ids_and_figures(session: Session, path: Path) -> None:
@@ -217,10 +261,19 @@ def test_events_of_another_turn_change_nothing(session: Session, path: Path, clo
 
 def test_a_second_turn_is_refused_while_one_is_answered(session: Session, path: Path) -> None:
     request = session.begin_turn(FIRST)
-    with pytest.raises(KvchatError, match="still being written"):
-        session.begin_turn(SECOND)
-    with pytest.raises(KvchatError, match="still being written"):
-        session.regenerate()
+    question = session.current.messages[0].id
+    acts: list[Callable[[], object]] = [
+        lambda: session.begin_turn(SECOND),
+        session.regenerate,
+        session.undo,
+        lambda: session.edit(question, SECOND),
+        session.continue_answer,
+        session.fork,
+    ]
+    for act in acts:
+        with pytest.raises(KvchatError, match="still being written"):
+            act()
+    assert talk(session.current.messages) == [("user", FIRST, None)]
     session.new()
     with pytest.raises(KvchatError, match="still being written"):
         session.begin_turn("Elsewhere")
@@ -325,14 +378,23 @@ def test_another_process_deletes_a_conversation_that_is_answered(
 
 
 def test_another_process_deletes_the_open_conversation(session: Session, path: Path) -> None:
-    answered(session, FIRST)
+    answered(session, FIRST, finish="length")
+    before = session.current
+    question = before.messages[0].id
     with closing(Store(path)) as other:
         other.delete(session.current.id)
-    with pytest.raises(KvchatError, match="deleted by another kvchat"):
-        session.begin_turn(SECOND)
-    with pytest.raises(KvchatError, match="deleted by another kvchat"):
-        session.regenerate()
-    assert session.conversations() == []
+    acts: list[Callable[[], object]] = [
+        lambda: session.begin_turn(SECOND),
+        session.regenerate,
+        session.undo,
+        lambda: session.edit(question, SECOND),
+        session.continue_answer,
+        session.fork,
+    ]
+    for act in acts:
+        with pytest.raises(KvchatError, match="deleted by another kvchat"):
+            act()
+    assert (session.conversations(), session.current, session.pending) == ([], before, None)
     session.new()
     answered(session, SECOND)
 
@@ -391,22 +453,401 @@ def test_clear_of_an_unsaved_conversation_saves_nothing(session: Session) -> Non
     assert session.conversations() == []
 
 
+def test_undo_takes_the_last_question_back_and_keeps_it_as_a_branch(session: Session, path: Path) -> None:
+    first = answered(session, FIRST)
+    second = answered(session, SECOND)
+    assert session.undo() == SECOND
+    saved = on_disk(path, session.current.id)
+    assert saved == session.current
+    assert saved.head == first
+    answered(session, "Why?")
+    assert session.current.messages[2].parent_id == first.id
+    assert all_messages(path) == 6
+    with closing(Store(path)) as store:
+        store.set_head(saved.id, second.id)
+        assert [m.text for m in store.load(saved.id).messages[2:]] == [SECOND, "The Brenner."]
+
+
+def test_undo_goes_back_question_by_question_until_there_is_none(session: Session) -> None:
+    answered(session, FIRST)
+    failed = session.begin_turn(SECOND)
+    session.fail_turn(failed.turn)
+    assert [session.undo(), session.undo()] == [SECOND, FIRST]
+    assert session.current.messages == ()
+    with pytest.raises(KvchatError, match="no question to take back"):
+        session.undo()
+    assert asked(session.begin_turn("Again")) == ["Again"]
+
+
+def test_editing_a_question_answers_it_on_a_branch_beside_the_old_one(session: Session, path: Path) -> None:
+    first = answered(session, FIRST)
+    second = answered(session, SECOND)
+    third = answered(session, "Why?")
+    (_, _, question, *_) = session.current.messages
+    request = session.edit(question.id, "How far is it?")
+    assert asked(request) == [FIRST, "The Brenner.", "How far is it?"]
+    edited = session.finish_turn(finished(request.turn, "Far.", 5))
+    assert edited
+    saved = on_disk(path, request.conversation)
+    assert talk(saved.messages)[2:] == [("user", "How far is it?", None), ("assistant", "Far.", "stop")]
+    assert saved.messages[2].parent_id == question.parent_id == first.id
+    with closing(Store(path)) as store:
+        store.set_head(request.conversation, third.id)
+        old = store.load(saved.id).messages
+    assert (old[3], old[5]) == (second, third)
+    assert [m.text for m in old[::2]] == [FIRST, SECOND, "Why?"]
+
+
+def test_editing_the_first_question_keeps_conversation_and_title(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    before = session.current
+    request = session.edit(before.messages[0].id, SECOND)
+    session.finish_turn(finished(request.turn, "Three hours.", 3))
+    assert (session.current.id, session.current.title) == (before.id, before.title)
+    assert [s.id for s in session.conversations()] == [before.id]
+    assert on_disk(path, before.id).messages[0].parent_id is None
+
+
+def test_only_a_question_of_the_open_conversation_can_be_edited(session: Session, path: Path) -> None:
+    elsewhere = answered(session, FIRST)
+    session.new()
+    answer = answered(session, SECOND)
+    before = session.current
+    for message in (answer.id, elsewhere.id, elsewhere.parent_id or 0, 10_000):
+        with pytest.raises(KvchatError, match="Only a question of this conversation"):
+            session.edit(message, "Edited")
+    assert session.current == before == on_disk(path, before.id)
+    assert all_messages(path) == 4
+
+
+# answers that go on
+
+
+@pytest.mark.parametrize("finish", ["length", "cancelled", "context", "error"])
+def test_an_answer_that_was_cut_off_goes_on_in_the_same_message(
+    session: Session, path: Path, clock: Clock, finish: str
+) -> None:
+    begun = answered(session, FIRST, "The Bren", finish=finish)
+    request = session.continue_answer()
+    assert request.messages[-1] == PromptMessage("assistant", "The Bren", (1, 2), TOKENIZER)
+    assert session.pending
+    assert session.pending.text == "The Bren"
+    clock.now += PARTIAL_EVERY_S
+    session.keep_partial(piece(request.turn, "ner is", 3))
+    partial = on_disk(path, request.conversation).head
+    assert partial == session.current.head
+    assert partial
+    assert (partial.id, partial.text, partial.token_ids) == (begun.id, "The Brenner is", (1, 2, 3))
+    assert partial.finish_reason is None
+    session.keep_partial(piece(request.turn, " open.", 4, 5))
+    message = session.finish_turn(finished(request.turn, "ner is open.", 3, 4, 5))
+    assert message
+    saved = on_disk(path, request.conversation)
+    assert saved == session.current
+    assert saved.messages[1:] == (message,)
+    assert (message.id, message.parent_id) == (begun.id, begun.parent_id)
+    assert (message.text, message.token_ids) == ("The Brenner is open.", (1, 2, 3, 4, 5))
+    assert (message.tokenizer, message.finish_reason, message.stats) == (TOKENIZER, "stop", FIGURES)
+
+
+def test_an_answer_may_go_on_more_than_once_and_then_the_talk_does(session: Session) -> None:
+    answered(session, FIRST, "a", finish="length")
+    for text, token in (("b", 3), ("c", 4)):
+        request = session.continue_answer()
+        session.keep_partial(piece(request.turn, text, token))
+        session.finish_turn(finished(request.turn, text, token, finish="length"))
+    request = session.begin_turn(SECOND)
+    assert request.messages[2:] == (
+        PromptMessage("assistant", "abc", (1, 2, 3, 4), TOKENIZER),
+        PromptMessage("user", SECOND),
+    )
+
+
+def test_an_answer_that_another_model_goes_on_with_is_text_without_ids(
+    session: Session, path: Path, clock: Clock
+) -> None:
+    answered(session, FIRST, "The Bren", finish="length")
+    for text, whole in (("ner", "The Brenner"), (" is open.", "The Brenner is open.")):
+        request = session.continue_answer()
+        clock.now += PARTIAL_EVERY_S
+        session.keep_partial(replace(piece(request.turn, text, 7), tokenizer=OTHER_TOKENIZER))
+        ended = finished(request.turn, text, 7, tokenizer=OTHER_TOKENIZER, finish="length")
+        for message in (on_disk(path, request.conversation).head, session.finish_turn(ended)):
+            assert message
+            assert (message.text, message.token_ids, message.tokenizer) == (whole, (), OTHER_TOKENIZER)
+
+
+@pytest.mark.parametrize("end", ["fail", "abandon"])
+def test_an_answer_that_went_on_and_broke_off_keeps_both_parts(
+    session: Session, path: Path, end: str
+) -> None:
+    answered(session, FIRST, "The Bren", finish="length")
+    request = session.continue_answer()
+    session.keep_partial(piece(request.turn, "ner", 3))
+    if end == "fail":
+        session.fail_turn(request.turn)
+    else:
+        session.abandon_turn()
+    head = on_disk(path, request.conversation).head
+    assert head == session.current.head
+    assert head
+    assert (head.text, head.token_ids) == ("The Brenner", (1, 2, 3))
+    assert head.finish_reason == {"fail": "error", "abandon": "cancelled"}[end]
+    assert all_messages(path) == 2
+
+
+@pytest.mark.parametrize("end", ["fail", "abandon"])
+def test_going_on_that_brought_nothing_leaves_the_answer_as_it_was(
+    session: Session, path: Path, end: str
+) -> None:
+    before = answered(session, FIRST, "The Bren", finish="length")
+    request = session.continue_answer()
+    if end == "fail":
+        session.fail_turn(request.turn)
+    else:
+        session.abandon_turn()
+    assert on_disk(path, request.conversation).head == session.current.head == before
+    assert session.continue_answer().messages == request.messages
+
+
+def test_an_answer_that_a_crash_cut_off_goes_on(session: Session, path: Path, clock: Clock) -> None:
+    request = session.begin_turn(FIRST)
+    clock.now += PARTIAL_EVERY_S
+    session.keep_partial(piece(request.turn, "The Bren", 1, 2))
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        later.open_latest()
+        again = later.continue_answer()
+        message = later.finish_turn(finished(again.turn, "ner.", 3))
+        assert message
+        assert (message.text, message.token_ids) == ("The Brenner.", (1, 2, 3))
+
+
+def test_what_ended_by_itself_and_what_is_no_answer_does_not_go_on(session: Session) -> None:
+    with pytest.raises(KvchatError, match="no answer to go on with"):
+        session.continue_answer()
+    request = session.begin_turn(FIRST)
+    session.fail_turn(request.turn)
+    with pytest.raises(KvchatError, match="no answer to go on with"):
+        session.continue_answer()
+    answered(session, SECOND)
+    with pytest.raises(KvchatError, match="ended this answer itself"):
+        session.continue_answer()
+    assert session.pending is None
+
+
+# forks
+
+
+def test_a_fork_is_a_copy_and_the_parent_stays_as_it_was(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    answered(session, SECOND, finish="length")
+    session.configure(kv=KVPrecision.BF16)
+    parent = session.current
+    fork = session.fork()
+    assert fork == session.current == on_disk(path, fork.id)
+    assert fork.id != parent.id
+    assert replace(fork, id=parent.id, title=parent.title, messages=()) == replace(parent, messages=())
+    assert fork.title == f"{parent.title} (fork)"
+    ids = [m.id for m in fork.messages]
+    assert [m.parent_id for m in fork.messages] == [None, *ids[:-1]]
+    assert not set(ids) & {m.id for m in parent.messages}
+    same = [replace(m, id=0, parent_id=None) for m in parent.messages]
+    assert [replace(m, id=0, parent_id=None) for m in fork.messages] == same
+    assert [m.stats for m in fork.messages][1::2] == [FIGURES, replace(FIGURES, finish_reason="length")]
+    answered(session, "Only in the fork")
+    assert len(session.current.messages) == 6
+    assert on_disk(path, parent.id) == parent
+    session.delete(fork.id)
+    assert on_disk(path, parent.id) == parent
+
+
+def test_a_fork_may_end_at_an_earlier_message(session: Session, path: Path) -> None:
+    first = answered(session, FIRST)
+    answered(session, SECOND)
+    fork = session.fork(first.id)
+    assert talk(fork.messages) == [("user", FIRST, None), ("assistant", "The Brenner.", "stop")]
+    assert asked(session.begin_turn("Elsewhere")) == [FIRST, "The Brenner.", "Elsewhere"]
+
+
+def test_there_is_nothing_to_fork_at_first_and_after_clear(session: Session) -> None:
+    with pytest.raises(KvchatError, match="nothing to fork"):
+        session.fork()
+    answered(session, FIRST)
+    session.clear()
+    with pytest.raises(KvchatError, match="nothing to fork"):
+        session.fork()
+    assert len(session.conversations()) == 1
+
+
+# what an eviction left out
+
+
+def test_messages_that_were_left_out_stay_so_over_turns_and_starts(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    answered(session, SECOND, left_out=2)
+    assert on_disk(path, session.current.id).left_out == session.current.left_out == 2
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        later.open_latest()
+        request = later.begin_turn("Why?")
+        assert (request.left_out, len(asked(request))) == (2, 5)
+        later.finish_turn(finished(request.turn, "So.", 1, left_out=4))
+        assert later.regenerate().left_out == 4
+        assert later.request_as_if().left_out == 4
+
+
+def test_what_is_left_out_of_a_conversation_that_is_not_open_is_saved_too(
+    session: Session, path: Path
+) -> None:
+    answered(session, FIRST)
+    request = session.begin_turn(SECOND)
+    other = session.new()
+    session.finish_turn(finished(request.turn, "Three hours.", 3, left_out=2))
+    assert (on_disk(path, request.conversation).left_out, session.current) == (2, other)
+
+
+def shortened(session: Session) -> Conversation:
+    """Three turns of which the first two are left out."""
+    for question, left_out in ((FIRST, 0), (SECOND, 2), ("Why?", 4)):
+        answered(session, question, left_out=left_out)
+    return session.current
+
+
+def undo_twice(session: Session) -> None:
+    session.undo()
+    session.undo()
+
+
+def edit_the_second(session: Session) -> None:
+    session.edit(session.current.messages[2].id, "Edited")
+
+
+def fork_at_the_first(session: Session) -> None:
+    session.fork(session.current.messages[1].id)
+
+
+def clear(session: Session) -> None:
+    session.clear()
+
+
+@pytest.mark.parametrize("go_back", [undo_twice, edit_the_second, fork_at_the_first, clear])
+def test_going_back_before_what_was_left_out_leaves_nothing_out(
+    session: Session, path: Path, go_back: Callable[[Session], None]
+) -> None:
+    before = shortened(session)
+    go_back(session)
+    assert session.current.left_out == 0
+    assert on_disk(path, session.current.id).left_out == 0
+    if session.current.id != before.id:
+        assert on_disk(path, before.id) == before
+    if session.pending is None:
+        assert session.begin_turn("And now?").left_out == 0
+
+
+def test_going_back_after_what_was_left_out_leaves_it_out(session: Session, path: Path) -> None:
+    shortened(session)
+    answered(session, "And then?", left_out=4)
+    session.undo()
+    assert session.begin_turn("And now?").left_out == 4
+    session.abandon_turn()
+    assert session.fork().left_out == on_disk(path, session.current.id).left_out == 4
+
+
+def test_questions_without_an_answer_count_as_the_one_message_they_are_read_as(session: Session) -> None:
+    for question in ("One", "Two", "Three"):
+        session.fail_turn(session.begin_turn(question).turn)
+    answered(session, "Four")
+    answered(session, SECOND, left_out=2)
+    session.undo()
+    session.undo()
+    assert len(session.current.messages) == 3
+    request = session.begin_turn("Five")
+    assert (asked(request), request.left_out) == (["One\n\nTwo\n\nThree\n\nFive"], 0)
+
+
+# what a request carries
+
+
+def test_every_request_carries_the_date_of_the_first_day(session: Session, path: Path) -> None:
+    before = datetime.now(UTC)
+    session.new()
+    first = session.begin_turn(FIRST)
+    assert before <= datetime.fromisoformat(first.today) <= datetime.now(UTC)
+    session.finish_turn(finished(first.turn, "The Brenner.", 1))
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        assert later.open_latest().created_at == first.today
+        assert later.begin_turn(SECOND).today == first.today
+        later.abandon_turn()
+        later.fork()
+        assert later.begin_turn(SECOND).today == first.today
+        later.abandon_turn()
+        assert later.new().created_at > first.today
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_nothing_of_a_private_conversation_may_be_remembered(private: bool) -> None:
+    with closing(Store(None)) as store:
+        session = Session(store, Defaults(private=private))
+        request = session.begin_turn(FIRST)
+        assert request.remember is not private
+        session.finish_turn(finished(request.turn, "The Brenner.", 1))
+        assert session.regenerate().remember is not private
+
+
+def test_a_price_is_asked_of_the_next_turn_with_changes_and_begins_none(session: Session) -> None:
+    answered(session, FIRST)
+    before = session.current
+    request = session.request_as_if(policy=EvictionPolicy.NONE, messages=())
+    assert (request.conversation, request.policy, request.messages) == (before.id, EvictionPolicy.NONE, ())
+    assert (request.mode, request.sampling, request.kv) == (DEFAULTS.mode, DEFAULTS.sampling, DEFAULTS.kv)
+    assert (session.pending, session.current) == (None, before)
+
+
+# what happens to caches
+
+
+def test_what_happened_to_caches_is_saved_with_the_answer(session: Session, path: Path) -> None:
+    request = session.begin_turn(FIRST)
+    reuse = CacheEvent(request.conversation, CacheEventKind.REUSE, 12, 0, 0.0, "", 1.0)
+    save = CacheEvent(request.conversation, CacheEventKind.SAVE, 0, 4096, 0.25, "", 2.0)
+    foreign = CacheEvent("nobody", CacheEventKind.DROP, 5, at=1.5)
+    session.finish_turn(finished(request.turn, "The Brenner.", 1, events=(save, foreign, reuse)))
+    assert session.events() == [reuse, save]
+    restore = replace(reuse, kind=CacheEventKind.RESTORE, at=3.0)
+    session.note_events([restore])
+    session.note_events([])
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        later.open_latest()
+        assert later.events() == [reuse, save, restore]
+        assert later.new()
+        assert later.events() == []
+
+
 # settings, titles, drafts
 
 
 def test_configure_is_saved_and_holds_from_the_next_turn_on(session: Session, path: Path) -> None:
     answered(session, FIRST)
     sampling = Sampling(temperature=0.9, top_k=7, max_tokens=3)
-    session.configure(mode=CacheMode.OFF, system_prompt="Sing.", sampling=sampling, model="other")
+    kv, policy = KVPrecision.INT4, EvictionPolicy.SNAPKV
+    session.configure(
+        mode=CacheMode.OFF, system_prompt="Sing.", sampling=sampling, model="other", kv=kv, policy=policy
+    )
     saved = on_disk(path, session.current.id)
-    assert (saved.mode, saved.system_prompt, saved.sampling, saved.model) == (
+    assert (saved.mode, saved.system_prompt, saved.sampling, saved.model, saved.kv, saved.policy) == (
         CacheMode.OFF,
         "Sing.",
         sampling,
         "other",
+        kv,
+        policy,
     )
     request = session.begin_turn(SECOND)
     assert (request.mode, request.sampling) == (CacheMode.OFF, sampling)
+    assert (request.kv, request.policy) == (kv, policy)
     assert request.messages[0] == PromptMessage("system", "Sing.")
 
 
@@ -417,6 +858,8 @@ def test_configure_is_saved_and_holds_from_the_next_turn_on(session: Session, pa
         ({"system_prompt": ""}, {"system_prompt": ""}),
         ({"sampling": Sampling()}, {"sampling": Sampling()}),
         ({"model": "other"}, {"model": "other"}),
+        ({"kv": KVPrecision.BF16}, {"kv": KVPrecision.BF16}),
+        ({"policy": EvictionPolicy.NONE}, {"policy": EvictionPolicy.NONE}),
         ({}, {}),
     ],
 )

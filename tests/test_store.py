@@ -8,21 +8,49 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+from sqlite_utils import Database
 
 from kvchat import store as store_module
-from kvchat.contract import CacheMode, Sampling, TurnStats
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    KVPrecision,
+    Sampling,
+    TurnStats,
+)
 from kvchat.conversation import Conversation, Message
 from kvchat.errors import KvchatError
 from kvchat.session import UNSAVED
 from kvchat.store import Store
-from tests.samples import FIGURES, TOKENIZER
+from tests import samples
+from tests.samples import TOKENIZER
 
+FIGURES = replace(samples.FIGURES, evicted_tokens=7, restored_tokens=9, restore_s=0.025)
 SAMPLING = Sampling(0.7, 0.9, 40, 0.05, 1.1, 1234, 99)
-TALK = Conversation("abcd1234", "Trip — 旅行", "Be brief.\n“Now”", CacheMode.TURN, SAMPLING, "maker/model")
+TALK = Conversation(
+    "abcd1234",
+    "Trip — 旅行",
+    "Be brief.\n“Now”",
+    CacheMode.TURN,
+    SAMPLING,
+    "maker/model",
+    KVPrecision.INT4,
+    EvictionPolicy.SNAPKV,
+    3,
+    "2026-01-02T03:04:05.000006+00:00",
+)
+MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache"]
+EVENTS = tuple(
+    CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
+    for n, kind in enumerate(CacheEventKind)
+)
+"""One of each kind."""
 OPENERS, WRITERS, MESSAGES = 6, 4, 25
 
 
@@ -120,11 +148,30 @@ def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Pat
         assert columns[field.name] in kinds[field.type], field.name
 
 
+def test_a_conversation_without_a_date_gets_that_of_its_first_save_for_good(store: Store) -> None:
+    store.create(replace(TALK, created_at=""))
+    created_at = store.load(TALK.id).created_at
+    assert created_at.endswith("+00:00")
+    store.save_settings(replace(TALK, created_at="1999-01-01"))
+    assert store.load(TALK.id).created_at == created_at
+
+
 def test_settings_come_back_and_touch_nothing_else(store: Store) -> None:
     store.create(TALK)
     store.create(replace(TALK, id="other"))
     _, reply = ask(store)
-    changed = Conversation(TALK.id, "Pass", "", CacheMode.OFF, Sampling(seed=3), "other/model")
+    changed = Conversation(
+        TALK.id,
+        "Pass",
+        "",
+        CacheMode.OFF,
+        Sampling(seed=3),
+        "other/model",
+        KVPrecision.BF16,
+        EvictionPolicy.NONE,
+        4,
+        TALK.created_at,
+    )
     store.save_settings(changed)
     loaded = store.load(TALK.id)
     assert replace(loaded, messages=()) == changed
@@ -174,12 +221,15 @@ def test_delete_takes_everything_of_a_conversation_and_nothing_of_another(store:
         _, reply = ask(store, name)
         store.update_message(replace(reply, stats=FIGURES))
         store.save_draft(name, f"draft of {name}")
+        store.add_events([replace(event, conversation=name) for event in EVENTS])
     stays = store.load("stays")
     store.delete("gone")
     assert not store.exists("gone")
     assert store.exists("stays")
     assert (store.draft("gone"), store.draft("stays")) == ("", "draft of stays")
     assert store.load("stays") == stays
+    assert (store.events("gone"), len(store.events("stays"))) == ([], len(EVENTS))
+    assert rows(path, "select distinct conversation from cache_events") == [("stays",)]
     assert rows(path, "select distinct conversation from messages") == [("stays",)]
     assert rows(path, "select message from turns") == [(stays.messages[-1].id,)]
     assert rows(path, "select conversation from drafts") == [("stays",)]
@@ -248,20 +298,135 @@ def test_only_the_user_can_read_the_file_and_its_folder(path: Path) -> None:
 def test_the_file_has_a_write_ahead_log_and_knows_its_migrations(store: Store, path: Path) -> None:
     assert rows(path, "pragma journal_mode") == [("wal",)]
     applied = rows(path, "select migration_set, name from _sqlite_migrations order by id")
-    assert applied == [("kvchat", "m001_conversations"), ("kvchat", "m002_turns")]
+    assert applied == [("kvchat", name) for name in MIGRATIONS]
     with closing(Store(path)):
-        assert rows(path, "select count(*) from _sqlite_migrations") == [(2,)]
+        assert rows(path, "select count(*) from _sqlite_migrations") == [(len(MIGRATIONS),)]
 
 
-def test_an_older_file_is_migrated_and_keeps_what_it_holds(store: Store, path: Path) -> None:
+OLD_ROWS = """
+insert into conversations
+    (id, title, system_prompt, model, mode, sampling, head, created_at, updated_at)
+values
+    ('abcd1234', 'Trip', 'Be brief.', 'maker/model', 'turn', '{"seed": 3}', 2, '2026-01-02', '2026-01-03');
+insert into messages
+    (id, conversation, parent_id, role, text, thinking, token_ids, tokenizer, finish_reason, created_at)
+values
+    (1, 'abcd1234', null, 'user', 'Which pass?', '', '[]', '', null, '2026-01-02'),
+    (2, 'abcd1234', 1, 'assistant', 'The Brenner.', '', '[1, 2]', '0123456789abcdef', 'stop', '2026-01-03');
+insert into drafts (conversation, text) values ('abcd1234', 'begun');
+"""
+OLD_FIGURES = replace(FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0)
+"""What a file without columns for evictions and restores says of a turn."""
+
+
+def old_file(path: Path, first_missing: str) -> Database:
+    """A file of the kvchat that knew the migrations before that one only, with a conversation in it."""
+    path.parent.mkdir()
+    db = Database(sqlite3.connect(path))
+    store_module.migrations.apply(db, stop_before=first_missing)
+    db.executescript(OLD_ROWS)
+    return db
+
+
+def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
+    """It is as it was, set to what a new one is set to by default."""
+    question = Message(1, None, "user", "Which pass?", "2026-01-02")
+    reply = Message(
+        2, 1, "assistant", "The Brenner.", "2026-01-03", (1, 2), "0123456789abcdef", "stop", stats
+    )
+    assert store.load(TALK.id) == Conversation(
+        TALK.id,
+        "Trip",
+        "Be brief.",
+        CacheMode.TURN,
+        Sampling(seed=3),
+        "maker/model",
+        KVPrecision.AUTO,
+        EvictionPolicy.TURNS,
+        0,
+        "2026-01-02",
+        (question, reply),
+    )
+    assert (store.draft(TALK.id), store.events(TALK.id)) == ("begun", [])
+
+
+def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+    old_file(path, "m002_turns").close()
+    with closing(Store(path)) as migrated:
+        check_old_conversation(migrated, None)
+        reply = migrated.load(TALK.id).messages[-1]
+        migrated.update_message(replace(reply, stats=FIGURES))
+        check_old_conversation(migrated, FIGURES)
+
+
+def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+    with closing(old_file(path, "m003_cache")) as old, old.conn:
+        figures = {n: v for n, v in asdict(FIGURES).items() if n in old.table("turns").columns_dict}
+        assert set(asdict(FIGURES)) - set(figures) == {"evicted_tokens", "restored_tokens", "restore_s"}
+        old.table("turns").insert({"message": 2} | figures)
+    for _ in range(2):
+        with closing(Store(path)) as migrated:
+            check_old_conversation(migrated, OLD_FIGURES)
+    assert rows(path, "select name from _sqlite_migrations order by id") == [(name,) for name in MIGRATIONS]
+
+
+def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> None:
+    old_file(path, "m003_cache").close()
+    with closing(Store(path)) as migrated:
+        migrated.save_settings(TALK)
+        question, reply = ask(migrated)
+        migrated.update_message(replace(reply, stats=FIGURES))
+        migrated.add_events(EVENTS)
+        loaded = migrated.load(TALK.id)
+        assert (loaded.kv, loaded.policy, loaded.left_out) == (TALK.kv, TALK.policy, TALK.left_out)
+        assert loaded.messages == (question, replace(reply, stats=FIGURES))
+        assert migrated.events(TALK.id) == list(EVENTS)
+
+
+def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Path) -> None:
+    store.create(TALK)
+    first, second, *later = EVENTS
+    store.add_events([*later, second])
+    store.add_events([first])
+    with closing(Store(path)) as again:
+        assert again.events(TALK.id) == list(EVENTS)
+        assert again.events("another") == []
+
+
+def test_events_of_the_same_moment_stay_in_the_order_they_came_in(store: Store) -> None:
+    store.create(TALK)
+    events = [CacheEvent(TALK.id, CacheEventKind.LEND, tokens, at=5.0) for tokens in (3, 1, 2)]
+    store.add_events(events)
+    assert store.events(TALK.id) == events
+
+
+def test_events_of_conversations_that_are_not_saved_are_left_out(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.add_events([replace(EVENTS[0], conversation="unknown"), EVENTS[0]])
+    assert rows(path, "select conversation from cache_events") == [(TALK.id,)]
+    store.delete(TALK.id)
+    store.add_events(EVENTS)
+    assert rows(path, "select count(*) from cache_events") == [(0,)]
+
+
+def test_a_fork_in_the_store_has_messages_and_figures_of_its_own(store: Store, path: Path) -> None:
     store.create(TALK)
     question, reply = ask(store)
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("drop table turns")
-        connection.execute("delete from _sqlite_migrations where name = 'm002_turns'")
-    with closing(Store(path)) as migrated:
-        migrated.update_message(replace(reply, stats=FIGURES))
-        assert migrated.load(TALK.id).messages == (question, replace(reply, stats=FIGURES))
+    reply = replace(reply, stats=FIGURES)
+    store.update_message(reply)
+    store.add_events(EVENTS)
+    parent = store.load(TALK.id)
+    fork = store.fork(replace(parent, id="forked00", title="Fork"))
+    assert fork == reopened(path, "forked00")
+    copied, answered = fork.messages
+    assert (copied.parent_id, answered.parent_id) == (None, copied.id)
+    assert replace(copied, id=question.id) == question
+    assert replace(answered, id=reply.id, parent_id=reply.parent_id) == reply
+    assert store.events("forked00") == []
+    store.update_message(replace(answered, text="Changed.", stats=OLD_FIGURES))
+    assert store.load(TALK.id) == parent
+    store.delete(TALK.id)
+    assert [m.text for m in store.load("forked00").messages] == ["Which pass?", "Changed."]
 
 
 def no_database(path: Path) -> None:
@@ -386,7 +551,7 @@ with store._writing() as db:
 
 def test_processes_that_open_a_new_file_at_once_all_succeed(path: Path) -> None:
     assert let_go_together([start(OPEN, path) for _ in range(OPENERS)]) == ["0\n"] * OPENERS
-    assert rows(path, "select count(*) from _sqlite_migrations") == [(2,)]
+    assert rows(path, "select count(*) from _sqlite_migrations") == [(len(MIGRATIONS),)]
 
 
 def test_processes_that_write_to_one_conversation_lose_nothing(store: Store, path: Path) -> None:

@@ -51,8 +51,8 @@ def do(
         case Pin(conversation, pinned):
             caches.pin(conversation, pinned=pinned)
         case Spill(conversation):
-            if caches.get(conversation) and not caches.spill(conversation):
-                caches.drop(conversation, SPILLED_BY_YOU)
+            if (kept := caches.get(conversation)) and not caches.spill(conversation):
+                caches.drop(conversation, "" if kept.prefix_only else SPILLED_BY_YOU)
         case Warm(conversation, kv):
             _warm(conversation, kv, caches, disk)
         case Drop(conversation):
@@ -61,7 +61,7 @@ def do(
         case SetBudget(budget):
             caches.budget_bytes = budget
             caches.active = ""
-            caches.make_room(0)
+            caches.make_room(lambda: 0)
         case Fork(parent, child):
             _fork(parent, child, caches)
         case SetPrecision(conversation, kv):

@@ -43,6 +43,8 @@ class Kept:
     left_out: int = 0
     system_end: int = 0
     """Tokens of the system prompt."""
+    prefix_only: bool = False
+    """Whether it was taken out of memory but for the system prefix; the whole of it may lie on disk."""
     remember: bool = True
     """Whether it may go to disk."""
     last_used: float = field(default_factory=time.time)
@@ -100,7 +102,7 @@ class Caches:
         assert self._disk is not None
         started = time.perf_counter()
         kept = self.empty(precision)
-        self.make_room(kept.kv.bytes_at(saved.rows))
+        self.make_room(lambda: kept.kv.bytes_at(saved.rows))
         self._disk.restore(saved, kept.kv, self.fingerprint(kept.precision))
         if before := self._kept.get(conversation):
             before.kv.clear()
@@ -130,13 +132,15 @@ class Caches:
             held |= kept.kv.storages()
         return sum(held.values())
 
-    def make_room(self, needed_bytes: int) -> None:
+    def make_room(self, needed_bytes: Callable[[], int]) -> None:
         """Frees memory until so many more bytes fit into the budget; asked before they are allocated.
+
+        How many that is can change on the way: memory shared with a cache that went need not be copied.
 
         Raises:
             BudgetFullError: they don't, even with every cache but the active one gone.
         """
-        while self.used_bytes + needed_bytes > self.budget_bytes:
+        while self.used_bytes + needed_bytes() > self.budget_bytes:
             relief = next_relief(self._held())
             if relief is None:
                 raise BudgetFullError(
@@ -152,13 +156,21 @@ class Caches:
                 kept.last_used,
                 pinned=name in self._pinned,
                 active=name == self.active,
-                can_spill=kept.remember and self._disk is not None,
-                can_quantise=kept.auto and kept.precision in (KVPrecision.FP32, KVPrecision.BF16),
-                prefix_only=len(kept.kv) <= kept.system_end,
+                can_spill=self._may_be_saved(kept),
+                can_quantise=self._may_be_quantised(kept),
+                prefix_only=kept.prefix_only,
             )
             for name, kept in self._kept.items()
             if kept.kv
         ]
+
+    def _may_be_saved(self, kept: Kept) -> bool:
+        """A mere prefix would replace the whole that lies on disk."""
+        return self._disk is not None and kept.remember and not kept.prefix_only
+
+    def _may_be_quantised(self, kept: Kept) -> bool:
+        exact = kept.precision in (KVPrecision.FP32, KVPrecision.BF16)
+        return exact and kept.auto and not kept.prefix_only
 
     def _relieve(self, conversation: str, relief: Relief) -> None:
         if relief is Relief.QUANTISE:
@@ -171,11 +183,13 @@ class Caches:
     def spill(self, conversation: str) -> bool:
         """Moves a cache to disk; False where that failed, and then it is still in memory."""
         kept = self._kept[conversation]
-        if (
-            self._disk is None
-            or not kept.remember
-            or not self._disk.save_now(conversation, self.fingerprint(kept.precision), kept.kv)
-        ):
+        fingerprint = self.fingerprint(kept.precision)
+        saved = (
+            self._may_be_saved(kept)
+            and self._disk
+            and self._disk.save_now(conversation, fingerprint, kept.kv)
+        )
+        if not saved:
             return False
         self._tell_of(conversation, CacheEventKind.SPILL, len(kept.kv), kept.kv.storage_bytes)
         self._leave_prefix(conversation, "")
@@ -199,6 +213,7 @@ class Caches:
             del self._kept[conversation]
             kept.kv.clear()
         else:
+            kept.prefix_only = True
             kept.kv.truncate(len(prefix))
             kept.kv.select(range(len(prefix)))
 
@@ -214,7 +229,7 @@ class Caches:
     def save(self, conversation: str) -> None:
         """Sends what is new to the disk; returns at once."""
         kept = self._kept.get(conversation)
-        if self._disk and kept and kept.remember and kept.kv:
+        if self._disk and kept and kept.kv and self._may_be_saved(kept):
             self._disk.save(conversation, self.fingerprint(kept.precision), kept.kv)
 
     def pin(self, conversation: str, *, pinned: bool) -> None:

@@ -261,6 +261,7 @@ class LocalEngine:
                 kept.kv.clear()
             kept = self.caches.put(conversation, self.caches.empty(request.kv))
         kept.kv.truncate(plan.reused)
+        kept.prefix_only = False
         return kept, plan
 
     def _restored(self, request: TurnRequest, plan: Plan, saved: Saved, meter: Meter) -> Kept:
@@ -350,7 +351,7 @@ class LocalEngine:
     def _read(self, turn: Turn, ids: Sequence[int]) -> torch.Tensor:
         """One forward pass, after its memory was made room for."""
         if turn.request.mode is not CacheMode.OFF:
-            self.caches.make_room(turn.kept.kv.bytes_to_read(len(ids)))
+            self.caches.make_room(lambda: turn.kept.kv.bytes_to_read(len(ids)))
             self._unshare(turn, len(ids))
             if turn.leaves_gaps and (room := keep_positions(self._loaded, turn.kept.kv, len(ids))):
                 turn.reader.evaluated += room.reread

@@ -125,7 +125,7 @@ class Planner:
             raise KvchatError(f"The policy {request.policy} can't be used: {self._facts.gap_refusal}")
         evicted = max(0, before - len(rendered.ids))
         source, reused, refused = self._source(request, rendered)
-        miss = self._miss(request, messages, rendered, reused, left_out, refused)
+        miss = self._miss(request, messages, rendered, (source, reused), left_out, refused)
         note = self._note(request, messages, miss)
         rows = self._rows(request, source, reused)
         return Plan(messages, rendered, left_out, evicted, limit, source, reused, rows, miss, note)
@@ -218,7 +218,7 @@ class Planner:
             best = (Own(), self.reusable(kept.kv, rendered.ids, gaps=self._gap(request)))
         elif kept:
             refused = f"KV precision changed: {kept.precision} → {self._caches.real(request.kv)}"
-        hot = kept is not None and not refused and len(kept.kv) > kept.system_end
+        hot = kept is not None and not refused and not kept.prefix_only
         saved, why = (None, "") if hot else self._saved(request)
         if saved and saved.reusable(rendered.ids, gaps=self._gap(request)) > best[1]:
             best = (saved, saved.reusable(rendered.ids, gaps=self._gap(request)))
@@ -268,24 +268,32 @@ class Planner:
         request: TurnRequest,
         messages: Sequence[PromptMessage],
         rendered: Rendered,
-        reused: int,
+        found: tuple[Source, int],
         left_out: int,
         refused: str,
     ) -> Miss | None:
         """Why tokens of earlier messages are read again; None where none are."""
         # the id sampled last was never read: reading it now is no loss
+        source, reused = found
         again = explain.read_before(rendered) - reused - 1
         if again <= 0 or request.mode is not CacheMode.ON or not explain.has_history(messages):
             return None
         price = self._rate.seconds(again)
         kept = self._caches.get(request.conversation)
-        if refused or kept is None or not kept.kv or len(kept.kv) <= kept.system_end:
+        if isinstance(source, Saved):
+            held: Sequence[int] = source.chain.ids
+        elif kept and kept.kv and not kept.prefix_only and not refused:
+            held = kept.kv.ids
+        else:
             gone = self._caches.why_gone.get(request.conversation, "")
             return Miss(refused or gone or explain.NOT_READ_YET, again, price)
-        token, message, was, now = explain.difference_at(kept.kv.ids, rendered, self._renderer.decode)
+        token, message, was, now = explain.difference_at(held, rendered, self._renderer.decode)
         if message < len(messages) and messages[0].role != "system":
             message += 1
-        cause = self._cause(request, kept, messages, left_out, token)
+        if kept and not isinstance(source, Saved):
+            cause = self._cause(request, kept, messages, left_out, token)
+        else:
+            cause = explain.CHANGED_SINCE_SAVED if token < len(held) else explain.NOT_KEPT
         return Miss(cause, again, price, token, was, now, message)
 
     def _cause(

@@ -20,6 +20,7 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.conversation import Message
+from kvchat.errors import KvchatError
 from kvchat.session import PendingTurn, Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
@@ -79,7 +80,7 @@ class Turns:
         """
         if self.editing is None:
             request = self._session.begin_turn(text)
-            await self._transcript.ask(text, self._questions())
+            await self._transcript.ask(text, len(self._questions()))
         else:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
@@ -106,18 +107,37 @@ class Turns:
         await self._run(request)
         self._append(self._session.pending.text if self._session.pending else "")
 
-    def question(self, number: int) -> Message | None:
-        """Question `number` of the open conversation, from 1 on; 0 is the last one."""
-        asked = [m for m in self._session.current.messages if m.role == "user"]
-        return asked[number - 1] if 0 <= number <= len(asked) and asked else None
+    def edit(self, number: str) -> int:
+        """Lets the next message replace a question; returns how many questions back that one is.
 
-    def answer_to(self, question: Message) -> int:
-        """Id of the answer to a question; of the question itself where there is none."""
+        Raises:
+            KvchatError: there is no such question.
+        """
+        questions = self._questions()
+        question = self._question(number)
+        self.editing = question.id
+        return len(questions) - questions.index(question)
+
+    def answer_to(self, number: str) -> int:
+        """Id of the answer to a question; of the question itself where there is none.
+
+        Raises:
+            KvchatError: there is no such question.
+        """
+        question = self._question(number)
         answers = [m.id for m in self._session.current.messages if m.parent_id == question.id]
         return answers[0] if answers else question.id
 
-    def _questions(self) -> int:
-        return sum(m.role == "user" for m in self._session.current.messages)
+    def _question(self, number: str) -> Message:
+        """A question by the number it has in the transcript; the last one for an empty `number`."""
+        numbered = {str(n): question for n, question in enumerate(self._questions(), start=1)}
+        found = numbered.get(number or str(len(numbered)))
+        if found is None:
+            raise KvchatError("Which question? The transcript numbers them: 2 is the second one.")
+        return found
+
+    def _questions(self) -> list[Message]:
+        return [m for m in self._session.current.messages if m.role == "user"]
 
     async def regenerate(self) -> None:
         """Asks for the last answer again.
@@ -153,6 +173,8 @@ class Turns:
         if isinstance(event, TurnFinished):
             self._note_pool(event.pool)
         if pending is None or pending.turn != event.turn:
+            if isinstance(event, TurnFinished):
+                self._session.note_events(event.pool.events)
             return
         here = self._pending_here() is not None
         match event:

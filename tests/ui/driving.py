@@ -118,6 +118,14 @@ class Chat:
         """The user's messages in the transcript."""
         return [str(text.content) for text in self.transcript.query(".user > .text").results(Static)]
 
+    def numbers(self) -> list[str]:
+        """What stands over every question in the transcript."""
+        return [str(who.content) for who in self.transcript.query(".user > .who").results(Static)]
+
+    def dimmed(self) -> list[bool]:
+        """Of every message in the transcript: whether the model sees it no more."""
+        return [message.has_class("left-out") for message in self.transcript.query(".message")]
+
     def answers(self) -> list[str]:
         """The Markdown of every answer in the transcript."""
         return [text.source for text in self.transcript.query(".answer > Markdown").results(Markdown)]

@@ -6,13 +6,29 @@ from dataclasses import dataclass, replace
 from threading import Condition
 
 from kvchat.contract import (
+    Ask,
+    CacheAct,
     CacheMode,
+    Converted,
     Died,
+    Drop,
+    Evicted,
     FinishReason,
+    Fork,
+    KVPrecision,
     Loading,
+    Miss,
     ModelFacts,
+    Pin,
+    PoolState,
     PrefillProgress,
+    Quote,
     Ready,
+    Refused,
+    Report,
+    SetBudget,
+    SetPrecision,
+    Spill,
     Status,
     Tokens,
     TurnEvent,
@@ -21,6 +37,7 @@ from kvchat.contract import (
     TurnRequest,
     TurnStarted,
     TurnStats,
+    Warm,
     WarmCache,
 )
 
@@ -42,6 +59,8 @@ RSS = 640_000_000
 STEP_S = 0.02
 READ_TOK_S = 500.0
 DECODE_TOK_S = {CacheMode.ON: 100.0, CacheMode.TURN: 80.0, CacheMode.OFF: 10.0}
+BUDGET, DISK_CAP = 2_000_000_000, 8_000_000_000
+PREVIEW = "3 turns (1,204 tokens); 96 that stay are read again, about 0.2 s: exact"
 NOT_RUNNING = "The engine is not running."
 PATIENCE_S = 30.0
 """Nothing takes so long; what waits longer waits for something that will never come."""
@@ -69,7 +88,7 @@ class Fails:
     reason: str
 
 
-Step = str | Gate | PrefillProgress | Fails
+Step = str | Gate | PrefillProgress | Evicted | Fails
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,8 @@ class Script:
     steps: tuple[Step, ...]
     finish: FinishReason = FinishReason.STOP
     reuse_note: str = ""
+    miss: Miss | None = None
+    restored: int = 0
 
 
 class ScriptedEngine:
@@ -90,7 +111,11 @@ class ScriptedEngine:
         self._scripts: deque[Script] = deque()
         self._deaths_on_load: deque[Died] = deque()
         self._stopped: set[str] = set()
-        self._held: dict[str, int] = {}
+        self._held: dict[str, WarmCache] = {}
+        self._budget = BUDGET
+        self._price = Quote("", 0, 0, 0, 0.1, None, PREVIEW)
+        self._later: list[CacheAct] = []
+        """Acts that wait for the end of the turn under way, or for the engine."""
         self._lives = 0
         """Goes up with every death: a turn belongs to the life that it began in."""
         self._state = "new"
@@ -99,6 +124,9 @@ class ScriptedEngine:
         self.requests: list[TurnRequest] = []
         self.stops: list[str] = []
         self.forgotten: list[str] = []
+        self.acts: list[CacheAct] = []
+        self.answers_acts = True
+        """Whether anything comes of an act at all."""
         self.starts = 0
 
     def attach(self, on_status: Callable[[Status], None]) -> "ScriptedEngine":
@@ -111,10 +139,27 @@ class ScriptedEngine:
         return Gate(self._changed)
 
     def answers(
-        self, *steps: Step, finish: FinishReason = FinishReason.STOP, reuse_note: str = ""
+        self,
+        *steps: Step,
+        finish: FinishReason = FinishReason.STOP,
+        reuse_note: str = "",
+        miss: Miss | None = None,
+        restored: int = 0,
     ) -> "ScriptedEngine":
         """Writes down what the next turn without a script does; without any, a turn answers `ok`."""
-        self._scripts.append(Script(steps, finish, reuse_note))
+        self._scripts.append(Script(steps, finish, reuse_note, miss, restored))
+        return self
+
+    def holds(self, *caches: WarmCache) -> "ScriptedEngine":
+        """These caches are there, in memory or on disk, once it is ready."""
+        self._held = {cache.conversation: cache for cache in caches}
+        return self
+
+    def prices(
+        self, seconds: float | None, miss: Miss | None = None, *, preview: str = PREVIEW, refusal: str = ""
+    ) -> "ScriptedEngine":
+        """What every turn costs from now on, whoever asks."""
+        self._price = Quote("", 1300, 96, 1204, seconds, miss, preview, refusal)
         return self
 
     def dies_on_load(self, reason: str, *log_tail: str) -> None:
@@ -143,6 +188,8 @@ class ScriptedEngine:
             self._state = "ready"
             self._changed.notify_all()
         self._on_status(Ready(FACTS, RSS))
+        self._on_status(self.pool())
+        self._catch_up()
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         lives = self._lives
@@ -152,13 +199,33 @@ class ScriptedEngine:
             yield TurnFailed(request.turn, NOT_RUNNING)
             return
         script = self._scripts.popleft() if self._scripts else Script(("ok",))
+        with self._changed:
+            self._state = "busy"
         yield from self._play(request, script, self._lives)
+        with self._changed:
+            if self._state == "busy":
+                self._state = "ready"
+        self._catch_up()
 
     def stop(self, turn: str) -> None:
         with self._changed:
             self.stops.append(turn)
             self._stopped.add(turn)
             self._changed.notify_all()
+
+    def act(self, act: CacheAct) -> None:
+        with self._changed:
+            self.acts.append(act)
+            self._later.append(act)
+            idle = self._state == "ready"
+        if idle:
+            self._catch_up()
+
+    def pool(self) -> PoolState:
+        """Every cache that is held."""
+        held = tuple(self._held.values())
+        memory, disk = (sum(sizes) for sizes in ([c.bytes for c in held], [c.disk_bytes for c in held]))
+        return PoolState(held, memory, self._budget, disk, DISK_CAP)
 
     def forget(self, conversation: str) -> None:
         self.forgotten.append(conversation)
@@ -170,10 +237,13 @@ class ScriptedEngine:
     def _play(self, request: TurnRequest, script: Script, lives: int) -> Iterator[TurnEvent]:
         turn = request.turn
         prompt = prompt_tokens(request)
-        held = self._held.get(request.conversation, 0) if request.mode is CacheMode.ON else 0
-        reused = min(held, prompt - 1)
-        yield TurnStarted(turn, prompt, reused, prompt - reused, script.reuse_note)
+        held = self._held.get(request.conversation) if request.mode is CacheMode.ON else None
+        reused = min(held.tokens if held else 0, prompt - 1)
+        yield TurnStarted(
+            turn, prompt, reused, prompt - reused, script.reuse_note, script.miss, script.restored
+        )
         pieces: list[str] = []
+        evicted, left_out = 0, request.left_out
         for step in script.steps:
             if turn in self._stopped:
                 break
@@ -185,7 +255,9 @@ class ScriptedEngine:
             if isinstance(step, Fails):
                 yield TurnFailed(turn, step.reason)
                 return
-            if isinstance(step, PrefillProgress):
+            if isinstance(step, Evicted):
+                evicted, left_out = evicted + step.tokens, step.left_out
+            if isinstance(step, PrefillProgress | Evicted):
                 yield replace(step, turn=turn)
             elif isinstance(step, str):
                 pieces.append(step)
@@ -193,19 +265,62 @@ class ScriptedEngine:
                 ids = (len(pieces),)
                 yield Tokens(turn, step, ids, (STEP_S,), FACTS.tokenizer, kv, kv * FACTS.kv_bytes_per_token)
         finish = FinishReason.CANCELLED if turn in self._stopped else script.finish
-        yield self._finished(request, reused, pieces, finish, script.reuse_note)
+        stats = stats_of(request, reused, len(pieces), finish, script.reuse_note)
+        stats = replace(stats, evicted_tokens=evicted, restored_tokens=script.restored)
+        yield self._finished(request, pieces, stats, left_out)
 
     def _finished(
-        self, request: TurnRequest, reused: int, pieces: list[str], finish: FinishReason, note: str
+        self, request: TurnRequest, pieces: list[str], stats: TurnStats, left_out: int
     ) -> TurnFinished:
-        stats = stats_of(request, reused, len(pieces), finish, note)
         if request.mode is CacheMode.ON:
-            self._held[request.conversation] = stats.kv_tokens
-        warm = tuple(
-            WarmCache(name, tokens, tokens * FACTS.kv_bytes_per_token) for name, tokens in self._held.items()
-        )
+            self._held[request.conversation] = warm(request.conversation, stats.kv_tokens)
         ids = tuple(range(1, len(pieces) + 1))
-        return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, warm)
+        return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, self.pool(), left_out)
+
+    def _catch_up(self) -> None:
+        """Does what was asked for meanwhile, as the engine does: in order, each with the new state after it."""
+        with self._changed:
+            later, self._later = self._later, []
+        for act in later if self.answers_acts else ():
+            report = self._do(act)
+            if report:
+                self._on_status(report)
+            self._on_status(self.pool())
+
+    def _do(self, act: CacheAct) -> Report | None:
+        match act:
+            case Ask(key):
+                return replace(self._price, key=key)
+            case SetBudget(size):
+                self._budget = size
+            case Fork(parent, child) if parent in self._held:
+                self._held[child] = replace(self._held[parent], conversation=child)
+            case SetPrecision(conversation, kv):
+                return self._convert(conversation, kv)
+            case Pin(conversation) | Spill(conversation) | Warm(conversation) | Drop(conversation):
+                return self._move(act, self._held.get(conversation))
+        return None
+
+    def _move(self, act: CacheAct, held: WarmCache | None) -> Report | None:
+        if held is None:
+            return Refused("There is no such cache.")
+        match act:
+            case Pin(name, pinned):
+                self._held[name] = replace(held, pinned=pinned)
+            case Spill(name):
+                self._held[name] = replace(held, bytes=0, tokens=0, disk_bytes=held.bytes or held.disk_bytes)
+            case Warm(name):
+                self._held[name] = replace(held, bytes=held.disk_bytes, disk_bytes=held.disk_bytes)
+            case Drop(name):
+                del self._held[name]
+        return None
+
+    def _convert(self, conversation: str, kv: KVPrecision) -> Converted:
+        held = self._held.get(conversation)
+        if held is None:
+            return Converted(conversation, kv.value, 0, 0, 0, 0, "nothing is cached")
+        self._held[conversation] = replace(held, bytes=held.bytes // 2, kv_dtype=kv.value)
+        return Converted(conversation, kv.value, held.bytes, held.bytes // 2, 64, 63)
 
     def _pause_at(self, gate: Gate, turn: str, lives: int) -> None:
         gate.reached = True
@@ -216,11 +331,17 @@ class ScriptedEngine:
             self._state = state
             self._lives += 1
             self._held.clear()
+            self._later.clear()
             self._changed.notify_all()
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, PATIENCE_S), "nobody opened the gate"
+
+
+def warm(conversation: str, tokens: int) -> WarmCache:
+    """A cache in memory, as a turn leaves it."""
+    return WarmCache(conversation, tokens, tokens * FACTS.kv_bytes_per_token, kv_dtype=FACTS.kv_dtype)
 
 
 def prompt_tokens(request: TurnRequest) -> int:

@@ -141,7 +141,7 @@ async def test_slash_cache_refuses_what_is_no_mode(nonsense: str) -> None:
 async def test_slash_system_sets_the_system_prompt_of_the_next_turn() -> None:
     async with running() as chat:
         await chat.send("/system Be brief, (please) 'now' [/b]")
-        await chat.until_said("new system prompt")
+        await chat.until_said("New system prompt")
         await chat.ask("Go")
         first = chat.engine.requests[0].messages[0]
         assert (first.role, first.text) == ("system", "Be brief, (please) 'now' [/b]")

@@ -153,7 +153,7 @@ async def test_hostile_titles_are_harmless_wherever_they_stand() -> None:
 async def test_a_hostile_system_prompt_a_hostile_command_and_a_hostile_mode() -> None:
     async with running(toasts=True) as chat:
         for text, said in (
-            (f"/system {WORST}", "The next turn reads"),
+            (f"/system {WORST}", "New system prompt"),
             (f"/cache {WORST}", "The cache modes are"),
             (f"/{MARKUP}{CONTROLS}", "There is no command"),
             (f"/{CONTROLS}", "There is no command"),

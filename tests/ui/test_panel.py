@@ -10,6 +10,7 @@ from kvchat.contract import (
     CacheMode,
     FinishReason,
     ModelFacts,
+    PoolState,
     PrefillProgress,
     PromptMessage,
     Sampling,
@@ -55,6 +56,9 @@ def stats(
 
 def text(lines: list[Content]) -> str:
     return "\n".join(line.plain for line in lines)
+
+
+POOL = PoolState((), 0, 2_000_000_000, 0, 0)
 
 
 def tokens(count: int, *, said: str = "x", seconds: float = 0.02) -> Tokens:
@@ -216,7 +220,7 @@ def answered(figures: Figures, *given: TurnStats) -> None:
     """So many turns are over."""
     for each in given:
         figures.asked()
-        figures.finished(TurnFinished("turn", "text", (1,), "scripted", each, ()))
+        figures.finished(TurnFinished("turn", "text", (1,), "scripted", each, POOL))
 
 
 def test_a_turn_is_counted_while_it_goes_on() -> None:
@@ -240,7 +244,7 @@ def test_measured_figures_replace_counted_ones() -> None:
     figures.asked()
     figures.tokens(tokens(3))
     measured = stats(reused=90)
-    figures.finished(TurnFinished("turn", "text", (1,), "scripted", measured, ()))
+    figures.finished(TurnFinished("turn", "text", (1,), "scripted", measured, POOL))
     assert figures.state.turn == figures_of(measured)
     assert figures.state.rss_bytes == measured.rss_bytes
 
@@ -286,7 +290,6 @@ def test_an_opened_conversation_shows_its_last_turn_and_what_is_warm() -> None:
     conversation = Conversation("id", mode=CacheMode.TURN, messages=messages)
     figures = Figures()
     figures.opened(conversation, WarmCache("id", 114, 5000))
-    assert figures.state.mode is CacheMode.TURN
     assert figures.state.turn == replace(figures_of(on), kv_tokens=114, kv_bytes=5000)
     assert figures.state.by_mode == {"off": off, "on": on}
     figures.opened(conversation, None)

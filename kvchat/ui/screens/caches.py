@@ -16,6 +16,7 @@ from kvchat.text import megabytes, one_line
 from kvchat.ui.widgets.conversations import fitted
 
 WHERE = {"hot": "● in memory", "disk": "◐ on disk", "cold": "○ cold"}
+COLUMNS = ("where", "conversation", "tokens", "memory", "disk", "KV", "used", "")
 TITLE_CELLS = 30
 HINT = "P pin · E out of memory · W into memory · D drop · B budget · Esc back"
 FILLED, EMPTY, BAR_CELLS = "█", "░", 40
@@ -96,13 +97,15 @@ class CachesScreen(ModalScreen[None]):
         table = self.query_one(DataTable)
         for label in COLUMNS:
             table.add_column(label)
-        self.call_later(self.show, self._pool)
+        self._draw()
 
     def show(self, pool: PoolState | None) -> None:
         """Draws the caches as they are now; None where there is no engine that could have any."""
         self._pool = pool
-        if not self.is_mounted:
-            return
+        if self.is_mounted:
+            self._draw()
+
+    def _draw(self) -> None:
         table = self.query_one(DataTable)
         row = table.cursor_row
         table.clear()
@@ -110,7 +113,7 @@ class CachesScreen(ModalScreen[None]):
         for summary in self._summaries:
             table.add_row(*map(Content, row_of(summary, caches.get(summary.id))), key=summary.id)
         table.move_cursor(row=min(row, max(0, table.row_count - 1)))
-        self.query_one("#budget", Static).update(Content(budget_line(pool)))
+        self.query_one("#budget", Static).update(Content(budget_line(self._pool)))
 
     def action_pin(self) -> None:
         """Pins, or lets go."""

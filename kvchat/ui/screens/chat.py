@@ -11,31 +11,28 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 
-from kvchat.contract import CacheMode, Died, EvictionPolicy, KVPrecision, Loading, PoolState, Ready
+from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash
-from kvchat.ui.desk import CacheDesk, miss_words
+from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.turns import Turns
 from kvchat.ui.widgets.conversations import ConversationList
-from kvchat.ui.widgets.panel import COLOURS, CachePanel
+from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
+from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.transcript import Transcript
+from kvchat.ui.words import miss_words
 
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
 """The panel is drawn this often while an answer streams."""
-
-
-def whole_number(text: str) -> int:
-    """The number in `text`; 0 for none, -1 for something else."""
-    return int(text) if text.strip().isdecimal() else -1 if text.strip() else 0
 
 
 class ChatScreen(Screen[None]):
@@ -56,7 +53,7 @@ class ChatScreen(Screen[None]):
         self._draft_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
-        yield Static(id="status")
+        yield StatusLine()
         with Horizontal(id="body"):
             with Vertical(id="side"):
                 yield Static("conversations", classes="head")
@@ -83,7 +80,9 @@ class ChatScreen(Screen[None]):
             self.app.exit(return_code=1, message=f"kvchat: {error}")
             return
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
-        self._desk = CacheDesk(self._session, self._bridge, self._say, self._confirm)
+        self._desk = CacheDesk(
+            self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
+        )
         self._begun = True
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
@@ -108,16 +107,12 @@ class ChatScreen(Screen[None]):
 
     @on(EngineStatus)
     async def _engine_status(self, message: EngineStatus) -> None:
-        status = message.status
         with self._telling():
-            await self._turns.on_status(status)
-            if isinstance(status, Ready | Died):
-                self._desk.engine_ready = isinstance(status, Ready)
-            elif not isinstance(status, Loading):
-                self._desk.on_report(status)
+            await self._turns.on_status(message.status)
+        with self._telling():
+            self._desk.on_status(message.status)
+        with self._telling():
             self._refresh_all()
-        if isinstance(status, PoolState) and isinstance(self.app.screen, CachesScreen):
-            self.app.screen.show(status)
 
     @on(TurnProgress)
     async def _turn_progress(self, message: TurnProgress) -> None:
@@ -212,9 +207,12 @@ class ChatScreen(Screen[None]):
 
     def action_stop(self) -> None:
         """Stops the answer; without one, goes to the prompt."""
-        if not self._turns.stop():
+        if self._turns.stop():
+            return
+        if self._turns.editing is not None:
             self._turns.editing = None
-            self._prompt.focus()
+            self._prompt.recall(0)
+        self._prompt.focus()
 
     async def action_regenerate(self) -> None:
         """Asks for the last answer again."""
@@ -248,12 +246,9 @@ class ChatScreen(Screen[None]):
     def action_edit(self, number: str = "") -> None:
         """Takes a question into the prompt; what is sent then replaces it."""
         with self._telling():
-            question = self._turns.question(whole_number(number))
-            if question is None:
-                raise KvchatError("Which question? The transcript numbers them; /edit 2 edits the second.")
-            self._turns.editing = question.id
-            self._prompt.text = question.text
-            self._prompt.move_cursor(self._prompt.document.end)
+            back = self._turns.edit(number)
+            self._prompt.recall(back)
+            self._prompt.focus()
             self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
 
     async def action_continue(self) -> None:
@@ -266,16 +261,16 @@ class ChatScreen(Screen[None]):
         """Goes on in a new conversation that shares the cache so far."""
         with self._telling():
             parent = self._session.current.id
-            question = self._turns.question(whole_number(number)) if number else None
             self._save_draft()
-            self._session.fork(self._turns.answer_to(question) if question else None)
+            self._session.fork(self._turns.answer_to(number) if number else None)
             self._desk.fork(parent)
             await self._opened()
-            self._say("This is the fork: it shares the cache of the other one until one of them writes.")
+            self._say("This is the fork; the other conversation stays as it is, and they share one cache.")
 
     def action_why(self) -> None:
         """Explains the last miss."""
-        why = miss_words(self._turns.figures.last_miss)
+        figures = self._turns.figures
+        why = miss_words(figures.last_miss, figures.state.turn.reuse_note)
         self.app.push_screen(Explanation("Why was something read again?", why))
 
     def action_caches(self) -> None:
@@ -283,26 +278,19 @@ class ChatScreen(Screen[None]):
         with self._telling():
             summaries = self._session.conversations()
             self.app.push_screen(
-                CachesScreen(summaries, self._turns.pool, self._desk.act, lambda: self.action_budget())
+                CachesScreen(summaries, self._turns.pool, self._desk.act, self.action_budget)
             )
 
     def action_policy(self, name: str = "") -> None:
         """Chooses what is dropped when the context is full."""
-        if not name:
-            now = self._session.current.policy
-            self._say(f"When the context is full: {now}. /policy {'|'.join(EvictionPolicy)} changes that.")
-            return
         with self._telling():
-            self._desk.policy(name.strip())
+            self._desk.policy(name)
+            self._refresh_figures()
 
     def action_kv(self, name: str = "") -> None:
         """Stores keys and values in another precision."""
-        if not name:
-            now = self._session.current.kv
-            self._say(f"Keys and values: {now}. /kv {'|'.join(KVPrecision)} changes that.")
-            return
         with self._telling():
-            self._desk.precision(name.strip())
+            self._desk.precision(name)
 
     def action_budget(self, size: str = "") -> None:
         """Changes how much memory all caches may take."""
@@ -390,8 +378,10 @@ class ChatScreen(Screen[None]):
 
     def _refresh_figures(self) -> None:
         self._turns.figures.settings(self._session.current.mode, self._session.current.policy)
-        self.query_one(CachePanel).show(self._turns.figures.state)
-        self.query_one("#status", Static).update(self._status_line())
+        state = self._turns.figures.state
+        doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
+        self.query_one(CachePanel).show(state)
+        self.query_one(StatusLine).show(state, doing, self._model)
 
     def _refresh_all(self) -> None:
         self._refresh_figures()
@@ -400,22 +390,9 @@ class ChatScreen(Screen[None]):
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
         self._prompt.set_history([m.text for m in current.messages if m.role == "user"])
-
-    def _status_line(self) -> Content:
-        state = self._turns.figures.state
-        answering = self._turns.answering
-        doing = "writing, Esc stops" if answering and state.model else self._turns.status
-        parts = [doing, one_line(self._model)]
-        if state.model:
-            threads = f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"
-            used = f"{state.turn.context:,} / {state.model.context_limit:,}"
-            parts += [state.model.path, threads, f"context {used}"]
-        mode = state.mode
-        return Content.assemble(
-            ("kvchat  ", "bold $text-accent"),
-            (f"cache {mode.value}", f"bold {COLOURS[mode]}"),
-            (" · " + " · ".join(parts), "$text-muted"),
-        )
+        for screen in self.app.screen_stack:
+            if isinstance(screen, CachesScreen):
+                screen.show(self._turns.pool)
 
     def _confirm(self, question: str, yes: str, act: Callable[[], None]) -> None:
         def answered(sure: bool | None) -> None:
