@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from kvchat.contract import CacheEvent
 from kvchat.errors import KvchatError
 from kvchat.flags import data_dir
 from kvchat.paths import Paths, find_paths
-from kvchat.text import clean, megabytes, one_line
+from kvchat.text import megabytes, one_line
 
 if TYPE_CHECKING:
     from kvchat.cache.shelf import Chain, Entry, Shelf
@@ -43,7 +43,7 @@ def ls(as_json: bool, data_dir: Path | None) -> None:
     for entry in entries:
         click.echo(_line(entry, titles))
     if entries:
-        click.echo(f"{len(entries)} caches, {megabytes(sum(e.bytes for e in entries))}", err=True)
+        click.echo(f"{_counted(entries)}, {megabytes(sum(e.bytes for e in entries))}", err=True)
     else:
         click.echo("Nothing is saved yet. Every turn of a chat saves its cache.", err=True)
 
@@ -81,9 +81,9 @@ def rm(conversations: tuple[str, ...], everything: bool, data_dir: Path | None) 
     there = shelf.conversations()
     if not conversations and not everything:
         raise KvchatError("Which cache? `kvchat cache ls` lists them; --all deletes every one.")
-    names = there if everything else [_matching(prefix, there) for prefix in conversations]
+    names = there if everything else list({_matching(prefix, there): None for prefix in conversations})
     freed = sum(shelf.remove(name) for name in names)
-    click.echo(f"{len(names)} caches deleted; {megabytes(freed)} are free again.", err=True)
+    click.echo(f"{_counted(names)} deleted; {megabytes(freed)} are free again.", err=True)
 
 
 @cache.command()
@@ -125,15 +125,19 @@ def _matching(prefix: str, names: list[str]) -> str:
     return found[0]
 
 
+def _counted(caches: Sized) -> str:
+    return "1 cache" if len(caches) == 1 else f"{len(caches)} caches"
+
+
 def _line(entry: "Entry", titles: Mapping[str, str]) -> str:
     used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-    what = clean(entry.damage) or f"{entry.tokens:>7,} tokens  {_made_by(entry.fingerprint)}"
+    what = one_line(entry.damage) or f"{entry.tokens:>7,} tokens  {_made_by(entry.fingerprint)}"
     title = one_line(titles.get(entry.conversation, "(no conversation: gc deletes it)"))
-    return f"{clean(entry.conversation)}  {used}  {megabytes(entry.bytes):>9}  {what}  {title}"
+    return f"{entry.conversation}  {used}  {megabytes(entry.bytes):>9}  {what}  {title}"
 
 
 def _made_by(fingerprint: Mapping[str, str]) -> str:
-    return clean(f"{fingerprint.get('model', '?')} · KV {fingerprint.get('kv', '?')}")
+    return one_line(f"{fingerprint.get('model', '?')} · KV {fingerprint.get('kv', '?')}")
 
 
 def _described(chain: "Chain") -> dict[str, object]:
@@ -152,7 +156,7 @@ def _described(chain: "Chain") -> dict[str, object]:
 def _print_chain(chain: "Chain") -> None:
     click.echo(f"{chain.conversation}: {len(chain.rows):,} tokens, {megabytes(chain.tensor_bytes)} on disk")
     for name, value in chain.fingerprint.items():
-        click.echo(f"  {name:<13}{clean(value)}")
+        click.echo(f"  {name:<13}{one_line(value)}")
     for segment in chain.segments:
         rows = len(segment.header.rows)
         size = megabytes(segment.header.tensor_bytes)
@@ -163,10 +167,13 @@ def _event_line(event: CacheEvent) -> str:
     at = datetime.fromtimestamp(event.at).strftime("%Y-%m-%d %H:%M:%S")
     size = megabytes(event.bytes) if event.bytes else ""
     took = f"{event.seconds:.3f} s" if event.seconds else ""
-    return f"{at}  {event.kind:<8}{event.tokens:>7,} tokens {size:>9} {took:>8}  {clean(event.note)}".rstrip()
+    return (
+        f"{at}  {event.kind:<8}{event.tokens:>7,} tokens {size:>9} {took:>8}  {one_line(event.note)}".rstrip()
+    )
 
 
 def _write_csv(events: list[CacheEvent]) -> None:
-    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(CacheEvent)])
+    names = [field.name for field in fields(CacheEvent)]
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(event) for event in events)
+    writer.writerows(asdict(event) | {"note": one_line(event.note)} for event in events)

@@ -19,11 +19,9 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
         """The number; MB are 1,000,000 bytes."""
-        if isinstance(value, int):
-            return value
         try:
             return parse_size(str(value))
-        except (ValueError, OverflowError):
+        except ValueError:
             self.fail(f"{value!r} is no size. Write 2GB, 512MB or a number of bytes.", param, ctx)
 
 

@@ -25,6 +25,7 @@ from kvchat.contract import (
     Died,
     Loading,
     Ready,
+    Refused,
     Report,
     Status,
     Tokens,
@@ -275,7 +276,10 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
     pipe.send(engine.pool())
     while (request := requests.get()) is not None:
         if isinstance(request, Forget):
-            engine.forget(request.conversation)
+            try:
+                engine.forget(request.conversation)
+            except KvchatError as error:  # another process holds the shelf, or the folder can't be removed
+                pipe.send(Refused(str(error)))
         elif isinstance(request, TurnRequest):
             for event in batched(engine.turn(request)):
                 pipe.send(event)

@@ -3,6 +3,8 @@
 What is stored stays as it was; only what is shown goes through here.
 """
 
+import math
+
 BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 """Marks that reorder what follows on the line."""
 CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0), *BIDI) if code not in (0x09, 0x0A)}
@@ -22,17 +24,17 @@ UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 
 def parse_size(text: str) -> int:
-    """Bytes out of `2GB`, `512 MB`, `1e9`.
+    """Bytes out of `2GB`, `512 MB`, `1e9`; MB are 1,000,000 bytes.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is no size: no number, below zero, or without end.
     """
     number = text.strip().lower().removesuffix("b").rstrip()
     unit = number[-1:] if number[-1:] in "kmg" else ""
-    size = int(float(number.removesuffix(unit)) * UNITS[unit])
-    if size < 0:
+    size = float(number.removesuffix(unit)) * UNITS[unit]
+    if not 0 <= size < math.inf:
         raise ValueError(text)
-    return size
+    return int(size)
 
 
 def megabytes(count: int) -> str:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
 THREADS = 2
 
-wait_politely()
 wait_politely()  # tests run where other things run too
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kvchat.cli import main
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheEvent, CacheEventKind, CacheMode, EvictionPolicy, KVPrecision
 from kvchat.conversation import Conversation
 from kvchat.engine.load import LoadedModel
 from kvchat.locate import is_prepared
@@ -48,8 +48,14 @@ STATS = {
     "context_limit",
     "finish_reason",
     "reuse_note",
+    "evicted_tokens",
+    "restored_tokens",
+    "restore_s",
 }
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
+LONG = "Which pass over the mountains is open in May? " * 3
+SMALL = ("--context", "128")
+"""Room for two turns with that question."""
 PATIENCE_S = 120
 
 
@@ -129,6 +135,19 @@ class Shell:
         """A conversation as it is on disk; the one used last if none is named."""
         with closing(Store(self.data / "kvchat.db")) as store:
             return store.load(conversation or store.summaries()[0].id)
+
+    def events(self, conversation: str) -> list[CacheEvent]:
+        """What happened to its cache."""
+        with closing(Store(self.data / "kvchat.db")) as store:
+            return store.events(conversation)
+
+    def happened(self, conversation: str) -> list[CacheEventKind]:
+        """What kinds of things happened to its cache, in their order."""
+        return [event.kind for event in self.events(conversation)]
+
+    def segments(self, conversation: str = "*") -> list[Path]:
+        """The files of saved caches."""
+        return sorted((self.data / "kv").glob(f"{conversation}/*"))
 
     def files(self) -> list[Path]:
         """Everything that was written."""
@@ -254,6 +273,16 @@ def test_private_writes_nothing(ask: Asking) -> None:
     assert ask.shell.files() == []
 
 
+def test_private_leaves_what_was_saved_as_it_is(ask: Asking) -> None:
+    ask.json(FIRST)
+    before = {path: path.read_bytes() for path in ask.shell.segments()}
+    assert before
+    stats = ask.json("-c", FIRST, SECOND, "--private").turns[0]["stats"]
+    assert (stats["reused_tokens"], stats["restored_tokens"]) == (0, 0)
+    assert {path: path.read_bytes() for path in ask.shell.segments()} == before
+    assert len(ask.shell.saved().messages) == 2
+
+
 # where prompts come from
 
 
@@ -300,10 +329,139 @@ def test_a_continued_conversation_goes_on_where_it_was(ask: Asking) -> None:
     (_, answer) = ask.shell.saved().messages
     second = ask.json("-c", SECOND).turn["stats"]
     assert answer.stats
-    assert second["prompt_tokens"] > answer.stats.kv_tokens
-    assert (second["reused_tokens"], second["reuse_note"]) == (0, "not read since the engine started")
+    held = answer.stats.kv_tokens
+    assert held > 0
+    assert (second["reused_tokens"], second["restored_tokens"], second["reuse_note"]) == (held, held, "")
+    assert second["prefilled_tokens"] == second["prompt_tokens"] - held
+    assert second["evaluated_tokens"] == second["prefilled_tokens"] + second["generated_tokens"] - 1
+    assert second["restore_s"] > 0
     assert ask.shell.saved().messages[:2] == ask.shell.saved(first["conversation"]).messages[:2]
     assert ask.shell.saved().messages[1] == answer
+
+
+def test_a_restored_conversation_goes_on_as_one_that_was_never_left(ask: Asking) -> None:
+    together = [turn["text"] for turn in ask.json(FIRST, SECOND, "More").turns]
+    apart = [ask.json(FIRST).turn["text"], *(ask.json("-c", text).turn["text"] for text in (SECOND, "More"))]
+    assert apart == together
+    kinds = ask.shell.happened(ask.shell.saved().id)
+    again = [CacheEventKind.RESTORE, CacheEventKind.REUSE, CacheEventKind.SAVE]
+    assert kinds == [CacheEventKind.SAVE, *again, *again]
+
+
+def test_a_conversation_whose_cache_is_gone_is_read_again(ask: Asking) -> None:
+    first = ask.json(FIRST).turn["conversation"]
+    shutil.rmtree(ask.shell.data / "kv")
+    second = ask.json("-c", SECOND).turn
+    assert second["conversation"] == first
+    note = (second["stats"]["reused_tokens"], second["stats"]["reuse_note"])
+    assert note == (0, "not read since the engine started")
+    assert CacheEventKind.MISS in ask.shell.happened(first)
+
+
+def test_a_saved_cache_of_another_model_is_refused_with_words(ask: Asking) -> None:
+    ask.json(FIRST)
+    stats = ask("--json", "--precision", "bf16", "-c", SECOND, "--max-tokens", "2").stats
+    assert (stats["restored_tokens"], stats["weights_dtype"]) == (0, "bf16")
+    assert re.match(r"(model weights|weights precision) changed: \w+ → \w+$", stats["reuse_note"])
+
+
+@pytest.mark.parametrize("where", ["header", "tensors", "end"])
+def test_a_damaged_cache_is_refused_with_words_and_the_answer_is_the_same(ask: Asking, where: str) -> None:
+    together = [turn["text"] for turn in ask.json(FIRST, SECOND).turns]
+    talk = ask.json(FIRST).turn["conversation"]
+    (segment,) = ask.shell.segments(talk)
+    raw = bytearray(segment.read_bytes())
+    if where == "end":
+        del raw[-1:]
+    else:
+        raw[60 if where == "header" else -5] ^= 0x40
+    segment.write_bytes(raw)
+    second = ask.json("-c", SECOND).turn
+    assert (second["text"], second["stats"]["restored_tokens"]) == (together[1], 0)
+    assert second["stats"]["reuse_note"].startswith(f"The saved cache {talk}/")
+    third = ask.json("-c", "More").stats
+    assert third["restored_tokens"] == second["stats"]["kv_tokens"]
+
+
+# what a cache may take
+
+
+def test_a_cache_is_stored_as_the_flag_says_and_stays_so(ask: Asking) -> None:
+    plain = ask.json(LONG * 4).stats
+    first = ask.json(LONG * 4, "--kv", "int8").stats
+    assert (plain["kv_dtype"], first["kv_dtype"]) == ("fp32", "int8")
+    assert first["kv_used_bytes"] < plain["kv_used_bytes"] / 2
+    assert ask.shell.saved().kv is KVPrecision.INT8
+    second = ask.json("-c", SECOND).stats
+    assert (second["kv_dtype"], second["restored_tokens"]) == ("int8", first["kv_tokens"])
+    third = ask.json("-c", "More", "--kv", "fp32").stats
+    assert (third["kv_dtype"], third["restored_tokens"]) == ("fp32", 0)
+    assert third["reuse_note"] == "KV precision changed: int8 → fp32"
+    assert ask.shell.saved().kv is KVPrecision.FP32
+
+
+def test_a_full_context_drops_the_oldest_turns_and_that_stays(ask: Asking) -> None:
+    turns = [turn["stats"] for turn in ask.json(LONG, LONG, LONG, LONG, *SMALL).turns]
+    assert turns[0]["evicted_tokens"] == 0
+    assert sum(stats["evicted_tokens"] for stats in turns) > 0
+    saved = ask.shell.saved()
+    assert (saved.policy, saved.left_out > 0, len(saved.messages)) == (EvictionPolicy.TURNS, True, 8)
+    assert CacheEventKind.EVICT in ask.shell.happened(saved.id)
+    following = ask.json("-c", "More", *SMALL).stats
+    assert following["restored_tokens"] > 0
+    assert following["prompt_tokens"] + following["evicted_tokens"] < sum(t["prompt_tokens"] for t in turns)
+    whole = ask.json("-c", "More").stats
+    assert whole["prompt_tokens"] < 4 * turns[0]["prompt_tokens"]
+
+
+def test_the_policy_none_refuses_what_turns_would_answer(ask: Asking) -> None:
+    refused = ask(LONG, LONG, LONG, LONG, "--policy", "none", "--max-tokens", "8", *SMALL)
+    assert refused.code == 1
+    assert "the context holds 128" in refused.err.splitlines()[-1]
+    assert ask.shell.saved().policy is EvictionPolicy.NONE
+    assert ask.json("-c", "More", "--policy", "turns", *SMALL).stats["evicted_tokens"] > 0
+
+
+@pytest.mark.parametrize("policy", ["sinks", "snapkv"])
+def test_a_policy_that_leaves_gaps_keeps_every_message_in_the_prompt(ask: Asking, policy: str) -> None:
+    turns = [turn["stats"] for turn in ask.json(LONG, LONG, LONG, "--policy", policy, *SMALL).turns]
+    assert sum(stats["evicted_tokens"] for stats in turns) > 0
+    assert all(stats["kv_tokens"] <= 128 for stats in turns)
+    saved = ask.shell.saved()
+    assert (saved.policy.value, saved.left_out) == (policy, 0)
+    assert ask.json("-c", "More", *SMALL).stats["restored_tokens"] > 0
+
+
+def test_a_budget_is_a_context_limit_where_it_is_smaller(ask: Asking) -> None:
+    limits = [
+        ask.json(FIRST, *budget).stats["context_limit"]
+        for budget in ((), ("--kv-budget", "2GB"), ("--kv-budget", "600kB"), ("--kv-budget", "600000"))
+    ]
+    assert limits[0] == limits[1] == 1024
+    assert 256 <= limits[2] == limits[3] < 600
+
+
+def test_a_disk_of_nothing_saves_nothing(ask: Asking) -> None:
+    ask.json(FIRST, "--kv-disk", "0")
+    assert ask.shell.segments() == []
+    assert ask.json("-c", SECOND).stats["restored_tokens"] == 0
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_told(ask: Asking) -> None:
+    talk = ask.json(FIRST, "--kv-disk", "10 kB").turn["conversation"]
+    assert ask.shell.segments() == []
+    (refusal,) = ask.shell.events(talk)
+    assert refusal.kind is CacheEventKind.REFUSE
+    assert "all of them may take 0.0 MB" in refusal.note
+
+
+def test_the_disk_keeps_the_conversations_used_last(ask: Asking) -> None:
+    first = ask.json(FIRST).turn["conversation"]
+    size = sum(path.stat().st_size for path in ask.shell.segments(first))
+    second = ask.json(FIRST, "--kv-disk", str(int(1.5 * size))).turn["conversation"]
+    assert {path.parent.name for path in ask.shell.segments()} == {second}
+    assert ask.shell.happened(first)[-1] is CacheEventKind.DROP
+    assert ask.json("-r", first, SECOND).stats["restored_tokens"] == 0
 
 
 def test_continue_without_conversations_begins_one(ask: Asking) -> None:
@@ -347,6 +505,10 @@ def test_every_kind_of_setting_comes_from_the_environment(
         "SEED": "11",
         "CONTEXT": "100",
         "MAX_TOKENS": "2",
+        "KV": "int8",
+        "POLICY": "sinks",
+        "KV_BUDGET": "100 MB",
+        "KV_DISK": "0",
     }
     for name, value in given.items():
         monkeypatch.setenv(f"KVCHAT_{name}", value)
@@ -354,17 +516,33 @@ def test_every_kind_of_setting_comes_from_the_environment(
     assert (stats["context_limit"], stats["generated_tokens"], stats["cache_mode"]) == (100, 2, "turn")
     saved = ask.shell.saved()
     assert (saved.system_prompt, saved.sampling.top_k, saved.sampling.seed) == ("Sing.", 7, 11)
+    assert (saved.kv, saved.policy, stats["kv_dtype"]) == (KVPrecision.INT8, EvictionPolicy.SINKS, "int8")
+    assert ask.shell.segments() == []
+
+
+def test_sizes_in_the_configuration_are_numbers_or_text(ask: Asking) -> None:
+    ask.shell.configure('kv-budget = 600000\nkv-disk = 0\nkv = "int8"\npolicy = "none"')
+    stats = ask.json(FIRST).stats
+    assert (stats["context_limit"] < 1024, stats["kv_dtype"]) == (False, "int8")
+    assert (ask.shell.segments(), ask.shell.saved().policy) == ([], EvictionPolicy.NONE)
+    ask.shell.configure('kv-budget = "200 kB"\nkv-disk = "1GB"\nkv = "fp32"')
+    assert "KV budget" in ask(FIRST).complaint or ask.json(FIRST).stats["context_limit"] < 1024
 
 
 def test_a_continued_conversation_keeps_its_settings(ask: Asking) -> None:
-    ask.json(FIRST, "--cache", "off", "-s", "Sing.", "--top-k", "7", tokens=3)
+    kept = ("--cache", "off", "-s", "Sing.", "--top-k", "7", "--kv", "int8", "--policy", "none")
+    ask.json(FIRST, *kept, tokens=3)
     before = ask.shell.saved()
-    ask.shell.configure('max-tokens = 9\ncache = "turn"\nsystem = "Shout."\nmodel = "smollm2-135m-instruct"')
+    ask.shell.configure(
+        'max-tokens = 9\ncache = "turn"\nsystem = "Shout."\nmodel = "smollm2-135m-instruct"\n'
+        'kv = "int4"\npolicy = "sinks"'
+    )
     stats = ask.resumed("-c", SECOND).stats
     assert (stats["generated_tokens"], stats["cache_mode"]) == (3, "off")
     after = ask.shell.saved()
     assert (after.id, after.mode, after.sampling) == (before.id, before.mode, before.sampling)
     assert (after.system_prompt, after.model) == ("Sing.", str(ask.folder))
+    assert (after.kv, after.policy) == (KVPrecision.INT8, EvictionPolicy.NONE)
 
 
 def test_flags_change_a_continued_conversation_for_good(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,8 +550,9 @@ def test_flags_change_a_continued_conversation_for_good(ask: Asking, monkeypatch
     stats = ask.resumed("-c", SECOND, "--cache", "turn", "--max-tokens", "2").stats
     assert (stats["generated_tokens"], stats["cache_mode"]) == (2, "turn")
     monkeypatch.setenv("KVCHAT_TOP_K", "5")
-    ask.resumed("-c", "More", "-s", "")
+    ask.resumed("-c", "More", "-s", "", "--kv", "int4", "--policy", "snapkv")
     saved = ask.shell.saved()
+    assert (saved.kv, saved.policy) == (KVPrecision.INT4, EvictionPolicy.SNAPKV)
     assert (saved.mode, saved.sampling.max_tokens, saved.sampling.top_k) == (CacheMode.TURN, 2, 5)
     assert saved.system_prompt == ""
 
@@ -471,6 +650,18 @@ def test_standard_input_that_is_no_text_is_one_sentence(ask: Asking) -> None:
         ("run", "--device", "abacus", "Hello"),
         ("run", "--threads", "0", "Hello"),
         ("run", "--context", "15", "Hello"),
+        ("run", "--kv", "int3", "Hello"),
+        ("run", "--policy", "oldest", "Hello"),
+        ("run", "--kv-budget", "much", "Hello"),
+        ("run", "--kv-budget", "", "Hello"),
+        ("run", "--kv-budget", "-1", "Hello"),
+        ("run", "--kv-budget", "2TB", "Hello"),
+        ("run", "--kv-disk", "-1GB", "Hello"),
+        ("run", "--kv-disk", "inf", "Hello"),
+        ("chat", "--kv-disk", "nan"),
+        ("verify", "--tokens", "1"),
+        ("cache", "frobnicate"),
+        ("cache", "show"),
         ("chat", "Hello"),
         ("models", "frobnicate"),
         ("models", "rm"),
@@ -505,6 +696,15 @@ def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> Non
     assert "'many' is not a valid integer range" in done.err
 
 
+@pytest.mark.parametrize("size", ['"much"', "-5", "true", "[1]", "inf"])
+def test_a_wrong_size_in_the_configuration_is_wrong_usage(kvchat: Shell, size: str) -> None:
+    kvchat.configure(f"kv-budget = {size}")
+    done = kvchat("run", "Hello")
+    assert (done.code, done.out) == (2, "")
+    assert "is no size. Write 2GB, 512MB or a number of bytes." in done.err
+    assert len(kvchat.files()) == 1
+
+
 def test_ctrl_c_while_it_waits_for_input_is_no_traceback(kvchat: Shell) -> None:
     class Interrupted(io.StringIO):
         def read(self, size: int | None = -1) -> str:
@@ -520,7 +720,7 @@ def test_ctrl_c_while_it_waits_for_input_is_no_traceback(kvchat: Shell) -> None:
 def test_help_and_version(kvchat: Shell) -> None:
     helped = kvchat("--help")
     assert helped.code == 0
-    assert {"chat", "run", "sessions", "models", "paths"} <= {
+    assert {"chat", "run", "sessions", "models", "paths", "cache", "verify"} <= {
         line.split()[0] for line in helped.out.splitlines() if line
     }
     assert kvchat("-h").out == helped.out
@@ -537,6 +737,7 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
         "config": config,
         "database": str(own / "kvchat.db"),
         "models": str(own / "models"),
+        "kv": str(own / "kv"),
         "logs": str(own / "log"),
     }
     monkeypatch.delenv("KVCHAT_DATA_DIR")
@@ -544,6 +745,7 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
         "config": config,
         "database": str(home / "data" / "kvchat" / "kvchat.db"),
         "models": str(home / "data" / "kvchat" / "models"),
+        "kv": str(home / "data" / "kvchat" / "kv"),
         "logs": str(home / "state" / "kvchat" / "log"),
     }
     assert kvchat.files() == []
@@ -652,6 +854,12 @@ def test_commands_that_only_look_import_nothing_heavy(kvchat: Shell) -> None:
         ["models", "list"],
         ["models", "path"],
         ["models", "rm", "smollm2-135m-instruct"],
+        ["cache", "ls"],
+        ["cache", "ls", "--json"],
+        ["cache", "show", "0"],
+        ["cache", "show", "0", "--csv"],
+        ["cache", "gc"],
+        ["cache", "rm", "--all"],
     ]
     script = [sys.executable, "-c", LIGHT, json.dumps(commands)]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
@@ -665,6 +873,18 @@ def test_a_real_process_answers_what_is_piped_into_it(ask: Asking) -> None:
     assert (running.returncode, err) == (0, "")
     assert second["stats"]["reused_tokens"] == first["stats"]["kv_tokens"] > 0
     assert [turn["text"] for turn in ask.json(FIRST, SECOND).turns] == [first["text"], second["text"]]
+
+
+def test_another_process_goes_on_with_the_cache_that_the_first_one_saved(ask: Asking) -> None:
+    done = []
+    for arguments in ((FIRST,), ("-c", SECOND)):
+        with process(*ask.command("--json", "--max-tokens", "8", *arguments)) as running:
+            out, err = running.communicate(timeout=PATIENCE_S)
+        done.append(Done(running.returncode, out, err).turn)
+    first, second = (turn["stats"] for turn in done)
+    assert second["restored_tokens"] == second["reused_tokens"] == first["kv_tokens"] > 0
+    assert second["prefilled_tokens"] == second["prompt_tokens"] - first["kv_tokens"]
+    assert [turn["text"] for turn in ask.json(FIRST, SECOND).turns] == [turn["text"] for turn in done]
 
 
 def test_ctrl_c_in_mid_answer_keeps_what_was_written(ask: Asking) -> None:

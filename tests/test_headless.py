@@ -9,15 +9,43 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from kvchat.contract import PrefillProgress, TurnEvent, TurnFailed, TurnRequest, TurnStarted
+from kvchat.contract import (
+    CacheAct,
+    CacheEvent,
+    CacheEventKind,
+    PoolState,
+    PrefillProgress,
+    TurnEvent,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+)
 from kvchat.conversation import Conversation
 from kvchat.errors import KvchatError
 from kvchat.headless import INTERRUPTED, figures, run_turns
 from kvchat.session import Defaults, Session
 from kvchat.store import Store
-from tests.samples import FIGURES, PlayedEngine, finished, piece
+from tests import samples
+from tests.samples import FIGURES, piece
 
 Printed = pytest.CaptureFixture[str]
+
+
+class PlayedEngine(samples.PlayedEngine):
+    """An engine that plays turns; its caches can't be acted upon."""
+
+    def act(self, act: CacheAct) -> None:
+        raise AssertionError(f"a turn without a screen does nothing to caches: {act}")
+
+
+def finished(
+    turn: str, text: str, *ids: int, finish: str = "stop", events: tuple[CacheEvent, ...] = ()
+) -> TurnFinished:
+    """The end of a turn."""
+    ended = samples.finished(turn, text, *ids, finish=finish)
+    return replace(ended, pool=PoolState((), 0, 0, 0, 0, events))
+
 
 STARTED = TurnStarted("", 30, 20, 10, "")
 BRENNER = (STARTED, PrefillProgress("", 10, 10), piece("", "The ", 1), piece("", "Brenner.", 2))
@@ -75,6 +103,14 @@ def test_prompts_are_turns_of_one_conversation(session: Session) -> None:
         ("user", "And now?", None),
         ("assistant", "The Brenner.", "stop"),
     ]
+
+
+def test_what_happened_to_the_cache_is_saved_with_each_turn(session: Session) -> None:
+    talk = session.current.id
+    events = [CacheEvent(talk, kind, 20, at=n) for n, kind in enumerate(CacheEventKind)]
+    turns = [(*BRENNER, finished("", "The Brenner.", 1, 2, events=(event,))) for event in events]
+    run_turns(session, PlayedEngine(*turns), ["Which pass?"] * len(turns), as_json=True)
+    assert session.events() == events
 
 
 def test_terminal_escapes_of_the_model_are_not_printed(session: Session, capsys: Printed) -> None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 TENSORS = {"torch", "transformers"}
 SCREEN = {"textual", "kvchat.ui"}
 ENGINE = {"kvchat.engine", "kvchat.cache"}
+TENSORS_OF_CACHE = {"kvchat.cache.kv", "kvchat.cache.layers", "kvchat.cache.snapshot", "kvchat.engine"}
 STORAGE = {"sqlite_utils", "kvchat.store"}
 
 NEVER_LOADED = {
@@ -21,7 +22,12 @@ NEVER_LOADED = {
     "kvchat.store": TENSORS | SCREEN | ENGINE,
     "kvchat.conversation": TENSORS | SCREEN | ENGINE | STORAGE,
     "kvchat.contract": TENSORS | SCREEN | ENGINE | STORAGE | {"kvchat.conversation"},
-    "kvchat.cache.prefix": TENSORS | SCREEN | STORAGE | {"kvchat.cache.kv"},
+    "kvchat.cache_commands": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.cache.prefix": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.evict": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.pool": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.fingerprint": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.shelf": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.engine.prepare": TENSORS | SCREEN | STORAGE,
     "kvchat.locate": TENSORS | SCREEN | ENGINE | STORAGE,
 }

@@ -20,14 +20,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvchat import link
+from kvchat.cache.shelf import Chain, Shelf
 from kvchat.contract import (
+    Ask,
+    CacheAct,
+    CacheEventKind,
     CacheMode,
+    Converted,
     Died,
+    Drop,
+    Fork,
+    KVPrecision,
     Loading,
+    Pin,
+    PoolState,
     PrefillProgress,
     PromptMessage,
+    Quote,
     Ready,
+    Refused,
     Sampling,
+    SetBudget,
+    SetPrecision,
+    Spill,
     Status,
     Tokens,
     TurnEvent,
@@ -35,12 +50,15 @@ from kvchat.contract import (
     TurnFinished,
     TurnRequest,
     TurnStarted,
+    Warm,
+    WarmCache,
 )
 from kvchat.link import BATCH_S, LOG_TAIL_LINES, EngineOptions, LinkedEngine, batched, log_tail
 from tests.samples import TOKENIZER, finished, piece
 
 PATIENCE_S = 120.0
 """Nothing takes so long; what does is broken."""
+DISK = 1_000_000_000
 LONG = 700
 """Tokens of an answer that is interrupted."""
 
@@ -54,6 +72,7 @@ class Linked:
     engine: LinkedEngine
     statuses: "Queue[Status]"
     log_file: Path
+    kv_folder: Path
     reports: list[Status] = field(default_factory=list)
     """What it said until it was ready."""
 
@@ -62,12 +81,32 @@ class Linked:
         return self.statuses.get(timeout=PATIENCE_S)
 
     def until_ready(self) -> list[Status]:
-        """Waits until the model is loaded; what was reported meanwhile."""
+        """Waits until the model is loaded; what was reported meanwhile, the caches that there are at last."""
         reports = [self.status()]
         while isinstance(reports[-1], Loading):
             reports.append(self.status())
         assert isinstance(reports[-1], Ready), reports
-        return reports
+        pool = self.status()
+        assert isinstance(pool, PoolState), pool
+        return [*reports, pool]
+
+    def done(self, act: CacheAct) -> tuple[list[Status], PoolState]:
+        """Does something to the caches; what was reported of it, and the caches that there are then."""
+        self.engine.act(act)
+        reports = [self.status()]
+        while not isinstance(reports[-1], PoolState):
+            reports.append(self.status())
+        *before, pool = reports
+        assert isinstance(pool, PoolState)
+        return before, pool
+
+    def answer(self, request: TurnRequest) -> TurnFinished:
+        """A whole turn."""
+        return ended(list(self.engine.turn(request)))
+
+    def saved(self, conversation: str) -> Chain:
+        """What lies on disk of a conversation."""
+        return Shelf(self.kv_folder, DISK).chain(conversation)
 
     @property
     def child(self) -> psutil.Process:
@@ -77,8 +116,21 @@ class Linked:
 
 def linked(folder: Path, log_file: Path) -> Linked:
     statuses: Queue[Status] = Queue()
-    options = EngineOptions(folder, "tiny", log_file, precision="fp32", threads=1)
-    return Linked(LinkedEngine(options, statuses.put), statuses, log_file)
+    kv_folder = log_file.parent / "kv"
+    options = EngineOptions(
+        folder, "tiny", log_file, precision="fp32", threads=1, kv_folder=kv_folder, kv_disk=DISK
+    )
+    return Linked(LinkedEngine(options, statuses.put), statuses, log_file, kv_folder)
+
+
+def cache_of(pool: PoolState, conversation: str) -> WarmCache | None:
+    """What is kept of a conversation, in memory or on disk."""
+    return next((cache for cache in pool.caches if cache.conversation == conversation), None)
+
+
+def hot(pool: PoolState) -> set[str]:
+    """The conversations whose cache is in memory."""
+    return {cache.conversation for cache in pool.caches if cache.hot}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +177,7 @@ def ask(
     """A turn that asks the texts."""
     messages = (before.messages if before else ()) + tuple(PromptMessage("user", text) for text in texts)
     number = next(numbers)
-    talk = talk or (before.conversation if before else f"talk {number}")
+    talk = talk or (before.conversation if before else f"talk-{number}")
     return TurnRequest(f"turn {number}", talk, messages, mode, Sampling(max_tokens=tokens))
 
 
@@ -157,13 +209,16 @@ def run_until_tokens(turn: Iterator[TurnEvent]) -> list[TurnEvent]:
 
 
 def test_it_reports_loading_and_then_ready_with_the_facts(running: Linked) -> None:
-    *loading, ready = running.reports
+    *loading, ready, pool = running.reports
     assert loading == [Loading("importing torch"), Loading("loading tiny")]
     assert isinstance(ready, Ready)
     facts = ready.model
     assert (facts.name, facts.path, facts.threads) == ("tiny", "eager fp32", 1)
     assert (facts.layers, facts.kv_heads, facts.head_dim, facts.context_limit) == (4, 2, 16, 1024)
     assert ready.rss_bytes > facts.weights_bytes > 0
+    assert isinstance(pool, PoolState)
+    assert (pool.caches, pool.used_bytes, pool.disk_bytes, pool.disk_cap_bytes) == ((), 0, 0, DISK)
+    assert pool.budget_bytes > 0
 
 
 def test_the_events_of_a_turn_come_in_order_and_complete(running: Linked) -> None:
@@ -191,21 +246,27 @@ def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
         reused.append(answer.stats.reused_tokens)
         request = following(request, answer, question)
     assert reused == sorted(set(reused))
-    assert request.conversation in {cache.conversation for cache in answer.warm}
+    assert request.conversation in hot(answer.pool)
 
 
 def test_forgetting_frees_one_conversation(running: Linked) -> None:
     forgotten, kept = ask("Which pass is open?"), ask("Tell me about the sea.")
     first, second = (ended(list(running.engine.turn(request))) for request in (forgotten, kept))
     running.engine.forget(forgotten.conversation)
-    running.engine.forget("never heard of")
+    running.engine.forget("never-heard-of")
     again = ended(list(running.engine.turn(following(kept, second, "More"))))
     assert again.stats.reused_tokens == second.stats.kv_tokens
-    warm = {cache.conversation for cache in again.warm}
-    assert kept.conversation in warm
-    assert forgotten.conversation not in warm
+    assert kept.conversation in hot(again.pool)
+    assert cache_of(again.pool, forgotten.conversation) is None
+    assert not running.saved(forgotten.conversation).segments
     cold = ended(list(running.engine.turn(following(forgotten, first, "More"))))
     assert (cold.stats.reused_tokens, cold.stats.reuse_note) == (0, "not read since the engine started")
+
+
+def test_what_cannot_be_forgotten_is_told_and_the_engine_goes_on(running: Linked) -> None:
+    running.engine.forget("../elsewhere")
+    assert running.status() == Refused("'../elsewhere' can't be the name of a folder for a cache.")
+    assert running.answer(ask("Still there?")).text
 
 
 def test_a_stop_ends_the_answer_and_keeps_its_text(running: Linked) -> None:
@@ -255,7 +316,7 @@ def test_whoever_stops_listening_does_not_disturb_the_next_turn(running: Linked)
     turn.close()  # type: ignore[attr-defined]
     answer = ended(list(running.engine.turn(ask("Still there?"))))
     assert answer.text
-    assert left.conversation in {cache.conversation for cache in answer.warm}
+    assert left.conversation in hot(answer.pool)
 
 
 def test_a_turn_that_is_refused_says_why(running: Linked) -> None:
@@ -273,6 +334,212 @@ def test_the_child_imports_no_screen_and_no_store(running: Linked) -> None:
     packages = set(report.read_text().splitlines()[0].split())
     assert "torch" in packages
     assert not packages & {"textual", "sqlite_utils"}
+
+
+# acts
+
+
+def test_a_question_is_priced_before_it_is_asked(running: Linked) -> None:
+    request = ask("Which pass is open?")
+    first = running.answer(request)
+    following_request = following(request, first, "How long is the drive?")
+    (quote,), _ = running.done(Ask("the key", following_request))
+    assert isinstance(quote, Quote)
+    answer = running.answer(following_request).stats
+    assert (quote.key, quote.refusal, quote.miss) == ("the key", "", None)
+    assert (quote.prompt_tokens, quote.reused_tokens, quote.prefilled_tokens) == (
+        answer.prompt_tokens,
+        answer.reused_tokens,
+        answer.prefilled_tokens,
+    )
+    (too_long,), _ = running.done(Ask("another", ask("too long " * 1100)))
+    assert isinstance(too_long, Quote)
+    assert (too_long.key, "the context holds 1,024" in too_long.refusal) == ("another", True)
+
+
+def test_a_precision_is_changed_for_good_and_the_price_of_it_is_told(running: Linked) -> None:
+    request = ask("The drive over the pass takes three hours. " * 30)
+    first = running.answer(request)
+    before = cache_of(first.pool, request.conversation)
+    assert before
+    (converted,), pool = running.done(SetPrecision(request.conversation, KVPrecision.INT8))
+    assert isinstance(converted, Converted)
+    after = cache_of(pool, request.conversation)
+    assert after
+    assert (converted.conversation, converted.kv_dtype, after.kv_dtype) == (
+        request.conversation,
+        "int8",
+        "int8",
+    )
+    assert (converted.bytes_before, converted.bytes_after) == (before.bytes, after.bytes)
+    assert converted.bytes_after < converted.bytes_before
+    assert 0 < converted.agreeing_tokens <= converted.compared_tokens
+    assert CacheEventKind.CONVERT in {event.kind for event in pool.events}
+    again = replace(following(request, first, "Why?"), kv=KVPrecision.INT8)
+    stats = running.answer(again).stats
+    assert (stats.reused_tokens, stats.kv_dtype) == (first.stats.kv_tokens, "int8")
+
+
+def test_a_cache_moves_to_disk_and_back(running: Linked) -> None:
+    request = ask("Which pass is open?")
+    first = running.answer(request)
+    talk = request.conversation
+    reports, cold = running.done(Spill(talk))
+    assert reports == []
+    spilled = cache_of(cold, talk)
+    assert spilled
+    assert (spilled.hot, spilled.disk_bytes > 0) == (False, True)
+    assert len(running.saved(talk).rows) == first.stats.kv_tokens
+    reports, warm = running.done(Warm(talk))
+    assert (reports, talk in hot(warm)) == ([], True)
+    assert [event.kind for event in warm.events if event.conversation == talk] == [CacheEventKind.RESTORE]
+    answer = running.answer(following(request, first, "Why?")).stats
+    assert (answer.reused_tokens, answer.restored_tokens) == (first.stats.kv_tokens, 0)
+
+
+def test_what_cannot_be_done_is_refused_with_words_and_nothing_changes(running: Linked) -> None:
+    request = ask("Which pass is open?")
+    first = running.answer(request)
+    running.done(Spill(request.conversation))
+    (refused,), pool = running.done(Warm(request.conversation, KVPrecision.INT8))
+    assert refused == Refused(
+        "The saved cache can't be used: KV precision changed: fp32 → int8. "
+        "The next turn reads the conversation."
+    )
+    assert request.conversation not in hot(pool)
+    answer = running.answer(following(request, first, "Why?")).stats
+    assert answer.restored_tokens == answer.reused_tokens == first.stats.kv_tokens
+
+
+def test_a_fork_shares_what_its_parent_read(running: Linked) -> None:
+    request = ask("Which pass is open?")
+    first = running.answer(request)
+    child = f"fork-of-{request.conversation}"
+    reports, pool = running.done(Fork(request.conversation, child))
+    assert (reports, {request.conversation, child} <= hot(pool)) == ([], True)
+    answer = running.answer(replace(following(request, first, "Why?"), conversation=child)).stats
+    assert (answer.reused_tokens, answer.reuse_note) == (first.stats.kv_tokens, "")
+
+
+def test_a_pin_and_a_drop_are_seen_in_the_next_report(running: Linked) -> None:
+    request = ask("Which pass is open?")
+    running.answer(request)
+    pinned = cache_of(running.done(Pin(request.conversation, True))[1], request.conversation)
+    loose = cache_of(running.done(Pin(request.conversation, False))[1], request.conversation)
+    assert pinned
+    assert loose
+    assert (pinned.pinned, loose.pinned) == (True, False)
+    _, pool = running.done(Drop(request.conversation))
+    assert cache_of(pool, request.conversation) is None
+    assert not running.saved(request.conversation).segments
+
+
+def test_a_smaller_budget_moves_caches_to_disk(own: Linked) -> None:
+    own.engine.start()
+    own.until_ready()
+    first, second = ask("Which pass is open?"), ask("Tell me about the sea.")
+    answers = [own.answer(request) for request in (first, second)]
+    assert hot(answers[1].pool) == {first.conversation, second.conversation}
+    _, pool = own.done(SetBudget(answers[1].pool.used_bytes - 1))
+    assert (hot(pool), pool.budget_bytes) == ({second.conversation}, answers[1].pool.used_bytes - 1)
+    again = own.answer(following(first, answers[0], "Why?"))
+    assert again.stats.restored_tokens == answers[0].stats.kv_tokens
+    assert hot(again.pool) == {first.conversation}
+
+
+def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
+    request = ask("Which pass is open?", tokens=40)
+    turn = running.engine.turn(request)
+    events = run_until_tokens(turn)
+    running.engine.act(Drop(request.conversation))
+    assert len(ended([*events, *turn]).token_ids) == 40
+    pool = running.status()
+    assert isinstance(pool, PoolState)
+    assert cache_of(pool, request.conversation) is None
+
+
+# what lies on disk
+
+
+def test_closing_saves_what_was_written_of_an_answer_under_way(own: Linked) -> None:
+    own.engine.start()
+    own.until_ready()
+    request = ask_for_much(CacheMode.ON)
+    turn = own.engine.turn(request)
+    events = run_until_tokens(turn)
+    assert isinstance(events[0], TurnStarted)
+    assert not own.saved(request.conversation).segments
+    follower = in_background(lambda: events.extend(turn))
+    own.engine.close()
+    assert ends(follower)
+    read = [i for event in events if isinstance(event, Tokens) for i in event.token_ids]
+    saved = own.saved(request.conversation)
+    assert len(saved.rows) >= events[0].prompt_tokens
+    assert len(saved.rows) <= events[0].prompt_tokens + LONG
+    common = min(len(saved.ids), events[0].prompt_tokens + len(read)) - events[0].prompt_tokens
+    assert list(saved.ids[events[0].prompt_tokens :])[:common] == read[:common]
+
+
+def test_nothing_of_what_may_not_be_remembered_is_saved(own: Linked) -> None:
+    own.engine.start()
+    own.until_ready()
+    request = replace(ask("Which pass is open?"), remember=False)
+    first = own.answer(request)
+    again = own.answer(replace(following(request, first, "Why?"), remember=False))
+    assert again.stats.reused_tokens == first.stats.kv_tokens
+    own.done(Spill(request.conversation))
+    own.engine.close()
+    assert not own.kv_folder.exists() or not any(own.kv_folder.glob("*/*"))
+
+
+def test_a_turn_after_a_restart_goes_on_from_disk(own: Linked) -> None:
+    own.engine.start()
+    own.until_ready()
+    request = ask("Which pass is open?")
+    first = own.answer(request)
+    eventually(lambda: len(own.saved(request.conversation).rows) == first.stats.kv_tokens)
+    own.child.kill()
+    assert isinstance(own.status(), Died)
+    own.engine.start()
+    pool = own.until_ready()[-1]
+    assert isinstance(pool, PoolState)
+    assert [(cache.conversation, cache.hot) for cache in pool.caches] == [(request.conversation, False)]
+    stats = own.answer(following(request, first, "How long is the drive?")).stats
+    assert stats.restored_tokens == stats.reused_tokens == first.stats.kv_tokens
+    assert (stats.prefilled_tokens, stats.reuse_note) == (stats.prompt_tokens - stats.restored_tokens, "")
+
+
+KILLS = 4
+
+
+def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_words(
+    own: Linked, running: Linked
+) -> None:
+    own.engine.start()
+    own.until_ready()
+    request = ask("The drive over the pass takes three hours. " * 20, tokens=4)
+    for kill in range(KILLS):
+        answer = own.answer(request)
+        assert answer.token_ids == running.answer(request).token_ids
+        time.sleep(kill * 0.001)
+        own.child.kill()
+        assert isinstance(own.status(), Died)
+        chain = own.saved(request.conversation)  # whole segments, or none
+        assert len(chain.rows) <= answer.stats.kv_tokens
+        own.engine.start()
+        own.until_ready()
+        request = following(request, answer, f"And {kill}? " + "The train takes two hours. " * 10)
+        (quote,), _ = own.done(Ask("after a kill", request))
+        assert isinstance(quote, Quote)
+        assert quote.reused_tokens == len(chain.rows)
+        if quote.reused_tokens < answer.stats.kv_tokens:
+            assert quote.miss
+            assert quote.miss.cause
+    last = own.answer(request)
+    assert last.token_ids == running.answer(request).token_ids
+    own.engine.close()
+    assert len(own.saved(request.conversation).rows) == last.stats.kv_tokens
+    assert not list(own.kv_folder.glob("*/*.tmp"))
 
 
 # one that dies
@@ -305,7 +572,7 @@ def test_a_killed_child_is_told_and_another_one_takes_its_place(own: Linked) -> 
     assert own.engine.pid != before
     answer = ended(list(own.engine.turn(ask("Which pass is open?", talk=request.conversation))))
     assert len(answer.token_ids) == 12
-    assert {cache.conversation for cache in answer.warm} == {request.conversation}
+    assert hot(answer.pool) == {request.conversation}
 
 
 def test_a_model_that_cannot_be_loaded_is_a_sentence_and_the_child_stays_away(

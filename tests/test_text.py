@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.text import clean, megabytes, one_line
+from kvchat.text import clean, megabytes, one_line, parse_size
 
 HARMFUL = {
     chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -50,3 +50,41 @@ def test_one_line_joins_lines() -> None:
 )
 def test_megabytes(count: int, shown: str) -> None:
     assert megabytes(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1", 1),
+        ("1e9", 1_000_000_000),
+        ("2GB", 2_000_000_000),
+        ("2gb", 2_000_000_000),
+        ("2G", 2_000_000_000),
+        (" 512 MB ", 512_000_000),
+        ("512M", 512_000_000),
+        ("1.5 kB", 1_500),
+        ("100B", 100),
+        ("0.5", 0),
+        ("0GB", 0),
+        ("123456789", 123_456_789),
+    ],
+)
+def test_sizes_that_people_write(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "B", "GB", "much", "-1", "-0.5", "-1GB", "2GiB", "2TB", "2 G 1", "0x10", "inf", "1e999", "nan"],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - whoever asked for a size has the words
+        parse_size(text)
+
+
+@given(st.integers(0, 10**9), st.sampled_from(["", "k", "M", "G"]), st.sampled_from(["", " "]))
+def test_a_whole_number_of_units_is_exactly_so_many_bytes(number: int, unit: str, space: str) -> None:
+    exact = number * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[unit]
+    if exact < 2**53:
+        assert parse_size(f"{number}{space}{unit}B") == exact

@@ -102,7 +102,7 @@ class Caches:
         assert self._disk is not None
         started = time.perf_counter()
         kept = self.empty(precision)
-        self.make_room(lambda: kept.kv.bytes_at(saved.rows))
+        self.make_room(lambda: kept.kv.bytes_at(saved.most_rows))
         self._disk.restore(saved, kept.kv, self.fingerprint(kept.precision))
         if before := self._kept.get(conversation):
             before.kv.clear()

@@ -30,6 +30,11 @@ class Saved:
         """Tokens it holds."""
         return len(self.chain.rows)
 
+    @property
+    def most_rows(self) -> int:
+        """Tokens held at the worst moment of a restore: a later segment may drop those of one before."""
+        return max((s.header.start + len(s.header.rows) for s in self.chain.segments), default=0)
+
     def reusable(self, prompt: Sequence[int], *, gaps: bool) -> int:
         """Tokens of the prompt that it holds and can go back to; at least one is left to read."""
         same = min(common_prefix(self.chain.ids, prompt), len(prompt) - 1)

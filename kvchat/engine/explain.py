@@ -43,12 +43,18 @@ def read_before(rendered: Rendered) -> int:
     return rendered.ends[-2] if len(rendered.ends) > 1 else 0
 
 
-def explain_difference(before: Sequence[PromptMessage], now: Sequence[PromptMessage]) -> str:
-    """What changed between the conversation that was read and the one to be read now."""
+def explain_difference(
+    before: Sequence[PromptMessage], now: Sequence[PromptMessage], left_out: int = 0
+) -> str:
+    """What changed between the conversation that was read and the one to be read now.
+
+    Args:
+        left_out: messages before these, which count too when one is named by its number.
+    """
     if _system(before) != _system(now):
         return "system prompt edited"
     spoken, asked = _spoken(before), _spoken(now)
-    for number, (old, new) in enumerate(zip(spoken, asked, strict=False), start=1):
+    for number, (old, new) in enumerate(zip(spoken, asked, strict=False), start=left_out + 1):
         if (old.role, old.text) != (new.role, new.text):
             return f"message {number} edited"
     if any(m.role == "assistant" and "</think>" in m.text for m in spoken):

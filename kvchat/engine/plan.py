@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvchat.cache.evict import POLICIES, dropped, turns_in
+from kvchat.cache.evict import POLICIES, SINKS, dropped, turns_in
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.prefix import common_prefix
 from kvchat.contract import (
@@ -119,7 +119,7 @@ class Planner:
         if request.policy is EvictionPolicy.TURNS or (request.mode is CacheMode.OFF and self._gap(request)):
             left_out, before = self._leave_out(request, rendered, limit)
             messages, rendered = self.rendered(request, left_out)
-        if len(rendered.ids) >= limit and not (self._gap(request) and request.mode is not CacheMode.OFF):
+        if self._least(request, messages, rendered) >= limit:
             self._refuse(request, rendered, limit)
         if self._gap(request) and self._facts.gap_refusal:
             raise KvchatError(f"The policy {request.policy} can't be used: {self._facts.gap_refusal}")
@@ -190,6 +190,16 @@ class Planner:
                 return left_out
             left_out += more
 
+    def _least(self, request: TurnRequest, messages: Sequence[PromptMessage], rendered: Rendered) -> int:
+        """Tokens that have to fit at once, whatever the policy lets go of."""
+        policy = POLICIES[request.policy.value]
+        if not policy.leaves_gap or request.mode is CacheMode.OFF:
+            return len(rendered.ids)
+        if not policy.needs_scores:
+            return 0
+        turns = layout_of(messages, rendered).turns
+        return SINKS + len(rendered.ids) - (turns[-1] if turns else 0)
+
     def _refuse(self, request: TurnRequest, rendered: Rendered, limit: int) -> None:
         what = "the KV budget" if limit < self._facts.context_limit else "the context"
         choices = "Start a new conversation, or send a shorter message."
@@ -244,6 +254,9 @@ class Planner:
             return None, ""
         wanted = self._caches.fingerprint(self._caches.real(request.kv))
         difference = wanted.difference(saved.fingerprint)
+        needed = self._caches.empty(request.kv).kv.bytes_at(saved.most_rows)
+        if not difference and needed > self._caches.budget_bytes:
+            difference = f"what is saved takes {needed / 1e6:,.1f} MB, more than the KV budget"
         return (None, difference) if difference else (saved, "")
 
     def _rows(self, request: TurnRequest, source: Source, reused: int) -> int:
@@ -290,6 +303,7 @@ class Planner:
         token, message, was, now = explain.difference_at(held, rendered, self._renderer.decode)
         if message < len(messages) and messages[0].role != "system":
             message += 1
+        message += left_out if message else 0
         if kept and not isinstance(source, Saved):
             cause = self._cause(request, kept, messages, left_out, token)
         else:
@@ -309,7 +323,7 @@ class Planner:
             return explain.NOT_KEPT
         if not kept.messages:  # it came from disk, where there are no texts
             return explain.NOT_AS_SAVED
-        return explain.explain_difference(kept.messages, messages)
+        return explain.explain_difference(kept.messages, messages, left_out)
 
     def _note(self, request: TurnRequest, messages: Sequence[PromptMessage], miss: Miss | None) -> str:
         if not explain.has_history(messages):

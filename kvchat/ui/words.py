@@ -58,7 +58,7 @@ def miss_words(miss: Miss | None, note: str = "") -> Content:
     if miss.token is not None:
         place = "the system prompt" if miss.message == 0 else f"message {miss.message}"
         lines += [
-            Content(f"\nThe first difference is token {miss.token:,}, in {place}:"),
+            Content(f"\nFirst difference: token {miss.token:,}, in {place}:"),
             Content.assemble(("cached  ", "$text-muted"), (visible(miss.was), "$text-error")),
             Content.assemble(("now     ", "$text-muted"), (visible(miss.now), "$text-success")),
         ]

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.shelf import Shelf
-from kvchat.contract import CacheEvent, CacheEventKind, EvictionPolicy, Evicted, KVPrecision, TurnEvent
+from kvchat.contract import CacheEvent, CacheEventKind, Evicted, EvictionPolicy, KVPrecision, TurnEvent
 from kvchat.engine.context import without_oldest
 from kvchat.engine.disk import DiskTier
 from kvchat.engine.engine import LocalEngine
@@ -84,7 +84,9 @@ class Journal:
         """Notes every forward pass inside the block; nothing but that conversation may be read in it."""
         model = chat.loaded.model
         hooks = (
-            model.register_forward_pre_hook(lambda _, __, given: self._enter(chat.kv, given), with_kwargs=True),
+            model.register_forward_pre_hook(
+                lambda _, __, given: self._enter(chat.kv, given), with_kwargs=True
+            ),
             model.register_forward_hook(lambda _, __, output: self._leave(output)),
         )
         try:
@@ -141,8 +143,9 @@ def assert_equals_cold_without(played: Played, loaded: LoadedModel, left_out: in
     found = torch.stack(played.logits[-after:]) if after else torch.empty(0)
     generated = played.finished.stats.generated_tokens
     torch.testing.assert_close(found, whole[generated - after : generated], atol=TOLERANCE, rtol=0)
-    assert whole.argmax(dim=-1).tolist()[generated - after : len(played.tokens)] == (
-        played.tokens[generated - after :]
+    assert (
+        whole.argmax(dim=-1).tolist()[generated - after : len(played.tokens)]
+        == (played.tokens[generated - after :])
     )
 
 
@@ -182,7 +185,7 @@ def with_positions(loaded: LoadedModel, limit: int) -> LoadedModel:
 
 
 def storage_bytes(engine: LocalEngine) -> int:
-    """Bytes of every distinct piece of memory that the caches hold, found by walking through their tensors."""
+    """Bytes of every distinct piece of memory in the caches, found by walking through their tensors."""
     held = (torch_storages(kept.kv.layers) for _, kept in engine.caches.others(""))
     return sum({address: size for found in held for address, size in found.items()}.values())
 

@@ -1,4 +1,4 @@
-"""All caches together stay within a budget of bytes; who makes room is predicted, and what comes back is exact."""
+"""All caches together stay within a budget; who makes room is predicted, and what comes back is exact."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -350,7 +350,9 @@ def test_what_forks_share_counts_once_until_a_second_one_writes(tiny: LoadedMode
     assert house.pool.used_bytes == 2 * before == storage_bytes(house.engine)
 
 
-def test_a_fork_that_has_to_make_room_takes_nothing_from_its_parent(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_fork_that_has_to_make_room_takes_nothing_from_its_parent(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path))
     house.ask("a")
     house.engine.act(Fork("a", "fork"))

@@ -31,6 +31,7 @@ from kvchat.contract import (
     Report,
     Sampling,
     SetBudget,
+    SetPrecision,
     Spill,
     Tokens,
     TurnEvent,
@@ -138,7 +139,9 @@ class Machine(RuleBasedStateMachine):
         """Some conversations begin elsewhere: they have a past that no engine here has read."""
         opening = [PromptMessage("system", SYSTEM)] if system else []
         for name, turns in zip(NAMES, past, strict=True):
-            said = [m for n in range(turns) for m in (user(f"{n} {WORDS[1]}"), PromptMessage("assistant", "Far."))]
+            said = [
+                m for n in range(turns) for m in (user(f"{n} {WORDS[1]}"), PromptMessage("assistant", "Far."))
+            ]
             self.talks[name] = Talk([*opening, *said])
 
     # What a user says.
@@ -205,7 +208,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=names, kv=st.sampled_from([KVPrecision.FP32, KVPrecision.AUTO, KVPrecision.INT8]))
     def choose_precision(self, name: str, kv: KVPrecision) -> None:
+        """For what is read from now on; a cache that is stored otherwise is of no use then."""
         self.talks[name].kv = kv
+
+    @rule(name=names, kv=st.sampled_from([KVPrecision.FP32, KVPrecision.AUTO, KVPrecision.INT8]))
+    def convert(self, name: str, kv: KVPrecision) -> None:
+        self.talks[name].kv = kv
+        self.do(SetPrecision(name, kv))
 
     # What happens to caches.
 
@@ -334,8 +343,10 @@ class Run:
         return renderer().render(without_oldest(self.request.messages, left_out)).ids
 
     def check_re_reading(self, started: TurnStarted) -> None:
-        """No silent reading of what was read before: what is read are the last message and what ends others."""
-        left_out = next((e.left_out for e in self.events[:2] if isinstance(e, Evicted)), self.request.left_out)
+        """Where more is read than the last message and what leads to it, there is a reason."""
+        left_out = next(
+            (e.left_out for e in self.events[:2] if isinstance(e, Evicted)), self.request.left_out
+        )
         messages = without_oldest(self.request.messages, left_out)
         history = any(message.role == "assistant" for message in messages)
         again = renderer().render(messages).ends[-2] - 1 if len(messages) > 1 else 0

@@ -112,7 +112,7 @@ def test_switched_on_again_it_reads_once_says_why_and_then_reuses(
 
 def first_keys(chat: Chat) -> "weakref.ref[object]":
     """Watches a piece of the cache without keeping it alive."""
-    return weakref.ref(chat.kv.layers[0].keys)
+    return weakref.ref(chat.kv.stored[0].keys)
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])

@@ -48,6 +48,12 @@ REWRITING = CHATML.replace(
 Change = Callable[[Chat], None]
 
 
+@pytest.fixture
+def loaded(tiny: LoadedModel) -> LoadedModel:
+    """The tiny model: plans are made of ids, and any model's will do."""
+    return tiny
+
+
 @dataclass
 class Desk:
     """An engine, and everything it reported."""
@@ -429,6 +435,19 @@ def test_turns_that_are_left_out_are_a_cause() -> None:
     miss = miss_of(played)
     assert miss.cause == explain.TURNS_LEFT_OUT
     assert miss.tokens > 0
+
+
+def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> None:
+    chat, at = filled(EvictionPolicy.TURNS)
+    chat.ask("Why?")
+    left_out = chat.left_out
+    assert len(chat.messages) > left_out + 3
+    edit(left_out + 1)(chat)
+    chat.messages.append(user("Are you sure?"))
+    played = assert_paid_as_quoted(chat, at)
+    assert chat.left_out == left_out
+    miss = miss_of(played)
+    assert (miss.cause, miss.message) == (f"message {left_out + 2} edited", left_out + 2)
 
 
 def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> None:

@@ -1,17 +1,27 @@
-"""What happens when the context is full, by policy; each answer is compared with what plain transformers say."""
+"""What happens when the context is full, by policy; every answer is compared with plain transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, MambaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.cache.evict import SINKS
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.quantize import BLOCK
+from kvchat.cache.rotate import close_gaps
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
@@ -23,7 +33,7 @@ from kvchat.contract import (
     Tokens,
 )
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import CachedReader
+from kvchat.engine.forward import CachedReader, forward_pass
 from kvchat.engine.load import LoadedModel, assemble
 from tests.engine.driving import (
     TOLERANCE,
@@ -31,7 +41,6 @@ from tests.engine.driving import (
     assert_equals_cold,
     rendered,
     sentences,
-    stopping_at,
     uncached_logits,
     user,
 )
@@ -55,7 +64,20 @@ GAPS = pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.S
 NONE, TURNS, SINKS_POLICY, SNAPKV = EvictionPolicy
 
 
-def sized(kind: type[PreTrainedConfig], chat: TokenizersBackend, **own: object) -> PreTrainedConfig:
+ESSAY = (
+    "Bread is made from flour, water, salt and yeast. The dough rises for some hours before it is baked in a "
+    "hot oven, and the crust gets brown.",
+    "The sea covers most of the planet, and its water is salty because rivers carry minerals from the rocks "
+    "on land into it over a very long time.",
+    "Trains run on rails made of steel. The first public railway with steam engines opened in England in the "
+    "year 1825, and it carried coal and people.",
+    "Mountains rise where plates of the crust push against each other. The highest one above the sea is "
+    "Mount Everest, with 8,849 metres of height.",
+)
+TOPICS = ("bread", "the sea", "trains", "mountains")
+
+
+def sized(kind: Callable[..., PreTrainedConfig], chat: TokenizersBackend, **own: object) -> PreTrainedConfig:
     """A config of tiny sizes under the usual names."""
     return kind(
         vocab_size=len(chat),
@@ -75,7 +97,9 @@ def gpt2(chat: TokenizersBackend) -> PreTrainedConfig:
 
 
 def bloom(chat: TokenizersBackend) -> PreTrainedConfig:
-    return BloomConfig(vocab_size=len(chat), hidden_size=32, n_layer=2, n_head=2, eos_token_id=chat.eos_token_id)
+    return BloomConfig(
+        vocab_size=len(chat), hidden_size=32, n_layer=2, n_head=2, eos_token_id=chat.eos_token_id
+    )
 
 
 def mamba(chat: TokenizersBackend) -> PreTrainedConfig:
@@ -156,8 +180,9 @@ def test_one_message_longer_than_the_context_is_read_with_sinks_in_between(small
 def test_snapkv_refuses_one_message_longer_than_the_context(small: LoadedModel) -> None:
     """The last turn is never dropped, so there is nothing that could go."""
     chat = chat_with(LocalEngine(small), small, SNAPKV)
-    reason = chat.ask(sentences(30)).failed.reason
-    assert "Send a shorter message" in reason
+    failed = chat.ask(sentences(30))
+    assert "send a shorter message" in failed.failed.reason
+    assert failed.evaluated == 0
     chat.messages.pop()
     assert_equals_cold(chat.ask("Which pass is open?"), small)
 
@@ -352,7 +377,8 @@ def test_events_stats_and_timeline_say_the_same(small: LoadedModel, policy: Evic
     assert ("approximate" if policy is not TURNS else "exact") in event.note
     assert event.left_out == played.finished.left_out
     quiet = chat.ask("And?")
-    assert evictions(quiet) == timeline(quiet, CacheEventKind.EVICT) == []
+    assert not evictions(quiet)
+    assert not timeline(quiet, CacheEventKind.EVICT)
     assert quiet.finished.stats.evicted_tokens == 0
     assert quiet.finished.left_out == played.finished.left_out
 
@@ -485,6 +511,39 @@ def with_sinks_moved(model: PreTrainedModel, journal: Journal, since: int) -> to
     return masked_logits(model, ids, hidden, positions)[SINKS:]
 
 
+def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: LoadedModel) -> None:
+    """A key that was turned once is not turned again: the kept tokens are read as if they were all."""
+    loaded, journal = with_positions(small, 200), Journal()
+    chat = filled(LocalEngine(loaded), loaded, SINKS_POLICY, journal)
+    until_positions_move(chat, journal)
+    for number in range(30):
+        played = chat.ask(question(number))
+        notes = [event.note for event in timeline(played, CacheEventKind.EVICT)]
+        if again := [note for note in notes if "read again, exactly" in note]:
+            break
+    assert len(again) == 1
+    ids, rows = chat.kv.ids, chat.kv.rows
+    assert chat.kv.positions == tuple(range(len(rows)))
+    cold = uncached_logits(loaded.model, [ids[row] for row in rows])
+    generated = played.finished.stats.generated_tokens - 1
+    found = torch.stack(played.logits[-generated:])
+    torch.testing.assert_close(found, cold[-generated:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
+def test_quantised_keys_are_never_turned(tiny: LoadedModel, kv: KVPrecision) -> None:
+    loaded = with_positions(with_context(tiny, 6 * BLOCK), 7 * BLOCK)
+    chat = chat_with(LocalEngine(loaded), loaded, SINKS_POLICY, kv=kv, max_tokens=30)
+    notes = [
+        event.note
+        for number in range(12)
+        for event in timeline(chat.ask(question(number)), CacheEventKind.EVICT)
+    ]
+    assert any("read again, exactly" in note for note in notes)
+    assert not any("turned" in note for note in notes)
+    assert max(chat.kv.positions) < 7 * BLOCK
+
+
 @pytest.mark.parametrize(
     "architecture",
     [
@@ -513,3 +572,106 @@ def test_a_model_that_can_not_have_gaps_refuses_them_in_words(
     assert policy in reason
     chat.policy = TURNS
     assert_equals_cold(chat.answer(), loaded)
+
+
+def conversation_with_a_needle(loaded: LoadedModel, policy: EvictionPolicy, word: str, before: int) -> Chat:
+    """Four topics, and a code word said after `before` of them."""
+    chat = chat_with(LocalEngine(loaded, prefill_chunk=64), loaded, policy, max_tokens=16)
+    for number, (topic, text) in enumerate(zip(TOPICS, ESSAY, strict=True)):
+        if number == before:
+            chat.messages += [
+                user(f"The secret code word is {word}. Please remember it."),
+                PromptMessage("assistant", f"I will remember it: the secret code word is {word}."),
+            ]
+        chat.messages += [user(f"Tell me one fact about {topic}."), PromptMessage("assistant", text)]
+    return chat
+
+
+EARLY, LATE = 0, 3
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("policy", "limit", "word", "before", "found"),
+    [
+        (TURNS, 1024, "ZEBRA", EARLY, True),
+        (SINKS_POLICY, 256, "ZEBRA", EARLY, False),
+        (SINKS_POLICY, 256, "ZEBRA", LATE, True),
+        (TURNS, 256, "ZEBRA", EARLY, False),
+        (TURNS, 256, "ZEBRA", LATE, True),
+        (SNAPKV, 284, "London", EARLY, True),
+        (SINKS_POLICY, 284, "London", EARLY, False),
+    ],
+    ids=[
+        "all of it is there",
+        "before the window of sinks",
+        "inside the window of sinks",
+        "in a turn that is left out",
+        "in a turn that stays",
+        "asked for, so that snapkv keeps it",
+        "asked for, and sinks don't care",
+    ],
+)
+def test_a_code_word_is_found_where_it_was_kept(
+    smollm2: LoadedModel, policy: EvictionPolicy, limit: int, word: str, before: int, found: bool
+) -> None:
+    loaded = with_context(smollm2, limit)
+    chat = conversation_with_a_needle(loaded, policy, word, before)
+    played = chat.ask("What is the secret code word?")
+    assert (word in played.finished.text) is found
+    assert bool(evictions(played)) is (limit < 1024)
+    if policy is SNAPKV:
+        assert played.finished.stats.evicted_tokens >= 0.45 * played.started.prompt_tokens
+
+
+@pytest.mark.model
+def test_sinks_keep_the_loss_of_what_follows_and_a_window_alone_does_not(smollm2: LoadedModel) -> None:
+    """StreamingLLM, section 3.1: without its first tokens the model is lost."""
+    ids = smollm2.tokenizer.encode(" ".join(ESSAY)).ids
+    read, window = len(ids) - 50, 40
+    tail = range(read - window, read)
+    reference = loss_after(smollm2, ids, read, range(read))
+    assert loss_after(smollm2, ids, read, [*range(SINKS), *tail]) <= 1.05 * reference
+    assert loss_after(smollm2, ids, read, tail) >= reference + 0.3
+
+
+def loss_after(loaded: LoadedModel, ids: Sequence[int], read: int, rows: Sequence[int]) -> float:
+    """Mean negative log likelihood (nats) of the tokens after the first `read`, of which `rows` stay."""
+    logits = answers_along(loaded, gapped(loaded, ids[:read], rows), ids[read:-1])
+    return float(cross_entropy(logits.float(), torch.tensor(ids[read + 1 :])))
+
+
+def gapped(loaded: LoadedModel, ids: Sequence[int], rows: Sequence[int]) -> ConversationKV:
+    """A cache that read `ids` and kept `rows` of them."""
+    kv = loaded.new_kv()
+    CachedReader(loaded.model, kv).read(ids)
+    kv.select(rows)
+    return kv
+
+
+@pytest.mark.model
+def test_closing_a_gap_changes_next_to_nothing(smollm2: LoadedModel) -> None:
+    """StreamingLLM counts positions inside the cache; here they have a gap until they end."""
+    ids = smollm2.tokenizer.encode(" ".join(ESSAY)).ids
+    read = len(ids) - 30
+    rows = [*range(SINKS), *range(read - 60, read)]
+    frequencies = smollm2.rotary_frequencies()
+    assert frequencies is not None
+    with_gap, closed = (gapped(smollm2, ids[:read], rows) for _ in range(2))
+    close_gaps(closed, frequencies)
+    assert (with_gap.next_position, closed.next_position) == (read, len(rows))
+    told, moved = (answers_along(smollm2, kv, ids[read:]) for kv in (with_gap, closed))
+    assert 0 < divergence(told, moved) < 0.05
+
+
+def answers_along(loaded: LoadedModel, kv: ConversationKV, ids: Sequence[int]) -> torch.Tensor:
+    """Logits `[len(ids), vocabulary]` after each of the ids."""
+    first = kv.next_position
+    with kv.append(ids) as past:
+        return forward_pass(loaded.model, ids, range(first, first + len(ids)), past, keep=len(ids))
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Mean KL divergence (nats) of the distributions that two sets of logits `[n, vocabulary]` stand for."""
+    p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

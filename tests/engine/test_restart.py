@@ -82,15 +82,14 @@ class House:
 
 
 @pytest.fixture
-def house(loaded: LoadedModel, tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path / "shelf", loaded)
-    yield house
-    house.engine.close()
+def loaded(tiny: LoadedModel) -> LoadedModel:
+    """The tiny model: the real one has a test of its own below."""
+    return tiny
 
 
 @pytest.fixture
-def tiny_house(tiny: LoadedModel, tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path / "shelf", tiny)
+def house(loaded: LoadedModel, tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path / "shelf", loaded)
     yield house
     house.engine.close()
 
@@ -170,17 +169,17 @@ def test_a_restart_after_every_turn_costs_nothing(house: House, loaded: LoadedMo
 @pytest.mark.parametrize(
     "precision", [KVPrecision.FP32, KVPrecision.BF16, KVPrecision.INT8, KVPrecision.INT4]
 )
-def test_every_precision_comes_back_bit_for_bit(tiny_house: House, precision: KVPrecision) -> None:
-    chat = Chat(tiny_house.engine, tiny_house.loaded, system=SYSTEM)
+def test_every_precision_comes_back_bit_for_bit(house: House, precision: KVPrecision) -> None:
+    chat = Chat(house.engine, house.loaded, system=SYSTEM)
     chat.precision = precision
     for question in QUESTIONS:
         chat.ask(question)
     held = len(chat.kv)
-    tiny_house.restart(chat)
+    house.restart(chat)
     played = chat.ask(SURE)
     assert_restored(played, held)
     assert played.finished.stats.kv_dtype == precision.value
-    assert_bit_equal(played, live_turn(tiny_house.loaded, precision))
+    assert_bit_equal(played, live_turn(house.loaded, precision))
 
 
 @pytest.mark.parametrize("index", [1, 2, 3, 5])
@@ -341,24 +340,24 @@ def identified(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Iterat
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint) if f.name != "kv"])
 def test_a_cache_of_another_fingerprint_is_refused_by_the_name_of_the_field(
-    tiny_house: House, monkeypatch: pytest.MonkeyPatch, name: str
+    house: House, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    chat = tiny_house.chat()
-    was = getattr(tiny_house.engine.caches.fingerprint(KVPrecision.FP32), name)
+    chat = house.chat()
+    was = getattr(house.engine.caches.fingerprint(KVPrecision.FP32), name)
     with identified(monkeypatch, name, "another"):
-        tiny_house.restart(chat)
-        assert_read_again(chat, tiny_house, f"{WORDS[name]} changed: {was} → another")
+        house.restart(chat)
+        assert_read_again(chat, house, f"{WORDS[name]} changed: {was} → another")
 
 
-def test_a_cache_of_another_kv_precision_is_refused_by_name(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.restart(chat)
+def test_a_cache_of_another_kv_precision_is_refused_by_name(house: House) -> None:
+    chat = house.chat()
+    house.restart(chat)
     chat.precision = KVPrecision.BF16
     played = chat.ask(SURE)
     assert played.finished.stats.reuse_note == "KV precision changed: fp32 → bf16"
     assert (played.started.reused_tokens, played.started.restored_tokens) == (0, 0)
     held = len(chat.kv)
-    tiny_house.restart(chat)
+    house.restart(chat)
     assert_restored(chat.ask("Why?"), held)
 
 
@@ -391,24 +390,24 @@ def replace_name(name: str) -> LoadedModel:
 
 
 @pytest.mark.parametrize("other", OTHER_MODELS)
-def test_a_cache_of_another_model_is_refused(tiny_house: House, other: str) -> None:
+def test_a_cache_of_another_model_is_refused(house: House, other: str) -> None:
     """Identified by what the model is, not by what somebody says."""
-    chat = tiny_house.chat()
+    chat = house.chat()
     build, words = OTHER_MODELS[other]
-    tiny_house.loaded = chat.loaded = build()
-    tiny_house.restart(chat)
-    assert_read_again(chat, tiny_house, words)
+    house.loaded = chat.loaded = build()
+    house.restart(chat)
+    assert_read_again(chat, house, words)
 
 
 def test_a_cache_that_may_not_be_used_is_not_warmed_either(
-    tiny_house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = tiny_house.chat()
+    chat = house.chat()
     with identified(monkeypatch, "revision", "another"):
-        tiny_house.restart(chat)
-    tiny_house.reports.clear()
-    tiny_house.engine.act(Warm(chat.name))
-    refused, pool = tiny_house.reports
+        house.restart(chat)
+    house.reports.clear()
+    house.engine.act(Warm(chat.name))
+    refused, pool = house.reports
     assert isinstance(refused, Refused)
     assert "model weights changed" in refused.reason
     assert isinstance(pool, PoolState)
@@ -458,42 +457,42 @@ def exchange(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_cache_is_refused_with_the_reason_and_read_again(tiny_house: House, name: str) -> None:
-    chat = tiny_house.chat()
-    tiny_house.engine.close()
-    assert len(tiny_house.segments()) == 3
+def test_a_damaged_cache_is_refused_with_the_reason_and_read_again(house: House, name: str) -> None:
+    chat = house.chat()
+    house.engine.close()
+    assert len(house.segments()) == 3
     damage, reason = DAMAGES[name]
-    damage(tiny_house.segments())
-    tiny_house.restart(chat)
-    assert_read_again(chat, tiny_house, reason or "can't be used")
+    damage(house.segments())
+    house.restart(chat)
+    assert_read_again(chat, house, reason or "can't be used")
 
 
-def test_a_cache_of_another_conversation_is_refused(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.engine.close()
-    tiny_house.folder().rename(tiny_house.root / "renamed")
+def test_a_cache_of_another_conversation_is_refused(house: House) -> None:
+    chat = house.chat()
+    house.engine.close()
+    house.folder().rename(house.root / "renamed")
     chat.name = "renamed"
-    tiny_house.restart(chat)
-    assert_read_again(chat, tiny_house, "belongs to conversation chat")
+    house.restart(chat)
+    assert_read_again(chat, house, "belongs to conversation chat")
 
 
-def test_a_refusal_is_an_event(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.engine.close()
-    flip(tiny_house.segments()[-1], -1)
-    tiny_house.restart(chat)
+def test_a_refusal_is_an_event(house: House) -> None:
+    chat = house.chat()
+    house.engine.close()
+    flip(house.segments()[-1], -1)
+    house.restart(chat)
     events = chat.ask(SURE).finished.pool.events
     (refused,) = [e for e in events if e.kind is CacheEventKind.REFUSE]
     assert "has a damaged tensor" in refused.note
     assert CacheEventKind.RESTORE not in [e.kind for e in events]
 
 
-def test_a_cache_that_was_removed_meanwhile_is_read_again(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.engine.close()
-    Shelf(tiny_house.root, CAP).remove(chat.name)
-    tiny_house.restart(chat)
-    assert_read_again(chat, tiny_house, explain.NOT_READ_YET)
+def test_a_cache_that_was_removed_meanwhile_is_read_again(house: House) -> None:
+    chat = house.chat()
+    house.engine.close()
+    Shelf(house.root, CAP).remove(chat.name)
+    house.restart(chat)
+    assert_read_again(chat, house, explain.NOT_READ_YET)
 
 
 # What must not be written, and what has to go.
@@ -515,28 +514,28 @@ def test_a_private_conversation_writes_nothing(house: House, loaded: LoadedModel
     assert_equals_cold(following, loaded)
 
 
-def test_a_private_conversation_reads_nothing_from_disk_either(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.restart(chat)
+def test_a_private_conversation_reads_nothing_from_disk_either(house: House) -> None:
+    chat = house.chat()
+    house.restart(chat)
     chat.remember = False
     played = chat.ask(SURE)
     assert (played.started.reused_tokens, played.started.restored_tokens) == (0, 0)
-    assert_equals_cold(played, tiny_house.loaded)
+    assert_equals_cold(played, house.loaded)
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_without_a_kept_cache_nothing_is_written(tiny_house: House, mode: CacheMode) -> None:
-    chat = Chat(tiny_house.engine, tiny_house.loaded, mode=mode)
+def test_without_a_kept_cache_nothing_is_written(house: House, mode: CacheMode) -> None:
+    chat = Chat(house.engine, house.loaded, mode=mode)
     chat.ask(sentences(3))
-    tiny_house.restart(chat)
-    assert everything_on(tiny_house.root) == []
+    house.restart(chat)
+    assert everything_on(house.root) == []
 
 
 def test_forgetting_removes_the_folder(house: House, loaded: LoadedModel) -> None:
     chat, other = house.chat(), house.chat("other")
     house.engine.forget(chat.name)
     assert not house.folder().exists()
-    assert house.folder("other").exists()
+    assert house.disk.find("other") is not None
     assert [c.conversation for c in house.engine.pool().caches] == ["other"]
     house.restart(chat, other)
     assert not house.folder().exists()
@@ -545,13 +544,13 @@ def test_forgetting_removes_the_folder(house: House, loaded: LoadedModel) -> Non
     assert_equals_cold(played, loaded)
 
 
-def test_dropping_removes_the_folder_and_the_next_turn_says_so(tiny_house: House) -> None:
-    chat = tiny_house.chat()
-    tiny_house.engine.act(Drop(chat.name))
-    assert not tiny_house.folder().exists()
+def test_dropping_removes_the_folder_and_the_next_turn_says_so(house: House) -> None:
+    chat = house.chat()
+    house.engine.act(Drop(chat.name))
+    assert not house.folder().exists()
     played = chat.ask(SURE)
     assert played.started.reuse_note == "you dropped it"
-    assert tiny_house.disk.find(chat.name) is not None
+    assert house.disk.find(chat.name) is not None
 
 
 def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) -> None:
@@ -573,4 +572,17 @@ def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) 
     played = first.ask(SURE)
     assert played.started.restored_tokens == 0
     assert_equals_cold(played, tiny)
+    house.engine.close()
+
+
+@pytest.mark.model
+def test_a_real_model_goes_on_where_it_was(smollm2: LoadedModel, tmp_path: Path) -> None:
+    house = House(tmp_path / "shelf", smollm2)
+    chat = house.chat()
+    held = len(chat.kv)
+    house.restart(chat)
+    played = chat.ask(SURE)
+    assert_restored(played, held)
+    assert_bit_equal(played, live_turn(smollm2))
+    assert_equals_cold(played, smollm2)
     house.engine.close()

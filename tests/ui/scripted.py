@@ -278,7 +278,7 @@ class ScriptedEngine:
         return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, self.pool(), left_out)
 
     def _catch_up(self) -> None:
-        """Does what was asked for meanwhile, as the engine does: in order, each with the new state after it."""
+        """Does what was asked for meanwhile, as the engine does: in order, the new state after each."""
         with self._changed:
             later, self._later = self._later, []
         for act in later if self.answers_acts else ():

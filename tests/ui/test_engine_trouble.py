@@ -77,8 +77,11 @@ async def test_death_at_rest_makes_every_conversation_cold() -> None:
     async with running(engine) as chat:
         await chat.ask("Warm up")
         assert chat.listed()[0].startswith("●")
+        engine.loading.is_open = False
         engine.die(KILLED)
         await chat.until(lambda: chat.listed()[0].startswith("○"), "the list shows it cold")
+        assert "all KV" not in chat.panel()
+        engine.loading.open()
         await chat.until(lambda: "ready" in chat.status(), "the engine is there again")
         await chat.ask("Once more")
         assert chat.answers() == ["ok", "ok"]

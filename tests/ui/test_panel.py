@@ -8,6 +8,8 @@ from textual.content import Content
 
 from kvchat.contract import (
     CacheMode,
+    Evicted,
+    EvictionPolicy,
     FinishReason,
     ModelFacts,
     PoolState,
@@ -28,6 +30,7 @@ from kvchat.ui.pace import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
 from kvchat.ui.widgets.panel import (
     ENOUGH_TOKENS,
     INNER_WIDTH,
+    WHEN_FULL,
     PanelState,
     TurnFigures,
     bar,
@@ -68,7 +71,9 @@ def tokens(count: int, *, said: str = "x", seconds: float = 0.02) -> Tokens:
 # --- lines -----------------------------------------------------------------------------------------------
 
 
-LARGE = replace(FACTS, layers=126, kv_heads=16, head_dim=128, kv_dtype_bytes=4, context_limit=131_072)
+LARGE = replace(
+    FACTS, layers=126, kv_heads=16, head_dim=128, kv_dtype="fp32", kv_dtype_bytes=4, context_limit=131_072
+)
 
 
 @pytest.mark.parametrize("model", [FACTS, LARGE], ids=["small", "large"])
@@ -83,6 +88,65 @@ def test_the_formula_is_the_models_own_and_gives_the_bytes_shown(model: ModelFac
     assert product == model.kv_bytes_per_token * held
     assert f"used{megabytes(product):>15}" in shown
     assert f"allocated{megabytes(held * 7):>10}" in shown
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "size", "bits"),
+    [("fp32", "4 bytes", 32), ("bf16", "2 bytes", 16), ("int8", "8 bits", 8), ("int4", "4 bits", 4)],
+)
+def test_the_formula_is_that_of_the_precision_that_is_stored(stored_as: str, size: str, bits: int) -> None:
+    state = PanelState(model=FACTS, turn=TurnFigures(kv_tokens=1000, kv_dtype=stored_as))
+    shown = text(kv_lines(state))
+    assert f"× 64 dim × {size} × 1,000" in shown
+    numbers = 2 * FACTS.layers * FACTS.kv_heads * FACTS.head_dim * 1000
+    assert f"used{megabytes(numbers * bits // 8):>15} {stored_as}" in shown
+
+
+def test_a_cache_that_the_turn_threw_away_is_said_to_be_freed() -> None:
+    turn = TurnFigures(kv_tokens=10)
+    assert "then freed" in text(kv_lines(PanelState(mode=CacheMode.TURN, model=FACTS, turn=turn)))
+    assert "then freed" not in text(kv_lines(PanelState(model=FACTS, turn=turn)))
+
+
+def lines_of(state: PanelState) -> dict[str, list[str]]:
+    """The panel's rows by their first words."""
+    rows = [line.plain for line in (*turn_lines(state), *kv_lines(state))]
+    return {line[:10].strip(): line[10:].split() for line in rows}
+
+
+def test_what_came_from_disk_and_what_was_dropped_is_shown_where_there_is_some() -> None:
+    turn = TurnFigures(reused=1204, restored=1100, evicted=512)
+    shown = lines_of(PanelState(turn=turn))
+    assert shown["restored"] == ["1,100", "from", "disk"]
+    assert shown["evicted"] == ["512", "context", "full"]
+    assert not {"restored", "evicted"} & set(lines_of(PanelState(turn=TurnFigures(reused=1204))))
+
+
+def test_all_caches_are_counted_against_the_budget_and_those_on_disk_against_its_cap() -> None:
+    pool = PoolState((), 31_000_000, 2_000_000_000, 94_000_000, 8_000_000_000)
+    shown = lines_of(PanelState(model=FACTS, pool=pool))
+    assert shown["all KV"] == ["31.0", "MB", "of", "2.00", "GB"]
+    assert shown["on disk"] == ["94.0", "MB", "of", "8.00", "GB"]
+    shown = lines_of(PanelState(model=FACTS, pool=replace(pool, disk_cap_bytes=0)))
+    assert "on disk" not in shown
+    assert "all KV" not in lines_of(PanelState(model=FACTS))
+
+
+@pytest.mark.parametrize("policy", list(EvictionPolicy))
+def test_the_policy_and_whether_it_is_exact_are_shown(policy: EvictionPolicy) -> None:
+    shown = lines_of(PanelState(model=FACTS, policy=policy))
+    assert shown["when full"] == [policy.value, *WHEN_FULL[policy].split()]
+
+
+def test_the_notes_of_the_model_are_shown_without_control_characters() -> None:
+    model = replace(FACTS, notes=("3 of 30 layers slide\x1b[31m over 512 [/b] tokens.",))
+    assert text(kv_lines(PanelState(model=model))).endswith("3 of 30 layers slide[31m over 512 [/b] tokens.")
+
+
+def test_the_limit_is_the_one_of_the_last_turn() -> None:
+    assert lines_of(PanelState(model=FACTS))["context"] == ["0", "of", "8,192"]
+    state = PanelState(model=FACTS, turn=TurnFigures(reused=7, limit=4096))
+    assert lines_of(state)["context"] == ["7", "of", "4,096"]
 
 
 def test_without_a_model_there_is_no_formula() -> None:
@@ -203,7 +267,16 @@ def test_no_line_is_wider_than_the_panel(model: ModelFacts, context: int) -> Non
     off = replace(on, cache_mode="off", decode_tok_s=0.31, ttft_s=20.45)
     state = PanelState(
         model=model,
-        turn=replace(figures_of(on), kv_tokens=context, kv_bytes=context * model.kv_bytes_per_token),
+        turn=replace(
+            figures_of(on),
+            kv_tokens=context,
+            kv_bytes=context * model.kv_bytes_per_token,
+            restored=context - 30,
+            evicted=context - 30,
+            limit=context,
+        ),
+        policy=EvictionPolicy.SNAPKV,
+        pool=PoolState((), 999_900_000, 99_990_000_000, 999_900_000, 99_990_000_000),
         step_ms=(5.0, 3211.0) * KEPT_STEPS,
         rss_bytes=999_900_000,
         prefill_rate=1234.5,
@@ -237,6 +310,34 @@ def test_a_turn_is_counted_while_it_goes_on() -> None:
     # the first token's step is the prefill: 9 s would be no decode step
     assert figures.state.step_ms == (20.0, 20.0)
     assert turn.decode_tok_s == pytest.approx(50.0)
+
+
+def test_every_eviction_of_a_turn_is_counted_and_the_next_turn_begins_at_nothing() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.evicted(Evicted("turn", 500, "", 2))
+    figures.evicted(Evicted("turn", 12, "", 4))
+    assert figures.state.turn.evicted == 512
+    figures.asked()
+    assert figures.state.turn.evicted == 0
+
+
+def test_what_was_restored_is_known_before_the_first_token() -> None:
+    figures = Figures()
+    figures.asked()
+    figures.started(TurnStarted("turn", 30, 20, 10, "", restored_tokens=15))
+    assert figures.state.turn.restored == 15
+
+
+def test_what_happens_to_a_cache_between_turns_changes_what_it_holds() -> None:
+    figures = Figures()
+    answered(figures, stats(reused=90))
+    pool = PoolState((WarmCache("other", 1, 1), WarmCache("mine", 57, 5700)), 5701, 10_000, 0, 0)
+    figures.pool(pool, "mine")
+    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (57, 5700)
+    assert figures.state.turn.reused == 90
+    figures.pool(POOL, "mine")
+    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (0, 0)
 
 
 def test_measured_figures_replace_counted_ones() -> None:
@@ -287,9 +388,12 @@ def test_a_new_turn_keeps_what_the_cache_holds_and_forgets_the_rest() -> None:
 def test_an_opened_conversation_shows_its_last_turn_and_what_is_warm() -> None:
     on, off = stats(reused=90), stats(CacheMode.OFF)
     messages = tuple(Message(n, None, "assistant", "a", "", stats=each) for n, each in enumerate((off, on)))
-    conversation = Conversation("id", mode=CacheMode.TURN, messages=messages)
+    conversation = Conversation("id", mode=CacheMode.TURN, policy=EvictionPolicy.SINKS, messages=messages)
     figures = Figures()
     figures.opened(conversation, WarmCache("id", 114, 5000))
+    figures.settings(conversation.mode, conversation.policy)
+    assert figures.state.mode is CacheMode.TURN
+    assert figures.state.policy is EvictionPolicy.SINKS
     assert figures.state.turn == replace(figures_of(on), kv_tokens=114, kv_bytes=5000)
     assert figures.state.by_mode == {"off": off, "on": on}
     figures.opened(conversation, None)
@@ -334,7 +438,9 @@ def test_the_pause_after_a_draw_follows_from_its_cost(cpu_s: float, pause_s: flo
 def test_with_the_engine_the_panel_loses_what_it_held() -> None:
     figures = Figures()
     figures.ready(FACTS, RSS)
+    figures.pool(replace(POOL, used_bytes=9), "id")
     figures.state = replace(figures.state, turn=TurnFigures(read=9, kv_tokens=9, kv_bytes=9))
     figures.lost()
     held = figures.state
     assert (held.turn.kv_tokens, held.turn.kv_bytes, held.rss_bytes, held.turn.read) == (0, 0, 0, 9)
+    assert held.pool is None

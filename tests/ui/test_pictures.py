@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 
 import pytest
 from textual.pilot import Pilot
 
+from kvchat.contract import Evicted, Miss, SetBudget, WarmCache
 from kvchat.session import Session
 from kvchat.ui.app import ChatApp
-from kvchat.ui.screens.dialogs import Confirm, Help
+from kvchat.ui.screens.caches import CachesScreen
+from kvchat.ui.screens.dialogs import Confirm, Explanation, Help
 from tests.ui.driving import MODEL, Chat, saved_conversation, session_over, still
 from tests.ui.scripted import ScriptedEngine
 
@@ -31,6 +34,9 @@ def chains(month: int) -> bool:
 
 > The drive over the Brenner takes about `3 h 10 min`.
 """
+MISS = Miss("system prompt edited", 1100, 2.26, 3, " You are a helpful", " Be brief.\n", 0)
+EVICTED = "the 2 oldest messages are left out; what stays is read again: exact"
+AN_EVENING = datetime(2026, 5, 17, 20, 15).timestamp()
 Compare = Callable[..., bool]
 Scene = Callable[[Chat], Awaitable[None]]
 
@@ -62,6 +68,46 @@ async def deleting(chat: Chat) -> None:
     await chat.dialog(Confirm)
 
 
+async def missed(chat: Chat) -> None:
+    """F6 after a turn that read something again, and a full context."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    chat.engine.answers("The Brenner.", reuse_note=MISS.cause, miss=MISS, restored=7)
+    await chat.ask("And which one is the highest?")
+    await chat.press("f6")
+    await chat.dialog(Explanation)
+
+
+async def evicted(chat: Chat) -> None:
+    """The context was full in mid-answer."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    chat.engine._scripts.clear()
+    chat.engine.answers("The Bren", Evicted("", 512, EVICTED, 2), "ner.", restored=7)
+    await chat.ask("And which one is the highest?")
+
+
+async def caches(chat: Chat) -> None:
+    """F8 with a cache of every kind."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    names = [summary.id for summary in chat.session.conversations()]
+    chat.engine.holds(
+        WarmCache(names[0], 1347, 1_031_000_000, 994_000_000, "bf16", pinned=True, last_used=AN_EVENING),
+        WarmCache(names[1], 312, 7_200_000, 0, "int8", next_to_go=True, last_used=AN_EVENING - 3600),
+        WarmCache(names[2], 0, 0, 94_000_000),
+    )
+    await chat.press("f8")
+    await chat.dialog(CachesScreen)
+    chat.engine.act(SetBudget(2_000_000_000))
+    await chat.until_visible("◐ on disk")
+
+
+async def pricing(chat: Chat) -> None:
+    """The question before an act that costs more than a second."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    chat.engine.prices(2.4, MISS)
+    await chat.send("/policy sinks")
+    await chat.dialog(Confirm)
+
+
 def session_with_others() -> Session:
     """An empty conversation, and three older ones in the list."""
     session = session_over()
@@ -70,8 +116,11 @@ def session_with_others() -> Session:
     return session
 
 
+SCENES = [empty, talk, helped, deleting, missed, evicted, caches, pricing]
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("scene", [empty, talk, helped, deleting], ids=lambda scene: str(scene.__name__))
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.__name__))
 def test_the_screen_looks_as_it_did(scene: Scene, size: tuple[int, int], snap_compare: Compare) -> None:
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
+from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
@@ -16,10 +17,21 @@ from kvchat.text import megabytes, one_line
 from kvchat.ui.widgets.conversations import fitted
 
 WHERE = {"hot": "● in memory", "disk": "◐ on disk", "cold": "○ cold"}
-COLUMNS = ("where", "conversation", "tokens", "memory", "disk", "KV", "used", "")
-TITLE_CELLS = 30
+TITLE_CELLS = 24
+COLUMNS = {
+    "where": 11,
+    "conversation": TITLE_CELLS,
+    "memory": 9,
+    "disk": 9,
+    "tokens": 8,
+    "KV": 4,
+    "used": 5,
+    "": 18,
+}
+"""Cells of each; in a narrow terminal the last ones come by scrolling."""
+NUMBERS = {"memory", "disk", "tokens", "used"}
 HINT = "P pin · E out of memory · W into memory · D drop · B budget · Esc back"
-FILLED, EMPTY, BAR_CELLS = "█", "░", 40
+FILLED, EMPTY, BAR_CELLS = "█", "░", 20
 
 
 def where(cache: WarmCache | None) -> str:
@@ -35,9 +47,10 @@ def budget_line(pool: PoolState | None) -> str:
         return "The engine is not ready yet."
     filled = min(BAR_CELLS, round(pool.used_bytes / pool.budget_bytes * BAR_CELLS))
     bar = FILLED * filled + EMPTY * (BAR_CELLS - filled)
-    disk = f"disk {megabytes(pool.disk_bytes)} of {megabytes(pool.disk_cap_bytes)}"
+    disk = f"disk   {megabytes(pool.disk_bytes)} of {megabytes(pool.disk_cap_bytes)}"
     saved = disk if pool.disk_cap_bytes else "nothing is saved to disk"
-    return f"{bar}  memory {megabytes(pool.used_bytes)} of {megabytes(pool.budget_bytes)} · {saved}"
+    memory = f"memory {megabytes(pool.used_bytes)} of {megabytes(pool.budget_bytes)}"
+    return f"{bar}  {memory}\n{'':{BAR_CELLS}}  {saved}"
 
 
 def row_of(summary: Summary, cache: WarmCache | None) -> tuple[str, ...]:
@@ -47,13 +60,18 @@ def row_of(summary: Summary, cache: WarmCache | None) -> tuple[str, ...]:
     return (
         WHERE[where(cache)],
         fitted(one_line(summary.title) or "untitled", TITLE_CELLS),
-        f"{cache.tokens:,}" if cache and cache.tokens else "",
         megabytes(cache.bytes) if cache and cache.hot else "",
         megabytes(cache.disk_bytes) if cache and cache.disk_bytes else "",
+        f"{cache.tokens:,}" if cache and cache.tokens else "",
         cache.kv_dtype if cache else "",
         used,
         ", ".join(marks),
     )
+
+
+def cell(text: str, column: str) -> Text:
+    """Text as a cell of the table, never parsed as markup; numbers stand at the right."""
+    return Text(text, justify="right" if column in NUMBERS else "left")
 
 
 def _marks(cache: WarmCache | None) -> Sequence[tuple[str, bool]]:
@@ -95,8 +113,8 @@ class CachesScreen(ModalScreen[None]):
     def on_mount(self) -> None:
         """Fills the table."""
         table = self.query_one(DataTable)
-        for label in COLUMNS:
-            table.add_column(label)
+        for label, cells in COLUMNS.items():
+            table.add_column(cell(label, label), width=cells)
         self._draw()
 
     def show(self, pool: PoolState | None) -> None:
@@ -107,12 +125,13 @@ class CachesScreen(ModalScreen[None]):
 
     def _draw(self) -> None:
         table = self.query_one(DataTable)
-        row = table.cursor_row
+        chosen = table.cursor_row
         table.clear()
         caches = self._caches()
         for summary in self._summaries:
-            table.add_row(*map(Content, row_of(summary, caches.get(summary.id))), key=summary.id)
-        table.move_cursor(row=min(row, max(0, table.row_count - 1)))
+            row = row_of(summary, caches.get(summary.id))
+            table.add_row(*map(cell, row, COLUMNS), key=summary.id)
+        table.move_cursor(row=min(chosen, max(0, table.row_count - 1)))
         self.query_one("#budget", Static).update(Content(budget_line(self._pool)))
 
     def action_pin(self) -> None:
