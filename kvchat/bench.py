@@ -19,9 +19,10 @@ from rich.table import Table
 from kvchat.bench_history import HistoryRow, history_rows
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
-from kvchat.engine.engine import PREFILL_CHUNK, LocalEngine
+from kvchat.engine.engine import LocalEngine
 from kvchat.engine.forward import CachedReader, Reader, UncachedReader
 from kvchat.engine.load import LoadedModel
+from kvchat.engine.turn import PREFILL_CHUNK
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes
 

@@ -59,6 +59,8 @@ from tests.samples import TOKENIZER, finished, piece
 PATIENCE_S = 120.0
 """Nothing takes so long; what does is broken."""
 DISK = 1_000_000_000
+OPENING = 17
+"""Tokens that the template writes before every first question: any conversation lends them to a new one."""
 LONG = 700
 """Tokens of an answer that is interrupted."""
 
@@ -237,12 +239,12 @@ def test_the_events_of_a_turn_come_in_order_and_complete(running: Linked) -> Non
 
 
 def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
-    request = ask("Which pass is open?")
-    held, reused = 0, []
+    request = ask("Bread is made from flour, water and salt.")  # nobody else asks it, and could lend it
+    held, reused = {0, OPENING}, []
     for question in ("How long is the drive?", "And the train?", "Why?"):
         answer = ended(list(running.engine.turn(request)))
-        assert answer.stats.reused_tokens == held
-        held = answer.stats.kv_tokens
+        assert answer.stats.reused_tokens in held
+        held = {answer.stats.kv_tokens}
         reused.append(answer.stats.reused_tokens)
         request = following(request, answer, question)
     assert reused == sorted(set(reused))
@@ -250,7 +252,7 @@ def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
 
 
 def test_forgetting_frees_one_conversation(running: Linked) -> None:
-    forgotten, kept = ask("Which pass is open?"), ask("Tell me about the sea.")
+    forgotten, kept = ask("Mix the flour and the water."), ask("The train takes two hours.")
     first, second = (ended(list(running.engine.turn(request))) for request in (forgotten, kept))
     running.engine.forget(forgotten.conversation)
     running.engine.forget("never-heard-of")
@@ -260,7 +262,8 @@ def test_forgetting_frees_one_conversation(running: Linked) -> None:
     assert cache_of(again.pool, forgotten.conversation) is None
     assert not running.saved(forgotten.conversation).segments
     cold = ended(list(running.engine.turn(following(forgotten, first, "More"))))
-    assert (cold.stats.reused_tokens, cold.stats.reuse_note) == (0, "not read since the engine started")
+    assert cold.stats.reused_tokens in {0, OPENING}
+    assert cold.stats.reuse_note == "not read since the engine started"
 
 
 def test_what_cannot_be_forgotten_is_told_and_the_engine_goes_on(running: Linked) -> None:

@@ -20,9 +20,9 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.engine.disk import DiskTier, Saved
+from kvchat.engine.timeline import Timeline
 from kvchat.errors import KvchatError
 
-Tell = Callable[[CacheEvent], None]
 NewKV = Callable[[KVPrecision], ConversationKV]
 
 
@@ -54,12 +54,17 @@ class Caches:
     """Every cache there is."""
 
     def __init__(
-        self, new_kv: NewKV, fingerprint: Fingerprint, budget_bytes: int, disk: DiskTier | None, tell: Tell
+        self,
+        new_kv: NewKV,
+        fingerprint: Fingerprint,
+        budget_bytes: int,
+        disk: DiskTier | None,
+        timeline: Timeline,
     ) -> None:
         self._new_kv = new_kv
         self._fingerprint = fingerprint
         self._disk = disk
-        self._tell = tell
+        self._timeline = timeline
         self._kept: dict[str, Kept] = {}
         self._pinned: set[str] = set()
         self.budget_bytes = budget_bytes
@@ -107,7 +112,9 @@ class Caches:
         if before := self._kept.get(conversation):
             before.kv.clear()
         took = time.perf_counter() - started
-        self._tell_of(conversation, CacheEventKind.RESTORE, saved.rows, kept.kv.storage_bytes, seconds=took)
+        self._timeline.tell(
+            conversation, CacheEventKind.RESTORE, saved.rows, size=kept.kv.storage_bytes, seconds=took
+        )
         return self.put(conversation, kept)
 
     def discard(self, conversation: str, why: str) -> None:
@@ -191,14 +198,16 @@ class Caches:
         )
         if not saved:
             return False
-        self._tell_of(conversation, CacheEventKind.SPILL, len(kept.kv), kept.kv.storage_bytes)
+        self._timeline.tell(conversation, CacheEventKind.SPILL, len(kept.kv), size=kept.kv.storage_bytes)
         self._leave_prefix(conversation, "")
         return True
 
     def drop(self, conversation: str, why: str) -> None:
         """Frees a cache in memory; what is on disk stays."""
         kept = self._kept[conversation]
-        self._tell_of(conversation, CacheEventKind.DROP, len(kept.kv), kept.kv.storage_bytes, note=why)
+        self._timeline.tell(
+            conversation, CacheEventKind.DROP, len(kept.kv), size=kept.kv.storage_bytes, note=why
+        )
         self._leave_prefix(conversation, why)
 
     def _leave_prefix(self, conversation: str, why: str) -> None:
@@ -224,7 +233,9 @@ class Caches:
         kept.kv.store_in(self._new_kv(precision).layers)
         kept.precision = precision
         note = f"{before / 1e6:,.1f} MB → {kept.kv.storage_bytes / 1e6:,.1f} MB as {precision.value}: {why}"
-        self._tell_of(conversation, CacheEventKind.CONVERT, len(kept.kv), kept.kv.storage_bytes, note=note)
+        self._timeline.tell(
+            conversation, CacheEventKind.CONVERT, len(kept.kv), size=kept.kv.storage_bytes, note=note
+        )
 
     def save(self, conversation: str) -> None:
         """Sends what is new to the disk; returns at once."""
@@ -276,16 +287,4 @@ class Caches:
 
     def tell_of_fork(self, parent: str, child: str, tokens: int) -> None:
         """A fork shares memory: no bytes yet."""
-        self._tell_of(child, CacheEventKind.FORK, tokens, 0, note=f"shares the memory of {parent}")
-
-    def _tell_of(
-        self,
-        conversation: str,
-        kind: CacheEventKind,
-        tokens: int,
-        size: int,
-        *,
-        seconds: float = 0.0,
-        note: str = "",
-    ) -> None:
-        self._tell(CacheEvent(conversation, kind, tokens, size, seconds, note, time.time()))
+        self._timeline.tell(child, CacheEventKind.FORK, tokens, note=f"shares the memory of {parent}")

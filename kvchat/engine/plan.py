@@ -104,7 +104,7 @@ class Planner:
         self._renderer = renderer
         self._caches = caches
         self._disk = disk
-        self._rate = rate
+        self.rate = rate
 
     def plan(self, request: TurnRequest) -> Plan:
         """Decides a turn; nothing changes.
@@ -112,7 +112,7 @@ class Planner:
         Raises:
             KvchatError: the conversation can't be rendered, or is longer than the context and may not shrink.
         """
-        self._rate.hint(request.known_prefill_tok_s)
+        self.rate.hint(request.known_prefill_tok_s)
         limit = self.limit(request)
         left_out, before = request.left_out, 0
         messages, rendered = self.rendered(request, left_out)
@@ -160,7 +160,7 @@ class Planner:
         if not policy.leaves_gap:
             again = layout.tokens - (gone[-1].stop if gone else layout.tokens)
             turns = turns_in(layout, gone)
-            price = self._rate.seconds(again)
+            price = self.rate.seconds(again)
             cost = f", about {price:.1f} s" if price else ""
             return f"{turns} turns ({tokens:,} tokens); {again:,} that stay are read again{cost}: exact"
         spans = ", ".join(f"{r.start:,}-{r.stop - 1:,}" for r in gone)
@@ -274,7 +274,7 @@ class Planner:
 
     def seconds(self, tokens: int) -> float | None:
         """What reading so many tokens takes at the rate measured so far."""
-        return self._rate.seconds(tokens)
+        return self.rate.seconds(tokens)
 
     def _miss(
         self,
@@ -291,7 +291,7 @@ class Planner:
         again = explain.read_before(rendered) - reused - 1
         if again <= 0 or request.mode is not CacheMode.ON or not explain.has_history(messages):
             return None
-        price = self._rate.seconds(again)
+        price = self.rate.seconds(again)
         kept = self._caches.get(request.conversation)
         if isinstance(source, Saved):
             held: Sequence[int] = source.chain.ids

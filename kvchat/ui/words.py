@@ -18,9 +18,14 @@ def about(seconds: float | None) -> str:
     return "" if seconds is None else f", about {seconds:.1f} s"
 
 
+def tokens(count: int) -> str:
+    """`1 token`, `1,204 tokens`."""
+    return f"{count:,} token{'s' * (count != 1)}"
+
+
 def price_words(quote: Quote) -> str:
     """What the next turn would read."""
-    words = f"the next turn reads {quote.prefilled_tokens:,} tokens{about(quote.seconds)}"
+    words = f"the next turn reads {tokens(quote.prefilled_tokens)}{about(quote.seconds)}"
     return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
 
 
@@ -53,7 +58,7 @@ def miss_words(miss: Miss | None, note: str = "") -> Content:
         return Content(one_line(note) or "Nothing was read again: the last turn reused all there was.")
     lines = [
         Content.assemble((one_line(miss.cause), "bold")),
-        Content(f"\n{miss.tokens:,} tokens were read again{about(miss.seconds)}."),
+        Content(f"\nRead again: {tokens(miss.tokens)}{about(miss.seconds)}."),
     ]
     if miss.token is not None:
         place = "the system prompt" if miss.message == 0 else f"message {miss.message}"

@@ -90,7 +90,7 @@ def talked(loaded: LoadedModel, system: str = SYSTEM, **options: object) -> tupl
 def assert_paid_as_quoted(chat: Chat, at: Desk) -> Played:
     """The quote says what the turn then says and does, and asking for it changed nothing."""
     kept = at.engine.caches.get(chat.name)
-    held, rate = kept and kept.kv.ids, at.engine.rate.tokens_per_s
+    held, rate = kept and kept.kv.ids, at.engine.planner.rate.tokens_per_s
     quote = at.quote(chat)
     assert at.quote(chat) == quote
     assert (kept and kept.kv.ids) == held
@@ -161,7 +161,7 @@ DIFFERENCES = {
 def test_a_difference_is_named_with_its_place_and_its_price(loaded: LoadedModel, name: str) -> None:
     chat, at = talked(loaded)
     held = chat.kv.ids
-    rate = at.engine.rate.tokens_per_s
+    rate = at.engine.planner.rate.tokens_per_s
     assert rate is not None
     cause = DIFFERENCES[name]
     cause.change(chat)
@@ -307,7 +307,7 @@ def test_why_a_cache_is_not_there_is_said(tiny: LoadedModel, name: str) -> None:
     chat.ask(QUESTIONS[0])
     lose, words = GONE[name]
     lose(chat, at)
-    rate = at.engine.rate.tokens_per_s
+    rate = at.engine.planner.rate.tokens_per_s
     assert rate is not None
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
@@ -324,7 +324,7 @@ def test_what_an_engine_never_read_has_no_measured_price(loaded: LoadedModel) ->
     chat.messages = [*before.messages, user("Are you sure?")]
     miss = miss_of(assert_paid_as_quoted(chat, at))
     assert (miss.cause, miss.seconds) == (explain.NOT_READ_YET, None)
-    assert at.engine.rate.tokens_per_s is not None
+    assert at.engine.planner.rate.tokens_per_s is not None
     assert "tok/s" not in explain.sentence(miss)
 
 
@@ -561,9 +561,9 @@ def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:
 
 def test_what_a_turn_reads_is_measured(loaded: LoadedModel) -> None:
     chat, at = talked(loaded)
-    rates = [at.engine.rate.tokens_per_s]
+    rates = [at.engine.planner.rate.tokens_per_s]
     played = chat.ask(sentences(12))
-    rates.append(at.engine.rate.tokens_per_s)
+    rates.append(at.engine.planner.rate.tokens_per_s)
     stats = played.finished.stats
     assert rates[1] == stats.prefilled_tokens / stats.prefill_s
     assert all(a != b for a, b in pairwise(rates))

@@ -64,8 +64,8 @@ async def test_every_conversation_has_a_row_with_where_its_cache_is(size: tuple[
     async with running(engine, session, size=size) as chat:
         screen = await opened(chat)
         assert cells(screen) == [
-            ["● in memory", "Pinned", "31.0 MB", "", "1,347", "bf16", "", "pinned"],
-            ["● in memory", "Going", "1.2 MB", "94.0 MB", "20", "int8", "", "next to go"],
+            ["● in memory", "Pinned", "31.0 MB", "", "pinned", "bf16", "1,347", ""],
+            ["● in memory", "Going", "1.2 MB", "94.0 MB", "next to go", "int8", "20", ""],
             ["◐ on disk", "Disk", "", "2.50 GB", "", "", "", ""],
             ["○ cold", "Cold", "", "", "", "", "", ""],
         ]
@@ -110,8 +110,8 @@ async def test_each_key_acts_on_the_row_under_the_cursor(
 @pytest.mark.parametrize(
     ("key", "row", "shown"),
     [
-        ("p", 1, ["● in memory", "Going", "1.2 MB", "94.0 MB", "20", "int8", "", "pinned, next to go"]),
-        ("e", 1, ["◐ on disk", "Going", "", "1.2 MB", "", "int8", "", "next to go"]),
+        ("p", 1, ["● in memory", "Going", "1.2 MB", "94.0 MB", "pinned, next to go", "int8", "20", ""]),
+        ("e", 1, ["◐ on disk", "Going", "", "1.2 MB", "next to go", "int8", "", ""]),
         ("w", 2, ["● in memory", "Disk", "2.50 GB", "2.50 GB", "", "", "", ""]),
         ("d", 0, ["○ cold", "Pinned", "", "", "", "", "", ""]),
     ],

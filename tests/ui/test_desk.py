@@ -36,6 +36,11 @@ def asked(chat: Chat) -> Ask:
     return ask
 
 
+def policy_of(chat: Chat) -> EvictionPolicy:
+    """That of the open conversation."""
+    return chat.session.current.policy
+
+
 async def warmed(chat: Chat) -> None:
     """The open conversation has a cache."""
     await chat.ask("Go")
@@ -85,10 +90,10 @@ async def test_a_dear_policy_asks_first_and_does_nothing_unless_agreed(
         await chat.send("/policy sinks")
         await chat.dialog(Confirm)
         await chat.until_visible("Policy sinks: the next turn reads 1,204 tokens")
-        assert chat.session.current.policy is EvictionPolicy.TURNS
+        assert policy_of(chat) is EvictionPolicy.TURNS
         await chat.press(*keys)
         await back_to_the_chat(chat)
-        assert (chat.session.current.policy is EvictionPolicy.SINKS) is done
+        assert (policy_of(chat) is EvictionPolicy.SINKS) is done
         assert ("sinks" in chat.panel()) is done
         assert acts_but_asks(chat) == []
 
@@ -102,7 +107,7 @@ async def test_reading_that_no_act_could_save_is_not_asked_about(miss: Miss | No
             await warmed(chat)
         await chat.send("/policy sinks")
         await chat.until_said("Policy sinks: the next turn reads")
-        assert chat.session.current.policy is EvictionPolicy.SINKS
+        assert policy_of(chat) is EvictionPolicy.SINKS
 
 
 async def test_a_policy_that_the_model_refuses_is_not_chosen() -> None:
@@ -113,7 +118,7 @@ async def test_a_policy_that_the_model_refuses_is_not_chosen() -> None:
         await chat.until_said("Policy sinks: nothing was changed. A gap is wrong here. [/b]")
         await chat.until_visible("A gap is wrong")
         assert_harmless(chat)
-        assert chat.session.current.policy is EvictionPolicy.TURNS
+        assert policy_of(chat) is EvictionPolicy.TURNS
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,7 +133,7 @@ async def test_what_is_no_policy_and_no_precision_is_refused(
         await chat.pilot.pause()
         assert_harmless(chat)
         assert chat.engine.acts == []
-        assert chat.session.current.policy is EvictionPolicy.TURNS
+        assert policy_of(chat) is EvictionPolicy.TURNS
         assert chat.session.current.kv is KVPrecision.AUTO
 
 
@@ -362,10 +367,10 @@ async def test_an_engine_that_dies_before_it_names_a_price_holds_nothing_up() ->
         engine.answers_acts = False
         await chat.send("/policy sinks")
         await chat.until(lambda: engine.acts, "the price is asked")
-        assert chat.session.current.policy is EvictionPolicy.TURNS
+        assert policy_of(chat) is EvictionPolicy.TURNS
         engine.die("The engine was killed (signal 9).")
         await chat.until_said("Policy sinks: holds from the next turn on.")
-        assert chat.session.current.policy is EvictionPolicy.SINKS
+        assert policy_of(chat) is EvictionPolicy.SINKS
 
 
 async def test_a_price_that_comes_late_changes_no_other_conversation() -> None:
@@ -383,7 +388,7 @@ async def test_a_price_that_comes_late_changes_no_other_conversation() -> None:
         for _ in range(2):
             engine._on_status(Quote(key, 1, 0, 1, 0.1, None, PREVIEW))
         await chat.until_said("another conversation is open")
-        assert session.current.policy is EvictionPolicy.TURNS
+        assert policy_of(chat) is EvictionPolicy.TURNS
         assert len(chat.said()) == 1
 
 

@@ -71,6 +71,7 @@ async def deleting(chat: Chat) -> None:
 async def missed(chat: Chat) -> None:
     """F6 after a turn that read something again, and a full context."""
     await chat.ask("Which pass over the Alps is open in May?")
+    chat.engine._scripts.clear()
     chat.engine.answers("The Brenner.", reuse_note=MISS.cause, miss=MISS, restored=7)
     await chat.ask("And which one is the highest?")
     await chat.press("f6")

@@ -31,7 +31,7 @@ async def test_f6_tells_the_cause_the_price_and_the_place(size: tuple[int, int])
         assert explained.splitlines() == [
             "system prompt edited",
             "",
-            "1,100 tokens were read again, about 2.3 s.",
+            "Read again: 1,100 tokens, about 2.3 s.",
             "",
             "First difference: token 3, in the system prompt:",
             "cached  ␣You are",
@@ -53,10 +53,10 @@ async def test_f6_without_a_miss_says_so(size: tuple[int, int]) -> None:
 
 
 async def test_a_miss_without_a_place_and_a_price_tells_neither() -> None:
-    engine = ScriptedEngine().answers("Fine", miss=Miss("not read since the engine started", 7, None))
+    engine = ScriptedEngine().answers("Fine", miss=Miss("not read since the engine started", 1, None))
     async with running(engine) as chat:
         await chat.ask("Go")
-        assert await why(chat) == "not read since the engine started\n\n7 tokens were read again."
+        assert await why(chat) == "not read since the engine started\n\nRead again: 1 token."
 
 
 async def test_a_difference_in_a_message_names_the_message() -> None:

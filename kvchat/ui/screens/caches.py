@@ -23,10 +23,10 @@ COLUMNS = {
     "conversation": TITLE_CELLS,
     "memory": 9,
     "disk": 9,
-    "tokens": 8,
-    "KV": 4,
-    "used": 5,
     "": 18,
+    "KV": 4,
+    "tokens": 8,
+    "used": 5,
 }
 """Cells of each; in a narrow terminal the last ones come by scrolling."""
 NUMBERS = {"memory", "disk", "tokens", "used"}
@@ -56,26 +56,22 @@ def budget_line(pool: PoolState | None) -> str:
 def row_of(summary: Summary, cache: WarmCache | None) -> tuple[str, ...]:
     """One line of the table."""
     used = datetime.fromtimestamp(cache.last_used).strftime("%H:%M") if cache and cache.last_used else ""
-    marks = [word for word, holds in _marks(cache) if holds]
+    marks = ["pinned"] * bool(cache and cache.pinned) + ["next to go"] * bool(cache and cache.next_to_go)
     return (
         WHERE[where(cache)],
         fitted(one_line(summary.title) or "untitled", TITLE_CELLS),
         megabytes(cache.bytes) if cache and cache.hot else "",
         megabytes(cache.disk_bytes) if cache and cache.disk_bytes else "",
-        f"{cache.tokens:,}" if cache and cache.tokens else "",
-        cache.kv_dtype if cache else "",
-        used,
         ", ".join(marks),
+        cache.kv_dtype if cache else "",
+        f"{cache.tokens:,}" if cache and cache.tokens else "",
+        used,
     )
 
 
 def cell(text: str, column: str) -> Text:
     """Text as a cell of the table, never parsed as markup; numbers stand at the right."""
     return Text(text, justify="right" if column in NUMBERS else "left")
-
-
-def _marks(cache: WarmCache | None) -> Sequence[tuple[str, bool]]:
-    return [("pinned", bool(cache and cache.pinned)), ("next to go", bool(cache and cache.next_to_go))]
 
 
 class CachesScreen(ModalScreen[None]):
