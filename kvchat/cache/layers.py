@@ -218,6 +218,23 @@ class GrowableLayer(StoredLayer):
         keys, values = self.read()
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
+    def room_for(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole tensors of a layer that is not empty, `[1, kv_heads, capacity, head_dim]` each.
+
+        So many rows after the filled ones may be written, which `fill` then counts: nobody else reads them.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        if self.capacity < self.length + tokens or self._writes_over_others(self.length):
+            self._move(self.keys, self.values, rounded_up(self.length + tokens))
+        return self.keys, self.values
+
+    def fill(self, tokens: int) -> None:
+        """Counts rows that were written into the room made for them."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"{tokens} tokens after {self.length} don't fit a capacity of {self.capacity}")
+        self.length += tokens
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None
         assert self.values is not None
