@@ -62,11 +62,20 @@ def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) 
     if as_csv:
         _write_csv(events)
         return
-    chain = _shelf(paths).chain(conversation)
+    from kvchat.cache.shelf import SnapshotRefused
+
+    try:
+        chain, damage = _shelf(paths).chain(conversation), ""
+    except SnapshotRefused as error:
+        chain, damage = None, str(error)
     if as_json:
-        click.echo(json.dumps({"saved": _described(chain), "events": [asdict(e) for e in events]}, indent=1))
+        saved = _described(chain) if chain else {"damage": damage}
+        click.echo(json.dumps({"saved": saved, "events": [asdict(e) for e in events]}, indent=1))
         return
-    _print_chain(chain)
+    if chain:
+        _print_chain(chain)
+    else:
+        click.echo(one_line(damage))
     for event in events:
         click.echo(_event_line(event))
 

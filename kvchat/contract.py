@@ -356,8 +356,6 @@ class TurnFinished:
     pool: PoolState
     left_out: int = 0
     """The oldest messages that are left out from now on; `TurnRequest.left_out` of the next turn."""
-    kv: KVPrecision | None = None
-    """Another precision that the cache took in this turn; None where it is the one that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

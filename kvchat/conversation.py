@@ -52,6 +52,18 @@ class Conversation:
         """The last message shown."""
         return self.messages[-1] if self.messages else None
 
+    @property
+    def unseen(self) -> int:
+        """The oldest messages that the model doesn't see any more, because an eviction left them out."""
+        read = 0
+        for index, message in enumerate(self.messages):
+            # questions in a row are read as one
+            joins = message.role == "user" and index > 0 and self.messages[index - 1].role == "user"
+            read += not joins
+            if read > self.left_out:
+                return index
+        return len(self.messages)
+
     def prompt(self) -> tuple[PromptMessage, ...]:
         """The messages as an engine reads them.
 

@@ -139,7 +139,10 @@ class LinkedEngine:
 
     def act(self, act: CacheAct) -> None:
         """Does something to the caches, after the turn under way; reports come as a status."""
-        self._outbox.put(act)
+        if self._dead:
+            self._on_status(Refused("The engine is not running."))
+        else:
+            self._outbox.put(act)
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""

@@ -230,8 +230,16 @@ class Session:
         place = next((i for i, m in enumerate(messages) if m.id == message and self._is_question(i)), None)
         if place is None:
             raise KvchatError("Only a question of this conversation can be edited.")
-        self._go_to(messages[:place])
-        return self.begin_turn(text)
+        before = self.current
+        kept = messages[:place]
+        self.current = replace(before, messages=kept, left_out=self._still_left_out(kept))
+        try:
+            request = self.begin_turn(text)
+        except KvchatError:
+            self.current = before  # the old question stays where the new one can't be saved
+            raise
+        self._store.save_settings(self.current)
+        return request
 
     def continue_answer(self) -> TurnRequest:
         """Asks the model to go on with the last answer, which was stopped or reached its limit.
@@ -261,10 +269,10 @@ class Session:
         """
         self._refuse_what_cannot_be_changed()
         messages = self.current.messages
-        ids = [m.id for m in messages]
-        end = ids.index(message) + 1 if message in ids else len(messages)
-        if not messages[:end] or not self._saved():
-            raise KvchatError("There is nothing to fork yet.")
+        ends = [i + 1 for i, m in enumerate(messages) if message in (None, m.id)]
+        if not ends or not self._saved():
+            raise KvchatError("There is nothing to fork there.")
+        end = ends[-1]
         copy = replace(
             self.current,
             id=secrets.token_hex(4),

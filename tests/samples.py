@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from kvchat.contract import Tokens, TurnEvent, TurnFinished, TurnRequest, TurnStats
+from kvchat.contract import CacheAct, PoolState, Tokens, TurnEvent, TurnFinished, TurnRequest, TurnStats
 
 TOKENIZER = "0123456789abcdef"
 
@@ -30,8 +30,14 @@ FIGURES = TurnStats(
     context_limit=1024,
     finish_reason="stop",
     reuse_note="system prompt edited",
+    evicted_tokens=7,
+    restored_tokens=9,
+    restore_s=0.025,
 )
 """Every field has another value, so that no two can be mixed up."""
+
+
+NO_CACHES = PoolState((), 0, 0, 0, 0)
 
 
 def piece(turn: str, text: str, *ids: int) -> Tokens:
@@ -41,7 +47,7 @@ def piece(turn: str, text: str, *ids: int) -> Tokens:
 
 def finished(turn: str, text: str, *ids: int, finish: str = "stop") -> TurnFinished:
     """The end of a turn."""
-    return TurnFinished(turn, text, ids, TOKENIZER, replace(FIGURES, finish_reason=finish), ())
+    return TurnFinished(turn, text, ids, TOKENIZER, replace(FIGURES, finish_reason=finish), NO_CACHES)
 
 
 class PlayedEngine:
@@ -59,6 +65,9 @@ class PlayedEngine:
 
     def stop(self, turn: str) -> None:
         self.stopped.append(turn)
+
+    def act(self, act: CacheAct) -> None:
+        pass
 
     def forget(self, conversation: str) -> None:
         pass

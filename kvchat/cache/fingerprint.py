@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 
 WORDS = {
     "model": "model",
-    "revision": "model weights",
     "weights": "weights precision",
+    "revision": "model weights",
     "kv": "KV precision",
     "rope": "rope settings",
     "template": "chat template",
@@ -23,10 +23,10 @@ class Fingerprint:
     """Everything that keys and values depend on, besides the token ids."""
 
     model: str
-    revision: str
-    """Hash of the weights."""
     weights: str
     """Precision of the weights."""
+    revision: str
+    """Hash of the weights, which is another one in another precision."""
     kv: str
     """Precision of keys and values."""
     rope: str

@@ -29,6 +29,8 @@ class SaveResult:
     conversation: str
     seconds: float
     """From the start of the write, without the time in the queue."""
+    tokens: int = 0
+    """Rows written."""
     bytes: int = 0
     """Written."""
     removed: tuple[str, ...] = ()
@@ -142,7 +144,8 @@ class Saver:
             log.warning("conversation %s is not saved", job.conversation, exc_info=True)
             return SaveResult(job.conversation, time.perf_counter() - begun, error=_sentence(job, error))
         self._keep(job, saved)
-        return SaveResult(job.conversation, time.perf_counter() - begun, saved.bytes, saved.removed)
+        took = time.perf_counter() - begun
+        return SaveResult(job.conversation, took, len(job.packed.rows), saved.bytes, saved.removed)
 
     def _keep(self, job: _Job, saved: Saved) -> None:
         with self._changed:

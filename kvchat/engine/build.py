@@ -31,4 +31,4 @@ def open_engine(
     """
     available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
     disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
-    return LocalEngine(loaded, budget_bytes=budget or available, disk=disk, report=report)
+    return LocalEngine(loaded, budget_bytes=available if budget is None else budget, disk=disk, report=report)

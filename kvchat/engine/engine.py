@@ -119,6 +119,7 @@ class LocalEngine:
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache, in memory and on disk."""
         self.caches.forget(conversation)
+        self._report(self.pool())
 
     def close(self) -> None:
         """Saves what is not saved, and frees every cache."""
@@ -131,9 +132,9 @@ class LocalEngine:
     def _note_saved(self, result: SaveResult) -> None:
         """Called from the saving thread."""
         kind = CacheEventKind.REFUSE if result.error else CacheEventKind.SAVE
-        self._timeline.tell(
-            result.conversation, kind, 0, size=result.bytes, seconds=result.seconds, note=result.error
-        )
+        took, size = result.seconds, result.bytes
+        conversation, note = result.conversation, result.error
+        self._timeline.tell(conversation, kind, result.tokens, size=size, seconds=took, note=note)
         for other in result.removed:
             self._timeline.tell(other, CacheEventKind.DROP, 0, note="removed from disk: its cap was reached")
 

@@ -36,8 +36,9 @@ class Blocks(NamedTuple):
 
     def weights(self) -> torch.Tensor:
         """The matrix in fp32, bit for bit as llama.cpp dequantises it."""
-        grouped = self.quants.unflatten(1, (-1, GROUP)).float()
-        return (grouped * self.scales[..., None] + self.minima[..., None]).flatten(1)
+        rows = self.quants.shape[0]
+        grouped = self.quants.view(rows, -1, GROUP).float()
+        return (grouped * self.scales[..., None] + self.minima[..., None]).view(rows, -1)
 
     def rows(self, order: torch.Tensor) -> "Blocks":
         """The rows in another order, `[out]` int64."""
@@ -46,6 +47,11 @@ class Blocks(NamedTuple):
 
 class Int4Linear(nn.Module):
     """A linear layer over `Blocks`."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    """`[in / 32, out, 2]`: scales and zeros."""
+    bias: torch.Tensor | None
 
     def __init__(self, blocks: Blocks, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         """`dtype` is that of the states, and of the scales.
@@ -71,7 +77,11 @@ class Int4Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8 bits per weight and one scale per row; what it rounds is 1/254 of a row's range."""
+    """A linear layer with 8 bits per weight and one scale per row: it rounds by 1/254 of a row at most."""
+
+    quants: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         """`weight [out, in]`; `dtype` is that of the states, and of the scales."""
@@ -105,7 +115,7 @@ def read_blocks(tensor: Any) -> Blocks | None:  # noqa: ANN401 - gguf.ReaderTens
     scales = SCALES.get(tensor.tensor_type)
     if scales is None or tensor.data.ndim != 2:
         return None
-    raw = torch.tensor(tensor.data).unflatten(1, (-1, 2 * scales + GROUP // 2))
+    raw = torch.tensor(tensor.data).view(len(tensor.data), -1, 2 * scales + GROUP // 2)
     floats = raw[..., : 2 * scales].contiguous().view(torch.float16).float()
     halves = raw[..., 2 * scales :]
     quants = torch.cat([halves & 15, halves >> 4], -1).flatten(1)

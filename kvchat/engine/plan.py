@@ -157,14 +157,17 @@ class Planner:
             return "the half that the latest question attends to least; 32 tokens are read again to score"
         gone = dropped(layout.tokens, policy.keep(layout, int(layout.tokens * SHRUNK_TO)))
         tokens = sum(len(r) for r in gone)
+        if not gone:
+            return "nothing: there is only the turn under way"
         if not policy.leaves_gap:
-            again = layout.tokens - (gone[-1].stop if gone else layout.tokens)
+            again = layout.tokens - gone[-1].stop
             turns = turns_in(layout, gone)
             price = self.rate.seconds(again)
             cost = f", about {price:.1f} s" if price else ""
-            return f"{turns} turns ({tokens:,} tokens); {again:,} that stay are read again{cost}: exact"
+            oldest = "the oldest turn" if turns == 1 else f"the {turns} oldest turns"
+            return f"{oldest} ({tokens:,} tokens); {again:,} that stay are read again{cost}: exact"
         spans = ", ".join(f"{r.start:,}-{r.stop - 1:,}" for r in gone)
-        return f"tokens {spans or '–'} ({tokens:,}); nothing is read again: approximate"
+        return f"tokens {spans} ({tokens:,}); nothing is read again: approximate"
 
     def _gap(self, request: TurnRequest) -> bool:
         return POLICIES[request.policy.value].leaves_gap

@@ -3,6 +3,8 @@
 It knows the session, the bridge and the widgets that show a turn; it refuses to know keys and commands.
 """
 
+from dataclasses import replace
+
 from kvchat.contract import (
     Died,
     Evicted,
@@ -61,7 +63,7 @@ class Turns:
         pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
         messages = [m for m in conversation.messages if m.id != partial]
-        await self._transcript.show(messages, self._who, conversation.left_out)
+        await self._transcript.show(messages, self._who, conversation.unseen)
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
@@ -221,7 +223,7 @@ class Turns:
 
     async def _show_evicted(self, event: Evicted) -> None:
         self.figures.evicted(event)
-        self._transcript.leave_out(event.left_out)
+        self._transcript.leave_out(replace(self._session.current, left_out=event.left_out).unseen)
         await self._transcript.notice(f"The context was full: {event.note}.", last=False)
 
     async def _finish(self, event: TurnFinished, pending: PendingTurn, *, here: bool) -> None:

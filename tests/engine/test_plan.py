@@ -466,7 +466,7 @@ def test_a_quote_previews_what_would_be_dropped(tiny: LoadedModel, policy: Evict
     preview = at.quote(chat).preview
     words = {
         EvictionPolicy.NONE: "nothing is dropped",
-        EvictionPolicy.TURNS: "turns (",
+        EvictionPolicy.TURNS: "oldest turn",
         EvictionPolicy.SINKS: "tokens 4-",
         EvictionPolicy.SNAPKV: "32 tokens are read again",
     }
