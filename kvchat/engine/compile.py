@@ -8,6 +8,7 @@ its own: what it imports and leaves behind goes with it. It refuses to know conv
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,38 +17,49 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvchat.cache.layers import HeadShape
 from kvchat.engine.compiled import (
     FOLDER,
+    KERNELS,
     LIBRARY,
     SHORTEST,
     Description,
     fingerprint,
+    load_kernels,
     package_folder,
 )
-from kvchat.engine.int4 import Int4Linear, Int8Linear, blocks_of
+from kvchat.engine.int4 import Int4Linear, Int8Linear, blocks_of, head_of
 from kvchat.engine.load import LoadedModel, load_model
 from kvchat.engine.shape import DTYPES, ModelShape
 from kvchat.errors import KvchatError
 from kvchat.staging import Progress, Report, staging
 
-LOADED, QUANTISED, EXPORTED, COMPILED = 5, 10, 20, 100
+LOADED, QUANTISED, KERNELS_MADE, EXPORTED, COMPILED = 5, 10, 20, 25, 100
 """Per cent of the time that have passed after each step."""
 HEARTBEAT_S = 0.5
 EXAMPLE_LENGTH, EXAMPLE_CAPACITY = 300, 512
 """What the step is recorded with; any other numbers give the same graph, as long as they differ."""
 LONGEST = 1 << 24
 """Tokens: a bound that the compiler asks for."""
-UNQUANTISED = {"F32", "F16", "BF16"}
 NO_COMPILER = (
     "there is no C++ compiler (g++), so answers are decoded by uncompiled code, several times slower"
 )
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    *("-shared", "-fPIC", "-std=c++20", "-O3", "-march=native", "-fopenmp"),
+    "-fno-math-errno",  # lets loops with rounding be vectorised
+    "-mprefer-vector-width=512" if platform.machine() == "x86_64" else "-DNDEBUG",
+    "-DC10_USING_CUSTOM_GENERATED_MACROS",  # the headers of an installed torch lack that file
+)
+ATTENTION = "kvchat_step"
+SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+"""What some models hand to their attention beside the usual; `step_attention` has no place for it."""
 
 Done = Callable[[int], None]
 """Told the per cent that are done."""
@@ -166,6 +178,9 @@ def make_package(
         raise KvchatError(reason)
     heads = tuple(head for head in loaded.shape.heads if head)
     target.mkdir(parents=True)
+    compile_kernels(target / KERNELS)
+    load_kernels(target)
+    done(KERNELS_MADE)
     program = export_step(loaded.model, heads)
     done(EXPORTED)
     compile_program(program, target / LIBRARY)
@@ -176,15 +191,20 @@ def make_package(
 def export_step(model: PreTrainedModel, heads: tuple[HeadShape, ...]) -> torch.export.ExportedProgram:
     """One decode step as a graph, for any capacity of the cache and any number of filled rows.
 
+    The model's attention is another one afterwards. The kernels have to be loaded.
+
     Raises:
         KvchatError: transformers' code for this model can't be recorded.
     """
     capacity = torch.export.Dim("capacity", min=SHORTEST, max=LONGEST)
     tokens = torch.export.Dim("tokens", min=SHORTEST, max=LONGEST)
     tensors = [tensor for head in heads for tensor in _example(head, model.dtype)]
-    mask = torch.zeros(1, 1, 1, EXAMPLE_LENGTH, dtype=model.dtype)
+    mask = torch.zeros(1, 1, 1, EXAMPLE_LENGTH)
     position = torch.tensor([[EXAMPLE_LENGTH - 1]])
     shapes = (None, None, {3: tokens}, tuple({2: capacity} for _ in tensors))
+    _describe_kernels()
+    AttentionInterface.register(ATTENTION, step_attention)
+    model.set_attn_implementation(ATTENTION)
     try:
         with torch.no_grad():
             return torch.export.export(
@@ -203,7 +223,22 @@ def compile_program(program: torch.export.ExportedProgram, library: Path) -> Non
     module: Any = program.module(check_guards=False)
     with torch.no_grad():
         made = aot_compile(module, inputs, keywords)
-    shutil.move(str(made), library)
+    for suffix in (".so", ".json"):  # the second says how our own operators are called
+        shutil.move(Path(str(made)).with_suffix(suffix), library.with_suffix(suffix))
+
+
+def compile_kernels(library: Path) -> None:
+    """Compiles `kernels.cpp` for this CPU into the shared library of that name.
+
+    Raises:
+        KvchatError: the compiler refuses it.
+    """
+    torch_folder = Path(torch.__file__).parent
+    command = [compiler() or "g++", *FLAGS, f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(library)]
+    links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KvchatError(f"{SOURCE.name}: {done.stderr.strip() or done.returncode}")
 
 
 def quantise(model: PreTrainedModel, file: Path) -> str:
@@ -217,16 +252,49 @@ def quantise(model: PreTrainedModel, file: Path) -> str:
         model.set_submodule(name, Int4Linear(found, linear.bias, model.dtype))  # type: ignore[arg-type]
     words = ["int4"] if blocks else [_name(model.dtype)]
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and _head_is_quantised(file):
-        model.set_output_embeddings(Int8Linear(head.weight, head.bias, model.dtype))
+    weight = head_of(file)
+    if isinstance(head, nn.Linear) and weight is not None and weight.shape == head.weight.shape:
+        model.set_output_embeddings(Int8Linear(weight, head.bias))
         words.append("head int8")
     return ", ".join(words)
 
 
-def _head_is_quantised(file: Path) -> bool:
-    reader: Any = gguf.GGUFReader(file)
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    return kinds.get("output.weight", kinds.get("token_embd.weight", "F32")) not in UNQUANTISED
+def step_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,  # noqa: ANN401 - whatever a model hands on
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for one query: each key and value is read once.
+
+    Raises:
+        KvchatError: the model wants more of its attention than scores, a mask and a sum.
+    """
+    if special := sorted(name for name in SPECIAL if options.get(name) is not None):
+        raise KvchatError(f"its attention has {', '.join(special)}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return torch.ops.kvchat.attend(query.contiguous(), key, value, attention_mask, scale), None
+
+
+def _attend_shape(
+    query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor, _scale: float
+) -> torch.Tensor:
+    return query.new_empty(1, 1, query.shape[1], value.shape[3])
+
+
+def _product8_shape(states: torch.Tensor, quants: torch.Tensor, _scales: torch.Tensor) -> torch.Tensor:
+    return states.new_empty(states.shape[0], quants.shape[0], dtype=torch.float32)
+
+
+def _describe_kernels() -> None:
+    """Tells torch.export what shapes the kernels answer with; again does nothing."""
+    for name, shape in (("kvchat::attend", _attend_shape), ("kvchat::product8", _product8_shape)):
+        torch.library.register_fake(name, shape, allow_override=True)
 
 
 class Step(nn.Module):
@@ -243,7 +311,7 @@ class Step(nn.Module):
 
         Args:
             token: `[1, 1]`, as is its position.
-            mask: `[1, 1, 1, tokens]`, added to the scores; its length says how many rows are filled now.
+            mask: fp32 `[1, 1, 1, tokens]`, added to the scores; its length says how many rows are filled now.
             tensors: keys and values of layer after layer, `[1, kv_heads, capacity, head_dim]`.
         """
         tokens = mask.shape[-1]

@@ -1,8 +1,8 @@
 """Runs the compiled decode step, and reads through it.
 
-A package is a folder with `step.so` and what it was made for. It belongs to one model, one torch and one
-kind of CPU, and its name says so. It knows how to find, load and feed one; it refuses to know how one is
-made: importing the compiler takes seconds (`compile` does that).
+A package is a folder with `step.so`, the kernels it calls, and what it was made for. It belongs to one model,
+one torch and one kind of CPU, and its name says so. It knows how to find, load and feed one; it refuses to
+know how one is made: importing the compiler takes seconds (`compile` does that).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from kvchat.errors import KvchatError
 
 FORMAT = 1
 """Raised when a package is made or fed in another way."""
-LIBRARY, DESCRIPTION = "step.so", "step.json"
+LIBRARY, KERNELS, DESCRIPTION = "step.so", "kernels.so", "package.json"
 FOLDER = "compiled"
 """Beside the weights; one package each."""
 SHORTEST = 2
@@ -64,6 +64,19 @@ class Description:
             raise KvchatError(f"The compiled step in {folder} is damaged: {error}") from error
 
 
+def load_kernels(folder: Path) -> None:
+    """Makes the operators of `kernels.cpp` known to torch; once they are, does nothing.
+
+    Raises:
+        KvchatError: they can't be loaded.
+    """
+    if not hasattr(torch.ops.kvchat, "attend"):
+        try:
+            torch.ops.load_library(folder / KERNELS)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise KvchatError(f"The compiled step in {folder} can't be loaded: {error}") from error
+
+
 class CompiledStep:
     """One token through the whole model, over keys and values that lie in the caller's memory."""
 
@@ -75,6 +88,7 @@ class CompiledStep:
         """
         self.description = Description.load(folder)
         self.dtype: torch.dtype = getattr(torch, self.description.dtype)
+        load_kernels(folder)
         try:
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
         except RuntimeError as error:
@@ -120,7 +134,7 @@ class CompiledStep:
     def _mask_of(self, tokens: int) -> torch.Tensor:
         """`[1, 1, 1, tokens]`: everything that is filled is in sight."""
         if self._mask.shape[0] < tokens:
-            self._mask = torch.zeros(2 * tokens, dtype=self.dtype)
+            self._mask = torch.zeros(2 * tokens)
         return self._mask[:tokens].view(1, 1, 1, tokens)
 
 

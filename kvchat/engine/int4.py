@@ -20,6 +20,7 @@ HALF_RANGE = 8
 ROWS_TOGETHER = 16
 """Rows that torch's int4 packing interleaves; other numbers of rows can't be packed."""
 LARGEST_INT8 = 127
+UNQUANTISED = {"F32", "F16", "BF16"}
 
 SCALES = {gguf.GGMLQuantizationType.Q4_0: 1, gguf.GGMLQuantizationType.Q4_1: 2}
 """How many 16-bit floats a block starts with: its scale, and its minimum where that is not -8 scales."""
@@ -77,28 +78,49 @@ class Int4Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8 bits per weight and one scale per row: it rounds by 1/254 of a row at most."""
+    """A linear layer with 8 bits per weight and a scale per 32 of them, as in a GGUF block of the kind Q8_0.
+
+    Its result is fp32, whatever the states are: as a head, a result in bf16 would round away more than the
+    weights did. It runs where `kernels.cpp` is loaded.
+    """
 
     quants: torch.Tensor
+    """`[out, in]` int8."""
     scales: torch.Tensor
+    """`[out, in / 32]` fp32."""
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        """`weight [out, in]`; `dtype` is that of the states, and of the scales."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """`weight [out, in]` fp32. Q8_0 blocks are kept bit for bit: each has a quant of 127."""
         super().__init__()
-        weight = weight.detach().float()
-        scales = (weight.abs().amax(1) / LARGEST_INT8).clamp_min(torch.finfo(torch.float32).tiny).to(dtype)
-        quants = (weight / scales.float()[:, None]).round().clamp(-LARGEST_INT8, LARGEST_INT8)
-        self.register_buffer("quants", quants.to(torch.int8))
+        grouped = weight.detach().float().view(len(weight), -1, GROUP)
+        scales = grouped.abs().amax(-1) / LARGEST_INT8
+        quants = (grouped / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round()
+        self.register_buffer("quants", quants.to(torch.int8).view(weight.shape))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
 
+    def weights(self) -> torch.Tensor:
+        """The matrix in fp32."""
+        grouped = self.quants.view(*self.scales.shape, GROUP).float()
+        return (grouped * self.scales[..., None]).view(self.quants.shape)
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` → `[..., out]`."""
+        """`[..., in]` → `[..., out]` fp32."""
         rows = states.reshape(-1, states.shape[-1])
-        product = torch.ops.aten._weight_int8pack_mm(rows, self.quants, self.scales)
+        product = torch.ops.kvchat.product8(rows, self.quants, self.scales)
         result: torch.Tensor = product.reshape(*states.shape[:-1], -1)
         return result if self.bias is None else result + self.bias
+
+
+def head_of(path: Path) -> torch.Tensor | None:
+    """The output matrix `[vocabulary, hidden]` in fp32, as a GGUF file has it; None where it has 16 bits."""
+    reader: Any = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    head = tensors.get("output.weight", tensors.get("token_embd.weight"))  # tied in many small models
+    if head is None or head.tensor_type.name in UNQUANTISED:
+        return None
+    return torch.tensor(gguf.dequantize(head.data, head.tensor_type))
 
 
 def packable(blocks: Blocks) -> bool:

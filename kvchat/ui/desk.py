@@ -30,10 +30,12 @@ from kvchat.contract import (
 from kvchat.session import Session
 from kvchat.text import megabytes, parse_size
 from kvchat.ui.bridge import EngineBridge
-from kvchat.ui.words import BITS, converted_words, policy_words, price_words
+from kvchat.ui.words import BITS, converted_words, policy_words, price_words, sentence
 
 WORTH_ASKING_S = 1.0
 """An act that costs more than this is asked about before it is done."""
+OPENED = "opened-"
+"""How the key of a price begins that nobody asked for."""
 UNPRICED = "holds from the next turn on."
 
 Say = Callable[[str], None]
@@ -69,6 +71,8 @@ class CacheDesk:
         """None while no engine is ready."""
         self._caches = caches
         self._budget: SetBudget | None = None
+        self._opened = ""
+        """Key of the price that was asked when the open conversation was opened."""
 
     def on_status(self, status: Status) -> None:
         """What came of an act or what it would cost, and whether there is an engine to ask."""
@@ -77,6 +81,7 @@ class CacheDesk:
                 self._model = status.model
                 if self._budget:
                     self.act(self._budget)
+                self.opened()
             case Died():
                 self._on_death()
             case Quote():
@@ -85,6 +90,13 @@ class CacheDesk:
                 self._say(converted_words(status))
             case Refused():
                 self._say(status.reason)
+
+    def opened(self) -> None:
+        """Asks what going on with the open conversation costs; told only where something is read again."""
+        request = self._next()
+        if request and self._model and not self._session.pending:
+            self._opened = OPENED + secrets.token_hex(4)
+            self._bridge.act(Ask(self._opened, request))
 
     def policy(self, name: str) -> None:
         """Chooses what is dropped when the context is full; says what that would be."""
@@ -162,6 +174,8 @@ class CacheDesk:
         self._bridge.act(Ask(key, request))
 
     def _on_quote(self, quote: Quote) -> None:
+        if quote.key == self._opened and quote.miss:
+            self._say(f"Going on here: {price_words(quote)} {sentence(quote.miss.cause)}")
         waiting = self._waiting.pop(quote.key, None)
         if waiting is None:
             return

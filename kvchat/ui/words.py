@@ -29,6 +29,12 @@ def price_words(quote: Quote) -> str:
     return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
 
 
+def sentence(words: str) -> str:
+    """`words` with a capital letter and a full stop."""
+    said = one_line(words)
+    return f"{said[:1].upper()}{said[1:]}."
+
+
 def policy_words(quote: Quote) -> str:
     """What the next turn would read, and what the policy would drop."""
     return f"{price_words(quote)} When the context is full: {quote.preview}."

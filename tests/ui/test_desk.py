@@ -13,6 +13,7 @@ from kvchat.contract import (
     SetPrecision,
     WarmCache,
 )
+from kvchat.session import Session
 from kvchat.text import megabytes
 from kvchat.ui.desk import WORTH_ASKING_S
 from kvchat.ui.screens.dialogs import AskLine, Confirm
@@ -400,3 +401,37 @@ async def test_what_the_engine_refuses_is_said() -> None:
         await chat.press("w")
         await chat.press("escape")
         await chat.until_visible("There is no such cache.")
+
+
+# --- opening a conversation ------------------------------------------------------------------------------
+
+
+def talked() -> Session:
+    """A session in which a saved conversation is open."""
+    session = session_over()
+    talk = saved_conversation(session._store, ("user", "Which pass?"), ("assistant", "The Brenner."))
+    session.open(talk.id)
+    return session
+
+
+async def test_opening_a_conversation_that_must_be_read_again_says_so_and_what_it_costs() -> None:
+    """For instance because it goes on with another model."""
+    miss = Miss("model changed: little → large", 1100, 1.5)
+    engine = ScriptedEngine().prices(2.0, miss)
+    engine.tells_openings = True
+    session = talked()
+    async with running(engine, session=session) as chat:
+        await chat.until_said(
+            "Going on here: the next turn reads 1,204 tokens, about 2.0 s, 1,100 of them again. "
+            "Model changed: little → large."
+        )
+        assert {ask.request.conversation for ask in engine.openings} == {session.current.id}
+
+
+async def test_opening_a_conversation_that_is_all_there_says_nothing() -> None:
+    engine = ScriptedEngine().prices(0.1)
+    engine.tells_openings = True
+    async with running(engine, session=talked()) as chat:
+        await chat.until(lambda: engine.openings, "the price is asked")
+        await chat.pilot.pause()
+        assert not any("Going on here" in said for said in chat.said())

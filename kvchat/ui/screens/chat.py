@@ -360,6 +360,7 @@ class ChatScreen(Screen[None]):
         self._prompt.text = self._session.draft() + typed
         self._prompt.move_cursor(self._prompt.document.end)
         await self._turns.show_conversation()
+        self._desk.opened()
         self._refresh_all()
 
     def _save_draft(self) -> None:
