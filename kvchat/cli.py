@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from kvchat import settings
 from kvchat.cache_commands import cache as cache_commands
+from kvchat.cache_commands import collect_garbage
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
@@ -99,6 +100,7 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
     options.log_file.unlink(missing_ok=True)
+    collect_garbage(paths)
     if app.return_code:
         sys.exit(app.return_code)
     conversation = opened().current

@@ -1,8 +1,8 @@
 """How much the latest queries attend to each cached token: what a score-based eviction decides by.
 
 The attention kernel returns no weights, so the latest tokens are read again while queries and keys are
-watched. SnapKV (arXiv 2404.14469) keeps a set per head; here one set serves all, so the head that looks hardest
-speaks for its layer, and the layers are added up: an average over heads drowns the few that retrieve.
+watched. SnapKV (arXiv 2404.14469) keeps a set per head; here one set serves all, so the head that looks
+hardest speaks for its layer, and the layers are added up: an average over heads drowns the few that retrieve.
 """
 
 import torch

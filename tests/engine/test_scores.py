@@ -41,7 +41,9 @@ def same_weights_folded() -> PreTrainedModel:
     return model
 
 
-def test_scores_are_the_attention_of_the_latest_tokens_by_the_head_that_looks_hardest(tiny: LoadedModel) -> None:
+def test_scores_are_the_attention_of_the_latest_tokens_by_the_head_that_looks_hardest(
+    tiny: LoadedModel,
+) -> None:
     ids = ids_of(tiny, sentences(12))
     assert len(ids) > 3 * WINDOW
     kv = tiny.new_kv()
