@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -100,7 +101,8 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
     app.run()
     options.log_file.unlink(missing_ok=True)
-    collect_garbage(paths)
+    with suppress(KvchatError):  # the next chat tries again
+        collect_garbage(paths)
     if app.return_code:
         sys.exit(app.return_code)
     conversation = opened().current

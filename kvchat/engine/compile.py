@@ -166,9 +166,7 @@ def refusal(shape: ModelShape) -> str:
     return ""
 
 
-def make_package(
-    loaded: LoadedModel, folder: Path, target: Path, done: Done, weights: str, identity: str
-) -> None:
+def make_package(loaded: LoadedModel, target: Path, done: Done, weights: str, identity: str) -> None:
     """Compiles the step of a model, whose linear layers are those to be used, into the new folder `target`.
 
     Raises:
@@ -387,7 +385,7 @@ def main(folder: Path, precision: str, target: Path) -> None:
     weights = quantise(loaded.model, file) if file.is_file() else _name(loaded.model.dtype)
     _tell(QUANTISED)
     identity = fingerprint(folder, loaded.model.dtype)
-    make_package(loaded, folder, target, _tell, weights, identity)
+    make_package(loaded, target, _tell, weights, identity)
 
 
 def _tell(done: int) -> None:
