@@ -450,9 +450,9 @@ def test_a_disk_of_nothing_saves_nothing(ask: Asking) -> None:
 def test_a_cache_that_does_not_fit_on_the_disk_is_told(ask: Asking) -> None:
     talk = ask.json(FIRST, "--kv-disk", "10 kB").turn["conversation"]
     assert ask.shell.segments() == []
-    (refusal,) = ask.shell.events(talk)
-    assert refusal.kind is CacheEventKind.REFUSE
-    assert "all of them may take 0.0 MB" in refusal.note
+    refusals = ask.shell.events(talk)  # after the turn, and perhaps once more when the engine closes
+    assert {refusal.kind for refusal in refusals} == {CacheEventKind.REFUSE}
+    assert all("all of them may take 0.0 MB" in refusal.note for refusal in refusals)
 
 
 def test_the_disk_keeps_the_conversations_used_last(ask: Asking) -> None:

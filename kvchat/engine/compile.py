@@ -10,6 +10,7 @@ its own: what it imports and leaves behind goes with it. It refuses to know conv
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -114,12 +115,13 @@ def _make(folder: Path, precision: str, work: Path, report: Report) -> None:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            start_new_session=True,  # a group of its own, C++ compilers included, that can be ended as one
         ) as process,
     ):
         try:
             _follow(process, report)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise
         if process.wait():
             log.seek(0)
@@ -393,11 +395,11 @@ def _tell(done: int) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process when its parent does: nobody would take the package."""
+    """Ends this process and the compilers it started when its parent ends: nobody would take the package."""
 
     def wait() -> None:
         sys.stdin.read()
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 

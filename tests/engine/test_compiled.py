@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -264,8 +265,10 @@ def test_a_package_loads_without_the_compiler_and_without_temporary_files(
     """Ended by force, as a kill would: nothing that it wrote could be cleaned up."""
     script = (
         "import os, sys, pathlib, torch; from kvchat.engine.compiled import find_step\n"
+        "before = {*sys.modules}\n"
         f"assert find_step(pathlib.Path({str(built.folder)!r}), torch.float32)\n"
-        "print(sorted(m for m in sys.modules if m.startswith('torch._inductor')), flush=True); os._exit(9)"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "print(sorted(m for m in {*sys.modules} - before if 'inductor' in m), flush=True); os._exit(9)"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(
@@ -317,16 +320,30 @@ def test_without_a_compiler_a_sentence_says_what_is_lost(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(KvchatError, match="no C\\+\\+ compiler .* decoded by uncompiled code"):
+    with pytest.raises(KvchatError, match=r"no C\+\+ compiler .* decoded by uncompiled code"):
         building.prepare_step(tiny_folder, "fp32", lambda _: None)
     assert not (tiny_folder / "compiled").exists()
 
 
 def test_what_goes_wrong_in_the_process_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(KvchatError, match="can't be compiled: .*tokenizer"):
+    with pytest.raises(KvchatError, match=r"can't be compiled: .*tokenizer"):
         building.prepare_step(tmp_path, "fp32", lambda _: None)
     assert {path.name for path in (tmp_path / "compiled").iterdir()} <= {".lock"}
+
+
+def test_a_build_that_is_broken_off_stops_and_leaves_nothing(built: Built, tmp_path: Path) -> None:
+    other = shutil.copytree(built.folder, tmp_path / "other", ignore=shutil.ignore_patterns("compiled"))
+
+    def break_off(progress: Progress) -> None:
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        building.prepare_step(other, "fp32", break_off)
+    assert {path.name for path in (other / "compiled").iterdir()} <= {".lock"}
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    assert not [command for command in commands if str(other) in command]
 
 
 def test_models_with_windows_or_states_are_refused(built: Built) -> None:
@@ -361,15 +378,19 @@ def test_the_kernel_computes_attention(
     mask[..., 0] = -torch.inf
     found = torch.ops.kvchat.attend(query, keys, values, mask, 0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(t.float() for t in (query, keys, values)), attn_mask=mask, scale=0.3, enable_gqa=True
+        query.float(), keys.float(), values.float(), attn_mask=mask, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     # of bf16 only the result is rounded
     tolerance = 1e-5 if dtype is FP32 else 2**-8
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_a_step_in_bf16_is_as_near_to_fp32_as_the_model_in_bf16(built: Built, tmp_path: Path) -> None:
+def test_a_step_in_bf16_is_as_near_to_fp32_as_the_model_in_bf16(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """KL in nats against the same weights in fp32, over every token that was read by the step."""
+    kernels = package_folder(built.folder, FP32) / "kernels.so"
+    monkeypatch.setattr(building, "compile_kernels", lambda target: shutil.copy(kernels, target))
     loaded = load_model(built.folder, "tiny", precision="bf16", threads=2)
     model = copy.deepcopy(loaded.model)
     weights = building.quantise(model, built.folder / "model.gguf")

@@ -38,7 +38,7 @@ def blocks_from(tensor: Tensor) -> Blocks:
 
 
 @pytest.mark.parametrize("kind", [Q4_0, Q4_1])
-def test_blocks_are_read_bit_for_bit_as_they_are_dequantised(kind: object) -> None:
+def test_blocks_are_read_bit_for_bit_as_they_are_dequantised(kind: gguf.GGMLQuantizationType) -> None:
     tensor = quantised(kind)
     blocks = blocks_from(tensor)
     assert torch.equal(blocks.weights(), torch.tensor(gguf.dequantize(tensor.data, kind)))
@@ -51,7 +51,7 @@ def test_matrices_stored_in_other_ways_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", [Q4_0, Q4_1])
-def test_the_packed_layer_multiplies_with_exactly_those_weights(kind: object) -> None:
+def test_the_packed_layer_multiplies_with_exactly_those_weights(kind: gguf.GGMLQuantizationType) -> None:
     """Unit vectors read off the weights one by one; in fp32 a zero is rounded once, to 24 bits."""
     blocks = blocks_from(quantised(kind))
     found = Int4Linear(blocks, None, torch.float32)(torch.eye(COLUMNS)).T
