@@ -186,7 +186,8 @@ def fingerprint(folder: Path, dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     facts = (FORMAT, torch.__version__, version("transformers"), cpu_features(), str(dtype))
     digest.update(repr(facts).encode())
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
+    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    for path in sorted(path for path in files if path.is_file()):  # a link may point to what is gone
         digest.update(f"{path.name}{path.stat().st_size}".encode())
         digest.update(_sampled(path))
     return digest.hexdigest()[:16]
