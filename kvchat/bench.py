@@ -142,7 +142,7 @@ def _raw_rows(loaded: LoadedModel, contexts: Iterable[int], note: Note) -> Itera
             context / statistics.median(s for s, _ in runs),
             kv_bytes=kv.storage_bytes,
         )
-        yield Row("decode", context, "on", _decode(CachedReader(loaded.model, kv), CacheMode.ON))
+        yield Row("decode", context, "on", _decode(loaded.reader(kv), CacheMode.ON))
         note(f"decode without a cache at {context:,} tokens")
         uncached = UncachedReader(loaded.model)
         uncached.read(tokens(loaded, context))

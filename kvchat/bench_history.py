@@ -20,8 +20,10 @@ from kvchat.engine.load import LoadedModel
 from kvchat.errors import KvchatError
 
 RUNS = 5
-"""Of every measurement but the cold one, which reads everything and takes the longest."""
 COLD_RUNS = 3
+"""They read everything and take the longest."""
+PAIRS = 11
+"""Of a warm turn and one after a switch: the difference is small, so it needs more of them."""
 ANSWER_TOKENS = 2
 QUESTION = "How long does the drive over the first pass take?"
 SENTENCE = "The drive over pass {} takes {} hours, and the train takes two hours more."
@@ -81,9 +83,11 @@ def _at(loaded: LoadedModel, context: int, folder: Path, note: Callable[[str], N
     yield _row(context, "cold", cold)
     talk, other = Talk(engine, MAIN, list(history)), Talk(engine, OTHER)
     talk.ask()
-    note(f"a turn after {context:,} tokens, warm")
-    yield _row(context, "warm", [talk.ask() for _ in range(RUNS)])
-    yield _row(context, "switched", [_after(other, talk) for _ in range(RUNS)])
+    note(f"a turn after {context:,} tokens, warm and switched to")
+    # in turns, so that both meet the same machine and the same growing history
+    pairs = [(talk.ask(), _after(other, talk)) for _ in range(PAIRS)]
+    yield _row(context, "warm", [warm for warm, _ in pairs])
+    yield _row(context, "switched", [switched for _, switched in pairs])
     engine.close()
     note(f"a turn after {context:,} tokens, restored from disk")
     yield _row(context, "restored", [_restored(loaded, folder, talk.messages) for _ in range(RUNS)])

@@ -429,6 +429,22 @@ def pull(name: str, data_dir: Path | None) -> None:
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
 @data_dir
+def prepare(name: str, data_dir: Path | None) -> None:
+    """Compile a model's decode step for this CPU; fetches the model first if it isn't here."""
+    from kvchat.engine.compile import prepare_step
+    from kvchat.engine.load import automatic_precision
+    from kvchat.engine.prepare import prepare
+    from kvchat.progress import reported
+
+    with reported(name) as report:
+        folder = prepare(name, find_paths(data_dir).models, report)
+        prepare_step(folder, automatic_precision("cpu"), report)
+    click.echo(f"{name} decodes by code compiled for this CPU from now on.", err=True)
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@data_dir
 def path(name: str, data_dir: Path | None) -> None:
     """Print the folder of a model that is ready."""
     from kvchat.locate import is_prepared

@@ -27,6 +27,7 @@ WORDS = {
     "download": "downloading",
     "unpack": "unpacking",
     "convert": "converting (once)",
+    "compile": "compiling for this CPU (once)",
     "save": "saving",
 }
 

@@ -381,7 +381,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(folder: Path, precision: str, target: Path) -> None:
     """Loads a model and makes its package, telling the per cent that are done, a line each."""
-    loaded = load_model(folder, folder.name, precision=precision, device="cpu")
+    loaded = load_model(folder, folder.name, precision=precision, device="cpu", compiled=False)
     _tell(LOADED)
     file = folder / "model.gguf"
     weights = quantise(loaded.model, file) if file.is_file() else _name(loaded.model.dtype)

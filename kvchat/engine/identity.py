@@ -22,13 +22,19 @@ def identify(model: PreTrainedModel, chat: TokenizersBackend, facts: ModelFacts)
     return Fingerprint(
         model=facts.name,
         revision=weights_hash(model),
-        weights=facts.weights_dtype,
+        weights=precision_words(facts),
         kv=facts.kv_dtype,
         rope=_hash(json.dumps(rope, sort_keys=True, default=str)),
         template=_hash(json.dumps(chat.chat_template, sort_keys=True)),
         tokenizer=facts.tokenizer,
         transformers=version("transformers").partition(".")[0],
     )
+
+
+def precision_words(facts: ModelFacts) -> str:
+    """What keys and values are computed in: a compiled step has weights of its own."""
+    eager = facts.path.startswith("eager")
+    return facts.weights_dtype if eager else f"{facts.weights_dtype}, {facts.path}"
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ Knows transformers and the processor; refuses remote code and pickled weights. W
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import ModelFacts
 from kvchat.engine.attention import fold_attention
+from kvchat.engine.compiled import CompiledReader, CompiledStep, find_step
+from kvchat.engine.forward import CachedReader, Reader
 from kvchat.engine.shape import DTYPES, NO_LIMIT, ModelShape, measure, new_kv
 from kvchat.errors import KvchatError
 
@@ -40,6 +42,12 @@ class LoadedModel:
     """Generating one of these ends the turn."""
     facts: ModelFacts
     shape: ModelShape
+    step: CompiledStep | None = None
+    """Decodes single tokens faster than the model itself; None where none was made."""
+
+    def reader(self, kv: ConversationKV) -> Reader:
+        """What reads tokens into that cache."""
+        return CompiledReader(self.model, kv, self.step) if self.step else CachedReader(self.model, kv)
 
     def new_kv(self, kv: str = "auto") -> ConversationKV:
         """An empty cache for one conversation: `auto` (as computed), `fp32`, `bf16`, `int8` or `int4`."""
@@ -83,6 +91,7 @@ def load_model(
     threads: int | None = None,
     context: int | None = None,
     device: str = "auto",
+    compiled: bool = True,
 ) -> LoadedModel:
     """Loads weights and tokenizer from `folder` (config.json, *.safetensors, tokenizer.json).
 
@@ -90,6 +99,7 @@ def load_model(
         precision: `auto`, `fp32` or `bf16`.
         threads: for torch; None takes every physical core.
         context: tokens at most; None takes what the model was made for.
+        compiled: whether to decode by the compiled step, where `kvchat models prepare` made one.
 
     Raises:
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
@@ -101,7 +111,21 @@ def load_model(
     transformers.logging.disable_progress_bar()
     chat = _load_tokenizer(folder, name)
     model = _load_weights(folder, name, DTYPES[precision]).to(device)  # type: ignore[arg-type]
-    return assemble(model, chat, name, precision=precision, context=context)
+    loaded = assemble(model, chat, name, precision=precision, context=context)
+    return with_compiled_step(loaded, folder) if compiled and device == "cpu" else loaded
+
+
+def with_compiled_step(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """The model with its compiled decode step, if one was made for it; one that is damaged is left alone."""
+    try:
+        step = find_step(folder, loaded.model.dtype)
+    except KvchatError as error:
+        notes = (*loaded.facts.notes, f"decode is not compiled: {error}")
+        return replace(loaded, facts=replace(loaded.facts, notes=notes))
+    if step is None:
+        return loaded
+    path = f"compiled {step.description.weights}"
+    return replace(loaded, step=step, facts=replace(loaded.facts, path=path))
 
 
 def assemble(

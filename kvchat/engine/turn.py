@@ -26,7 +26,7 @@ from kvchat.contract import (
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.context import Room, evict_rows, keep_positions, layout_of
 from kvchat.engine.detokenize import Detokenizer
-from kvchat.engine.forward import CachedReader, Reader, Stopped, UncachedReader
+from kvchat.engine.forward import Stopped, UncachedReader
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import Meter
 from kvchat.engine.plan import Plan, Planner
@@ -73,7 +73,7 @@ class Turn:
         self.kept = kept
         self.meter = meter
         self.answer = Answer()
-        self.reader: Reader = CachedReader(self._loaded.model, kept.kv)
+        self.reader = self._loaded.reader(kept.kv)
         if request.mode is CacheMode.OFF:
             self.reader = UncachedReader(self._loaded.model)
 
