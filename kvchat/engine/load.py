@@ -26,6 +26,7 @@ from kvchat.engine.forward import CachedReader, Reader
 from kvchat.engine.shape import DTYPES, NO_LIMIT, ModelShape, measure, new_kv
 from kvchat.errors import KvchatError
 
+NOT_COMPILED = "decode is not compiled: kvchat models prepare makes it several times faster"
 UNLIMITED_CONTEXT = 2048
 """Tokens for a model whose positions never end, unless more are asked for: such models learned from that."""
 
@@ -123,7 +124,10 @@ def with_compiled_step(loaded: LoadedModel, folder: Path) -> LoadedModel:
         notes = (*loaded.facts.notes, f"decode is not compiled: {error}")
         return replace(loaded, facts=replace(loaded.facts, notes=notes))
     if step is None:
-        return loaded
+        if loaded.model.dtype is not torch.bfloat16:
+            return loaded
+        notes = (*loaded.facts.notes, NOT_COMPILED)
+        return replace(loaded, facts=replace(loaded.facts, notes=notes))
     path = f"compiled {step.description.weights}"
     return replace(loaded, step=step, facts=replace(loaded.facts, path=path))
 

@@ -20,6 +20,7 @@ import torch
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import GrowableLayer
+from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFinished, TurnRequest
 from kvchat.engine import compile as building
 from kvchat.engine.compiled import (
     CompiledReader,
@@ -30,11 +31,14 @@ from kvchat.engine.compiled import (
     load_kernels,
     package_folder,
 )
+from kvchat.engine.engine import LocalEngine
 from kvchat.engine.forward import CachedReader
+from kvchat.engine.identity import identify
 from kvchat.engine.load import LoadedModel, load_model
 from kvchat.errors import KvchatError
 from kvchat.staging import Progress
-from tests.engine.driving import TOLERANCE, uncached_logits
+from tests.conftest import REQUIRE_MODEL
+from tests.engine.driving import TOLERANCE, Tap, rendered, uncached_logits, user
 from tests.engine.quantised import save_quantised
 
 IDS = [(7 * i + i * i) % 400 + 5 for i in range(300)]
@@ -69,7 +73,8 @@ class Built:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     if not building.compiler():
-        pytest.fail("a C++ compiler is needed: apt-get install g++")
+        give_up = pytest.fail if os.environ.get(REQUIRE_MODEL) == "1" else pytest.skip
+        give_up("a C++ compiler is needed: apt-get install g++")
     folder = save_quantised(tmp_path_factory.mktemp("compiled") / "tiny")
     progress: list[Progress] = []
     building.prepare_step(folder, "fp32", progress.append)
@@ -409,3 +414,48 @@ def test_a_step_in_bf16_is_as_near_to_fp32_as_the_model_in_bf16(
 def divergence(exact: torch.Tensor, found: torch.Tensor) -> float:
     """Mean KL of log-probabilities `[tokens, vocabulary]`."""
     return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+def loaded_again(built: Built) -> LoadedModel:
+    return load_model(built.folder, "tiny", precision="fp32", threads=2)
+
+
+def test_an_engine_takes_the_step_that_was_made_and_says_what_a_cold_run_says(built: Built) -> None:
+    loaded = loaded_again(built)
+    assert loaded.facts.path == f"compiled {built.step.description.weights}"
+    engine = LocalEngine(loaded)
+    messages: list[PromptMessage] = []
+    for number, question in enumerate(("Which pass is open in May?", "And the train?")):
+        messages.append(user(question))
+        tap = Tap()
+        with tap.on(loaded.model):
+            request = TurnRequest(
+                f"t{number}", "chat", tuple(messages), CacheMode.ON, Sampling(max_tokens=24)
+            )
+            *_, finished = engine.turn(request)
+        assert isinstance(finished, TurnFinished)
+        prompt = rendered(loaded, messages)
+        cold = uncached_logits(loaded.model, [*prompt, *finished.token_ids])[len(prompt) - 1 :]
+        assert cold.argmax(dim=-1).tolist()[: len(finished.token_ids)] == list(finished.token_ids)
+        assert finished.stats.path == loaded.facts.path
+        assert tap.evaluated == finished.stats.prefilled_tokens  # the model itself read the prompt only
+        messages.append(PromptMessage("assistant", finished.text, finished.token_ids, finished.tokenizer))
+
+
+def test_caches_of_the_model_and_of_its_step_are_not_mixed(built: Built) -> None:
+    eager = load_model(built.folder, "tiny", precision="fp32", threads=2, compiled=False)
+    compiled = loaded_again(built)
+    ours, theirs = (identify(each.model, each.chat, each.facts) for each in (compiled, eager))
+    assert (
+        ours.difference(theirs.as_dict()) == f"weights precision changed: fp32 → fp32, {compiled.facts.path}"
+    )
+
+
+def test_a_damaged_step_is_told_and_the_model_decodes_itself(built: Built, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(built.folder, folder)
+    (package_folder(folder, FP32) / "package.json").write_text("{")
+    loaded = load_model(folder, "tiny", precision="fp32", threads=2)
+    assert loaded.step is None
+    assert loaded.facts.path == "eager fp32"
+    assert "decode is not compiled: The compiled step in" in loaded.facts.notes[-1]
