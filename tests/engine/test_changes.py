@@ -175,7 +175,7 @@ def test_a_stopped_answer_goes_on_where_it_ended(engine: LocalEngine, loaded: Lo
     assert_follows_the_rule(chat.ask(QUESTIONS[1]), held, loaded)
 
 
-def test_every_turn_of_a_long_chat_reads_its_new_tokens_and_nothing_else(loaded: LoadedModel) -> None:
+def assert_a_long_chat_reads_nothing_twice(loaded: LoadedModel) -> None:
     """20 turns: what a turn reads is its prompt without everything that was read before it."""
     engine = LocalEngine(loaded)
     chat = Chat(engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=3))
@@ -192,6 +192,15 @@ def test_every_turn_of_a_long_chat_reads_its_new_tokens_and_nothing_else(loaded:
         assert_committed(chat.kv, [*prompt, *played.tokens[:-1]])
         assert_equals_cold(played, loaded)
     assert read == len(chat.kv.ids)
+
+
+def test_every_turn_of_a_long_chat_reads_its_new_tokens_and_nothing_else(loaded: LoadedModel) -> None:
+    assert_a_long_chat_reads_nothing_twice(loaded)
+
+
+@pytest.mark.model
+def test_every_turn_of_a_long_chat_with_a_real_model_reads_its_new_tokens(smollm2: LoadedModel) -> None:
+    assert_a_long_chat_reads_nothing_twice(smollm2)
 
 
 def forked(chat: Chat, messages: int) -> Chat:
