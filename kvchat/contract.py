@@ -104,10 +104,7 @@ class TurnRequest:
     remember: bool = True
     """Whether anything of it may be written to disk."""
     known_prefill_tok_s: float = 0.0
-    """What earlier turns measured, for prices before this engine has measured anything;
-
-    0 where nothing is known.
-    """
+    """What earlier turns measured, for prices before this engine measured anything; 0 where none did."""
 
 
 @dataclass(frozen=True, slots=True)

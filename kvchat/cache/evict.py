@@ -28,10 +28,7 @@ class Layout:
     turns: tuple[int, ...]
     """Where each turn (a question and its answer) begins; ascending, the last one is under way."""
     edges: Sequence[int] = ()
-    """Where a block begins whose tokens stay or go together, ending with `tokens`;
-
-    empty for single tokens.
-    """
+    """Where blocks begin whose tokens go together, ending with `tokens`; empty for single tokens."""
     scores: Sequence[float] = ()
     """How much the latest queries attend to each token."""
 

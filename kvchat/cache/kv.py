@@ -21,6 +21,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvchat.cache.layers import GROWTH_STEP, StoredLayer, rounded_up
+from kvchat.cache.prefix import gap_bounds
 from kvchat.cache.quantize import convert
 from kvchat.cache.recurrent import RecurrentState, StateLayer
 
@@ -109,17 +110,12 @@ class ConversationKV:
     @property
     def first_gap(self) -> int:
         """Tokens before the first evicted one."""
-        if not self.has_gap:
-            return len(self._history)
-        return next((i for i, row in enumerate(self._rows) if row != i), len(self._rows))
+        return gap_bounds(self._rows, len(self._history))[0]
 
     @property
     def last_gap_end(self) -> int:
         """The token after the last evicted one; 0 where none was."""
-        gaps = (
-            row for i, row in reversed(list(enumerate(self._rows))) if i == 0 or self._rows[i - 1] != row - 1
-        )
-        return next(gaps, 0) if self.has_gap else 0
+        return gap_bounds(self._rows, len(self._history))[1]
 
     @property
     def next_position(self) -> int:

@@ -5,17 +5,6 @@ differs. It knows no tensors and no text.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """How a prompt splits against a cache: `reused` tokens are kept, the next `prefilled` ones are read."""
-
-    reused: int
-    prefilled: int
-    dropped: int
-    """Cached tokens past the common prefix, cropped away."""
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -30,8 +19,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def plan_reuse(cached: Sequence[int], prompt: Sequence[int]) -> Reuse:
-    """Keeps the longest common prefix, but reads at least the last token of the prompt.
+def reusable_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """Length of the longest common prefix that leaves at least the last token of the prompt to read.
 
     The logits that choose the first new token come out of reading the last prompt token, and a cache holds
     none, so a full match still reads one token.
@@ -41,8 +30,7 @@ def plan_reuse(cached: Sequence[int], prompt: Sequence[int]) -> Reuse:
     """
     if not prompt:
         raise ValueError("a prompt has at least one token")
-    reused = min(common_prefix(cached, prompt), len(prompt) - 1)
-    return Reuse(reused, len(prompt) - reused, len(cached) - reused)
+    return min(common_prefix(cached, prompt), len(prompt) - 1)
 
 
 def gap_bounds(rows: Sequence[int], tokens: int) -> tuple[int, int]:

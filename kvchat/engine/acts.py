@@ -1,7 +1,4 @@
-"""What can be done to caches between turns:
-
-pinned, moved, dropped, forked, stored in another precision, priced.
-"""
+"""Acts on caches between turns: pin, move, drop, fork, store in another precision, price."""
 
 import time
 from collections.abc import Iterator

@@ -50,10 +50,7 @@ def layout_of(messages: Sequence[PromptMessage], rendered: Rendered) -> Layout:
 
 
 def messages_to_drop(messages: Sequence[PromptMessage], rendered: Rendered, target: int) -> int:
-    """How many of the oldest messages the policy `turns` leaves out;
-
-    0 where only the turn under way is left.
-    """
+    """How many of the oldest messages `turns` leaves out; 0 where only the turn under way is left."""
     layout = layout_of(messages, rendered)
     gone = dropped(layout.tokens, POLICIES["turns"].keep(layout, target))
     end = gone[-1].stop if gone else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.prefix import common_prefix, gap_bounds
+from kvchat.cache.prefix import gap_bounds, reusable_prefix
 from kvchat.cache.saver import Saver, SaveResult
 from kvchat.cache.shelf import Chain, Shelf
 from kvchat.cache.snapshot import load
@@ -37,7 +37,7 @@ class Saved:
 
     def reusable(self, prompt: Sequence[int], *, gaps: bool) -> int:
         """Tokens of the prompt that it holds and can go back to; at least one is left to read."""
-        same = min(common_prefix(self.chain.ids, prompt), len(prompt) - 1)
+        same = reusable_prefix(self.chain.ids, prompt)
         first, end = gap_bounds(self.chain.rows, len(self.chain.ids))
         if same <= end or not gaps:
             same = min(same, first)

@@ -16,7 +16,6 @@ CACHE_WAS_PER_TURN = "the cache was thrown away after the last turn"
 NOT_READ_YET = "not read since the engine started"
 CHANGED_SINCE_SAVED = "the conversation was changed after its cache was saved"
 NOT_KEPT = "what follows was not kept: its reading was stopped, or it was answered without a cache"
-NOT_AS_SAVED = "the conversation is not the one that was saved any more"
 TEMPLATE_REWROTE = "the chat template writes earlier messages differently now"
 REASONING_DROPPED = "the chat template dropped the reasoning of an earlier answer"
 ANOTHER_TOKENIZER = "the model changed: its tokenizer reads the conversation as other tokens"
@@ -65,9 +64,7 @@ def explain_difference(
 
 
 def difference_at(cached: Sequence[int], rendered: Rendered, decode: Decode) -> tuple[int, int, str, str]:
-    """(index of the first token that differs, its message, the cached text there, the prompt's text
-    there).
-    """
+    """(index of the first token that differs, its message, the cached and the prompt's text there)."""
     token = common_prefix(cached, rendered.ids)
     message = sum(end <= token for end in rendered.ends)
     was, now = (decode(list(ids[token : token + SHOWN_TOKENS])) for ids in (cached, rendered.ids))

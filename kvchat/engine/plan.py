@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvchat.cache.evict import POLICIES, SINKS, dropped, turns_in
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.prefix import common_prefix
+from kvchat.cache.prefix import reusable_prefix
 from kvchat.contract import (
     CacheMode,
     EvictionPolicy,
@@ -118,6 +118,7 @@ class Planner:
         messages, rendered = self.rendered(request, left_out)
         if request.policy is EvictionPolicy.TURNS or (request.mode is CacheMode.OFF and self._gap(request)):
             left_out, before = self._leave_out(request, rendered, limit)
+        if left_out != request.left_out:
             messages, rendered = self.rendered(request, left_out)
         if self._least(request, messages, rendered) >= limit:
             self._refuse(request, rendered, limit)
@@ -233,8 +234,9 @@ class Planner:
             refused = f"KV precision changed: {kept.precision} → {self._caches.real(request.kv)}"
         hot = kept is not None and not refused and not kept.prefix_only
         saved, why = (None, "") if hot else self._saved(request)
-        if saved and saved.reusable(rendered.ids, gaps=self._gap(request)) > best[1]:
-            best = (saved, saved.reusable(rendered.ids, gaps=self._gap(request)))
+        restorable = saved.reusable(rendered.ids, gaps=self._gap(request)) if saved else 0
+        if saved and restorable > best[1]:
+            best = (saved, restorable)
         loans = [
             (self.reusable(other.kv, rendered.ids), name)
             for name, other in self._caches.others(request.conversation)
@@ -272,7 +274,7 @@ class Planner:
 
     def reusable(self, kv: ConversationKV, prompt: Sequence[int], *, gaps: bool = False) -> int:
         """Tokens of the prompt that this cache holds and can go back to; at least one is left to read."""
-        same = min(common_prefix(kv.ids, prompt), len(prompt) - 1)
+        same = reusable_prefix(kv.ids, prompt)
         return kv.reachable(same if gaps else min(same, kv.first_gap))
 
     def seconds(self, tokens: int) -> float | None:
@@ -325,7 +327,7 @@ class Planner:
         if token >= len(kept.kv.ids):
             return explain.NOT_KEPT
         if not kept.messages:  # it came from disk, where there are no texts
-            return explain.NOT_AS_SAVED
+            return explain.CHANGED_SINCE_SAVED
         return explain.explain_difference(kept.messages, messages, left_out)
 
     def _note(self, request: TurnRequest, messages: Sequence[PromptMessage], miss: Miss | None) -> str:

@@ -99,7 +99,9 @@ class Turn:
     @property
     def _filled(self) -> int:
         """Tokens that count against the context once the last one is read."""
-        return len(self.kept.kv) + 1 if self._leaves_gaps else len(self._tokens)
+        if self._leaves_gaps:
+            return len(self.kept.kv) + 1
+        return len(self.plan.rendered.ids) + len(self.answer.ids)
 
     def _generate(self) -> Iterator[TurnEvent]:
         """Prefill, then one token at a time until something ends the turn."""
@@ -172,7 +174,9 @@ class Turn:
     def _read(self, ids: Sequence[int]) -> torch.Tensor:
         """One forward pass, after its memory was made room for."""
         if self.request.mode is not CacheMode.OFF:
-            self._tools.caches.make_room(lambda: self.kept.kv.bytes_to_read(len(ids)))
+            # most tokens find room in what is allocated; counting every cache for each would cost
+            if self.kept.kv.bytes_to_read(len(ids)):
+                self._tools.caches.make_room(lambda: self.kept.kv.bytes_to_read(len(ids)))
             self._unshare(len(ids))
             if self._leaves_gaps and (room := keep_positions(self._loaded, self.kept.kv, len(ids))):
                 self.reader.evaluated += room.reread

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.prefix import Reuse, common_prefix, gap_bounds, plan_reuse
+from kvchat.cache.prefix import common_prefix, gap_bounds, reusable_prefix
 
 ids = st.lists(st.integers(0, 3), max_size=40)
 
@@ -38,37 +38,35 @@ def test_common_prefix_takes_lists_and_tuples_alike(pair: tuple[list[int], list[
 
 
 @given(relatives().filter(lambda pair: bool(pair[1])))
-def test_a_plan_reads_every_token_once_and_always_at_least_the_last(
+def test_what_is_reused_is_shared_and_leaves_at_least_the_last_token_to_read(
     pair: tuple[list[int], list[int]],
 ) -> None:
     cached, prompt = pair
-    reuse = plan_reuse(cached, prompt)
-    assert reuse.reused + reuse.prefilled == len(prompt)
-    assert reuse.reused + reuse.dropped == len(cached)
-    assert reuse.prefilled >= 1
-    assert cached[: reuse.reused] == prompt[: reuse.reused]
-    assert reuse.reused == min(naive_prefix(cached, prompt), len(prompt) - 1)
+    reused = reusable_prefix(cached, prompt)
+    assert cached[:reused] == prompt[:reused]
+    assert len(prompt) - reused >= 1
+    assert reused == min(naive_prefix(cached, prompt), len(prompt) - 1)
 
 
 @pytest.mark.parametrize(
-    ("cached", "prompt", "plan"),
+    ("cached", "prompt", "reused"),
     [
-        ([], [1], Reuse(reused=0, prefilled=1, dropped=0)),
-        ([1, 2, 3], [1, 2, 3], Reuse(reused=2, prefilled=1, dropped=1)),
-        ([1, 2, 3], [1, 2, 3, 4, 5], Reuse(reused=3, prefilled=2, dropped=0)),
-        ([1, 2, 3, 4, 5], [1, 2, 3], Reuse(reused=2, prefilled=1, dropped=3)),
-        ([1, 2, 3], [1, 9, 3, 4], Reuse(reused=1, prefilled=3, dropped=2)),
-        ([1, 2, 3], [9, 2, 3], Reuse(reused=0, prefilled=3, dropped=3)),
+        ([], [1], 0),
+        ([1, 2, 3], [1, 2, 3], 2),
+        ([1, 2, 3], [1, 2, 3, 4, 5], 3),
+        ([1, 2, 3, 4, 5], [1, 2, 3], 2),
+        ([1, 2, 3], [1, 9, 3, 4], 1),
+        ([1, 2, 3], [9, 2, 3], 0),
     ],
     ids=["nothing cached", "exact repeat", "one more turn", "shorter prompt", "edited", "other start"],
 )
-def test_plan_of(cached: list[int], prompt: list[int], plan: Reuse) -> None:
-    assert plan_reuse(cached, prompt) == plan
+def test_reusable_prefix_of(cached: list[int], prompt: list[int], reused: int) -> None:
+    assert reusable_prefix(cached, prompt) == reused
 
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
-        plan_reuse([1, 2], [])
+        reusable_prefix([1, 2], [])
 
 
 @st.composite
