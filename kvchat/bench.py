@@ -20,7 +20,7 @@ from kvchat.bench_history import HistoryRow, history_rows
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import CachedReader, Reader, UncachedReader
+from kvchat.engine.forward import Reader
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.turn import PREFILL_CHUNK
 from kvchat.errors import KvchatError
@@ -144,21 +144,21 @@ def _raw_rows(loaded: LoadedModel, contexts: Iterable[int], note: Note) -> Itera
         )
         yield Row("decode", context, "on", _decode(loaded.reader(kv), CacheMode.ON))
         note(f"decode without a cache at {context:,} tokens")
-        uncached = UncachedReader(loaded.model)
+        uncached = loaded.uncached_reader()
         uncached.read(tokens(loaded, context))
         yield Row("decode", context, "off", _decode(uncached, CacheMode.OFF))
 
 
 def tokens(loaded: LoadedModel, count: int) -> list[int]:
     """Made-up ids, spread over the vocabulary; speed doesn't depend on which they are."""
-    size = min(40_000, loaded.model.config.get_text_config().vocab_size // 2)
+    size = min(40_000, loaded.vocabulary // 2)
     return [(1000 + i * 7919) % size for i in range(count)]
 
 
 def _prefill(loaded: LoadedModel, count: int) -> tuple[float, ConversationKV]:
     """(seconds to read `count` tokens in chunks, the cache they filled)."""
     kv = loaded.new_kv()
-    reader, ids = CachedReader(loaded.model, kv), tokens(loaded, count)
+    reader, ids = loaded.reader(kv), tokens(loaded, count)
     started = time.perf_counter()
     for start in range(0, count, PREFILL_CHUNK):
         reader.read(ids[start : start + PREFILL_CHUNK])

@@ -24,7 +24,7 @@ from kvchat.cache_commands import collect_garbage
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
-from kvchat.flags import chat_options, data_dir, model_options
+from kvchat.flags import PRECISIONS, chat_options, data_dir, model_options
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
 from kvchat.text import megabytes, one_line
@@ -80,9 +80,11 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     opened = cache(lambda: open_session(ctx, paths))
     resumes = given["resume"] or given["resume_latest"]
     name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
-    if is_prepared(name, paths.models) is None and (code := _pull_as_child(name, given["data_dir"])):
-        sys.exit(code)
     folder = is_prepared(name, paths.models)
+    if folder is None or lacks_step(folder, given["precision"]):
+        if code := _pull_as_child(name, given["data_dir"]):
+            sys.exit(code)
+        folder = is_prepared(name, paths.models)
     assert folder is not None
     report_on_signal(paths.logs)
     allow_spawning()
@@ -147,7 +149,7 @@ def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
     from kvchat.progress import reported
 
     with reported(name) as report:
-        folder = prepare(name, paths.models, report)
+        folder = prepare(name, paths.models, report, precision=given["precision"])
     return load_model(
         folder,
         name,
@@ -321,6 +323,13 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
     return session
 
 
+def lacks_step(folder: Path, precision: str) -> bool:
+    """Whether a model that was fetched or converted here waits to be compiled, perhaps again."""
+    from kvchat.engine.prepare import wants_step  # the child process of the engine imports this module too
+
+    return wants_step(folder, precision)
+
+
 def lasting_name(model: str, models_dir: Path) -> str:
     """The name by which a conversation finds its model again, in whatever folder kvchat is started.
 
@@ -418,28 +427,46 @@ def list_models(data_dir: Path | None) -> None:
 @data_dir
 def pull(name: str, data_dir: Path | None) -> None:
     """Fetch a model and make it ready; does nothing if it is."""
+    from kvchat.engine.package import package_folder, refusal_of
+    from kvchat.engine.precision import weights_of
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
 
     with reported(name) as report:
         folder = prepare(name, find_paths(data_dir).models, report)
+    if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
+        click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
     click.echo(f"{name} is ready in {folder}", err=True)
 
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @data_dir
-def prepare(name: str, data_dir: Path | None) -> None:
-    """Compile a model's decode step for this CPU; fetches the model first if it isn't here."""
+def prepare(name: str, precision: str, data_dir: Path | None) -> None:
+    """Compile a model for this CPU; fetches it first if it isn't here.
+
+    `auto` keeps the precision of the source. `int8` and `int4` round the weights; what that costs in quality
+    is measured and said.
+    """
     from kvchat.engine.compile import prepare_step
-    from kvchat.engine.load import automatic_precision
+    from kvchat.engine.compiled import Description
+    from kvchat.engine.precision import weights_of
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
 
     with reported(name) as report:
         folder = prepare(name, find_paths(data_dir).models, report)
-        prepare_step(folder, automatic_precision("cpu"), report)
-    click.echo(f"{name} decodes by code compiled for this CPU from now on.", err=True)
+        made = Description.load(prepare_step(folder, weights_of(folder, precision), report))
+    cost = made.cost
+    click.echo(
+        f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
+    )
+    click.echo(
+        f"On {cost.tokens} tokens of prose it is {cost.kl:.4f} nats from the same model in fp32, and finds the "
+        f"same next token most probable after {cost.agreeing:.1%} of them.",
+        err=True,
+    )
 
 
 @models.command()

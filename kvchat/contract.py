@@ -178,6 +178,10 @@ class TurnStats:
     restored_tokens: int = 0
     """Those of the reused ones that came from disk in this turn."""
     restore_s: float = 0.0
+    drafted_tokens: int = 0
+    """Guessed ahead of the model, and checked by it."""
+    accepted_tokens: int = 0
+    """Of the drafted ones, those that the model would have chosen itself."""
 
 
 @dataclass(frozen=True, slots=True)

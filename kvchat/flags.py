@@ -9,6 +9,7 @@ import click
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.text import parse_size
 
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -50,7 +51,10 @@ data_dir = option("--data-dir", type=click.Path(path_type=Path), help="Keep ever
 model_options = together(
     option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file."),
     option(
-        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the weights."
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="auto",
+        help="Of the weights; default: auto, no lower than the source has them.",
     ),
     option("--threads", type=click.IntRange(1), help="For torch; default: every physical core."),
     option("--context", type=click.IntRange(16), help="Tokens a conversation may hold at most."),

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from kvchat.catalog import ModelCard, WheelSource, find_card, load_cards
 from kvchat.errors import KvchatError
 
+GGUF_LINK = "model.gguf"
+"""In the folder of a converted model: the file it came from, or a link to it."""
 MARKER = "kvchat.json"
 """Says where a prepared folder came from."""
 STAGING_PREFIX = ".incoming-"
@@ -218,7 +220,7 @@ def _place_of_card(card: ModelCard) -> Place:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _if_folder(path: Path) -> Path | None:

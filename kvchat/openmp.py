@@ -7,8 +7,9 @@ late one needs to come back. Here they spin briefly and then sleep.
 
 import os
 
-SPINS = "1000"
-"""Long enough for threads that run side by side to meet, short against the time a core is taken away."""
+SPINS = "20000"
+"""A few tenths of a millisecond: longer than the time between two products of a token, and short against the time
+for which a core is taken away. A thread that sleeps between them costs more than the product."""
 
 
 def wait_politely() -> None:

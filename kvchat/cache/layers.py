@@ -154,7 +154,65 @@ class StoredLayer(CacheLayerMixin):
         return -1
 
 
-class GrowableLayer(StoredLayer):
+class Memory(NamedTuple):
+    """Where a layer's keys and values lie, for code that is given addresses; all int64.
+
+    Exact rows follow quantised ones, which `quantize` lays out. In the order of `kernels.cpp`.
+    """
+
+    width: int
+    """Bytes of an exact number: 4 is fp32, 2 is bf16."""
+    first: int
+    """The row of the cache that the exact rows start with."""
+    room: int
+    """Exact rows that fit."""
+    bits: int
+    """Of the quantised rows; 0 where there are none."""
+    slots: int
+    starts: int
+    """Address of the row that each slot starts with, and of the one after the last: int64 `[slots + 1]`."""
+    heads: int
+    key_dim: int
+    value_dim: int
+    keys: int
+    values: int
+    key_head_step: int
+    """Numbers from one head to the next."""
+    value_head_step: int
+    key_row_step: int
+    value_row_step: int
+    key_codes: int = 0
+    value_codes: int = 0
+    key_scales: int = 0
+    value_scales: int = 0
+    key_zeros: int = 0
+    value_zeros: int = 0
+
+
+class AddressedLayer(StoredLayer):
+    """A layer whose rows are also read and written by compiled code, at their addresses."""
+
+    @abstractmethod
+    def room_for(self, tokens: int) -> None:
+        """So many exact rows may be written after the filled ones, which `fill` then counts.
+
+        Nobody else reads them: memory that a fork shares is left first.
+        """
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Where everything lies until the layer is next changed; a layer that has room for a token."""
+
+    @abstractmethod
+    def fill(self, tokens: int) -> None:
+        """Counts rows that were written into the room made for them.
+
+        Raises:
+            ValueError: there was no room for so many.
+        """
+
+
+class GrowableLayer(AddressedLayer):
     """Keys and values as they are: `[1, kv_heads, capacity, head_dim]` each, `length` tokens filled.
 
     One preallocated buffer, so that appending a token writes one row and cropping changes one integer.
@@ -170,6 +228,8 @@ class GrowableLayer(StoredLayer):
         self._dtype = dtype
         self._holders: WeakSet[GrowableLayer] = WeakSet([self])
         """The layers that hold the same memory, this one among them."""
+        self._described: tuple[torch.Tensor, torch.Tensor, Memory] | None = None
+        """What `memory` said, and of which tensors."""
 
     @property
     def capacity(self) -> int:
@@ -218,19 +278,28 @@ class GrowableLayer(StoredLayer):
         keys, values = self.read()
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
-    def room_for(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole tensors of a layer that is not empty, `[1, kv_heads, capacity, head_dim]` each.
+    def room_for(self, tokens: int) -> None:
+        end = self.length + tokens
+        if self.keys is None or self.values is None:
+            if self._shape is None or self._dtype is None:
+                raise ValueError("a layer that was told no shape has no room before its first token")
+            heads, key_dim, value_dim = self._shape
+            self.keys = torch.empty(1, heads, rounded_up(end), key_dim, dtype=self._dtype)
+            self.values = torch.empty(1, heads, rounded_up(end), value_dim, dtype=self._dtype)
+            self.is_initialized = True
+            self._leave()
+        elif self.capacity < end or self._writes_over_others(self.length):
+            self._move(self.keys, self.values, rounded_up(end))
 
-        So many rows after the filled ones may be written, which `fill` then counts: nobody else reads them.
-        """
-        assert self.keys is not None
-        assert self.values is not None
-        if self.capacity < self.length + tokens or self._writes_over_others(self.length):
-            self._move(self.keys, self.values, rounded_up(self.length + tokens))
-        return self.keys, self.values
+    def memory(self) -> Memory:
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        if self._described is None or self._described[0] is not keys or self._described[1] is not values:
+            self._described = keys, values, _memory_of(keys, values)
+        return self._described[2]
 
     def fill(self, tokens: int) -> None:
-        """Counts rows that were written into the room made for them."""
         if self.length + tokens > self.capacity:
             raise ValueError(f"{tokens} tokens after {self.length} don't fit a capacity of {self.capacity}")
         self.length += tokens
@@ -313,3 +382,24 @@ class GrowableLayer(StoredLayer):
         self.is_initialized = False
         self.length = 0
         self._leave()
+
+
+def _memory_of(keys: torch.Tensor, values: torch.Tensor) -> Memory:
+    """`[1, kv_heads, capacity, head_dim]` each, all rows exact."""
+    return Memory(
+        width=keys.element_size(),
+        first=0,
+        room=keys.shape[2],
+        bits=0,
+        slots=0,
+        starts=0,
+        heads=keys.shape[1],
+        key_dim=keys.shape[3],
+        value_dim=values.shape[3],
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        key_head_step=keys.stride(1),
+        value_head_step=values.stride(1),
+        key_row_step=keys.stride(2),
+        value_row_step=values.stride(2),
+    )

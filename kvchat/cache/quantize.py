@@ -22,7 +22,7 @@ from weakref import WeakSet
 
 import torch
 
-from kvchat.cache.layers import GROWTH_STEP, Growth, HeadShape, StoredLayer
+from kvchat.cache.layers import GROWTH_STEP, AddressedLayer, Growth, HeadShape, Memory, StoredLayer
 
 BLOCK = 64
 """Rows of a block. 32 would quantise keys a little better and cost 3 % of bf16 more in scales."""
@@ -153,6 +153,15 @@ class SharedRows:
         for name, tensor in self._tensors.items():
             tensor[start : self.count] = rows[name]
 
+    def whole(self, name: str) -> torch.Tensor:
+        """One tensor with its growth slack."""
+        return self._tensors[name]
+
+    def reserve(self, rows: int, like: Mapping[str, torch.Tensor]) -> None:
+        """Makes room for so many rows after those in use, read by nobody else; a fresh one is as `like`."""
+        if not self._tensors or not self._fits(self.count, self.count + rows):
+            self._move(self.count, self.rounded_up(self.count + rows), like)
+
     def _fits(self, start: int, end: int) -> bool:
         return self.capacity >= end and not any(
             other.count > start for other in self._holders if other is not self
@@ -215,7 +224,7 @@ def rows_of(counts: list[int]) -> torch.Tensor:
     return torch.minimum(starts + torch.arange(BLOCK), ends - 1)
 
 
-class QuantizedLayer(StoredLayer):
+class QuantizedLayer(AddressedLayer):
     """Keys and values in 8 or 4 bits, the newest 1 to `BLOCK` tokens exact.
 
     4 bits: a scale and a zero point for each channel of a block's keys and for each token's values. Keys have
@@ -246,6 +255,8 @@ class QuantizedLayer(StoredLayer):
         """`keys` and `values`, `[tokens, kv_heads, head_dim]`."""
         self._settled = 0
         """Rows that were quantised when the layer was last packed."""
+        self._starts = torch.zeros(1, dtype=torch.int64)
+        """What `memory` last pointed to."""
 
     @property
     def _start(self) -> int:
@@ -326,6 +337,53 @@ class QuantizedLayer(StoredLayer):
         self._counts += counts
         self.length += key_states.shape[-2]
         self.is_initialized = True
+
+    def room_for(self, tokens: int) -> None:
+        """Quantises the block that the next token finishes; the tokens must not finish another one."""
+        if self._shape is None or self._dtype is None:
+            raise ValueError("a layer that was told no shape has no room before its first token")
+        if counts := finished(self._start, self.length + 1):
+            exact = self._residual.filled
+            self._slots.write(len(self._counts), self._quantised(exact, rows_of(counts)))
+            self._counts += counts
+            self._residual.write(0, {name: tensor[sum(counts) :] for name, tensor in exact.items()})
+        heads, key_dim, value_dim = self._shape
+        like = {
+            "keys": torch.empty(0, heads, key_dim, dtype=self._dtype),
+            "values": torch.empty(0, heads, value_dim, dtype=self._dtype),
+        }
+        self._residual.reserve(tokens, like)
+        self.is_initialized = True
+
+    def memory(self) -> Memory:
+        assert self._shape is not None
+        self._starts = torch.tensor([0, *self._counts]).cumsum(0)
+        keys, values = self._residual.whole("keys"), self._residual.whole("values")
+        addresses = {name: t.data_ptr() for name, t in self._slots.filled.items()} if self._counts else {}
+        return Memory(
+            width=keys.element_size(),
+            first=self._start,
+            room=len(keys),
+            bits=self.bits if self._counts else 0,
+            slots=len(self._counts),
+            starts=self._starts.data_ptr(),
+            heads=self._shape.kv_heads,
+            key_dim=self._shape.key_dim,
+            value_dim=self._shape.value_dim,
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            key_head_step=keys.stride(1),
+            value_head_step=values.stride(1),
+            key_row_step=keys.stride(0),
+            value_row_step=values.stride(0),
+            **addresses,
+        )
+
+    def fill(self, tokens: int) -> None:
+        if self._residual.count + tokens > self._residual.capacity:
+            raise ValueError(f"{tokens} tokens don't fit after {self._residual.count} exact ones")
+        self._residual.count += tokens
+        self.length += tokens
 
     def _quantised(self, exact: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Slots for the states `[tokens, kv_heads, head_dim]` at `rows` `[slots, BLOCK]`."""

@@ -4,8 +4,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import (
     Ask,
@@ -24,7 +22,6 @@ from kvchat.contract import (
 )
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier
-from kvchat.engine.forward import forward_pass
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.plan import Planner
 from kvchat.errors import KvchatError
@@ -122,10 +119,7 @@ def _choices(loaded: LoadedModel, kv: ConversationKV) -> list[int]:
     if kv.states or start >= len(ids):
         return []
     kv.truncate(start)
-    first = kv.next_position
-    with kv.append(ids[start:]) as past:
-        positions = range(first, first + len(ids) - start)
-        logits: torch.Tensor = forward_pass(loaded.model, ids[start:], positions, past, keep=len(ids) - start)
+    logits = loaded.reader(kv).read(ids[start:], keep=len(ids) - start)
     return [int(i) for i in logits.argmax(dim=-1)]
 
 

@@ -8,9 +8,12 @@ import psutil
 from kvchat.cache.shelf import Shelf
 from kvchat.contract import Report
 from kvchat.engine.disk import DiskTier
+from kvchat.engine.draft import Drafter, DraftModel, PromptLookup
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
+from kvchat.errors import KvchatError
 
+LOOKUP, NO_DRAFT = "lookup", "off"
 SHARE_OF_MEMORY = 4
 """Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
 
@@ -21,6 +24,7 @@ def open_engine(
     folder: Path | None,
     disk_cap: int,
     report: Callable[[Report], None] = lambda _report: None,
+    draft: LoadedModel | str = LOOKUP,
 ) -> LocalEngine:
     """An engine that saves its caches in `folder`; with None, it saves none.
 
@@ -28,7 +32,31 @@ def open_engine(
         budget: bytes in memory for all caches; None takes a share of what is available now.
         disk_cap: bytes that all saved caches may take; with 0 none is saved.
         report: gets what came of an act.
+        draft: what guesses ahead: `lookup`, `off`, or another model.
+
+    Raises:
+        KvchatError: the other model has another tokenizer.
     """
     available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
     disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
-    return LocalEngine(loaded, budget_bytes=available if budget is None else budget, disk=disk, report=report)
+    return LocalEngine(
+        loaded,
+        budget_bytes=available if budget is None else budget,
+        disk=disk,
+        report=report,
+        new_drafter=_drafters(loaded, draft),
+    )
+
+
+def _drafters(loaded: LoadedModel, draft: LoadedModel | str) -> Callable[[], Drafter | None]:
+    if draft == LOOKUP:
+        return PromptLookup
+    if not isinstance(draft, LoadedModel):
+        return lambda: None
+    if draft.facts.tokenizer != loaded.facts.tokenizer:
+        raise KvchatError(
+            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess its tokens. "
+            "Take a model of the same family, or --draft lookup."
+        )
+    model = DraftModel(draft)  # keeps what it has read from turn to turn
+    return lambda: model

@@ -1,49 +1,65 @@
-"""Runs the compiled decode step, and reads through it.
+"""Runs the compiled step, and reads through it.
 
-A package is a folder with `step.so`, the kernels it calls, and what it was made for. It belongs to one model,
-one torch and one kind of CPU, and its name says so. It knows how to find, load and feed one; it refuses to
-know how one is made: importing the compiler takes seconds (`compile` does that).
+A package is a folder with the step, the kernels it calls, the tokenizer, and what else a chat needs to know
+of the model: with it, transformers' model code need not be imported. It belongs to one model, one torch and
+one kind of CPU, and its name says so. This module knows how to find, load and feed one; it refuses to know
+how one is made: importing the compiler takes seconds (`compile` does that).
 """
 
-import hashlib
+import ctypes
 import json
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import xxhash
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
 
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GrowableLayer, HeadShape
-from kvchat.engine.forward import CachedReader
+from kvchat.cache.layers import AddressedLayer, HeadShape, Memory
+from kvchat.engine.forward import Stopped
+from kvchat.engine.package import package_folder, refusal_of
+from kvchat.engine.shape import ModelShape
+from kvchat.engine.template import ChatTemplate
 from kvchat.errors import KvchatError
 
-FORMAT = 1
-"""Raised when a package is made or fed in another way."""
-LIBRARY, KERNELS, DESCRIPTION = "step.so", "kernels.so", "package.json"
-FOLDER = "compiled"
-"""Beside the weights; one package each."""
-SHORTEST = 2
-"""Tokens, with the new one: a dimension of one token would be compiled as fixed."""
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""What of each weights file goes into the fingerprint."""
+LIBRARY, KERNELS, WEIGHTS = "step.so", "kernels.so", "weights.safetensors"
+DESCRIPTION, TOKENIZER = "package.json", "tokenizer.json"
+LINE, LARGE_PAGE, MADV_HUGEPAGE = 64, 2 << 20, 14
+"""Bytes of a cache line and of a large page; the last is Linux's name for a wish."""
+READ_TOGETHER = 128
+"""Tokens between two looks at a wish to stop: a tenth of a second or two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the step's weights cost in quality, against the model in fp32 on a text of so many tokens."""
+
+    tokens: int
+    kl: float
+    """Mean Kullback-Leibler divergence in nats."""
+    agreeing: float
+    """Share of the tokens after which both find the same next one most probable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a package was made for."""
+    """What a package was made for, and what a chat needs to know of the model."""
 
     fingerprint: str
+    revision: str
+    """Of the weights it was made from, as in a cache's fingerprint."""
     weights: str
     """In words, such as `int4, head int8`."""
-    dtype: str
-    """Of keys, values and logits: `float32` or `bfloat16`."""
-    heads: tuple[HeadShape, ...]
-    """Per layer."""
+    weights_bytes: int
+    kv_dtype: str
+    """What keys and values are stored in unless asked otherwise: `fp32` or `bf16`."""
+    vocabulary: int
+    end_ids: tuple[int, ...]
+    shape: ModelShape
+    template: ChatTemplate
+    cost: Cost
 
     def save(self, folder: Path) -> None:
         """Writes it into the package."""
@@ -58,8 +74,13 @@ class Description:
         """
         try:
             saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            heads = tuple(HeadShape(*head) for head in saved.pop("heads"))
-            return cls(**saved, heads=heads)
+            shape, template, cost = saved.pop("shape"), saved.pop("template"), saved.pop("cost")
+            shape["heads"] = tuple(HeadShape(*head) if head else None for head in shape["heads"])
+            for each in (saved, shape, template):
+                each |= {name: tuple(value) for name, value in each.items() if isinstance(value, list)}
+            return cls(
+                **saved, shape=ModelShape(**shape), template=ChatTemplate(**template), cost=Cost(**cost)
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise KvchatError(f"The compiled step in {folder} is damaged: {error}") from error
 
@@ -77,156 +98,157 @@ def load_kernels(folder: Path) -> None:
             raise KvchatError(f"The compiled step in {folder} can't be loaded: {error}") from error
 
 
+def load_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in one piece of memory of large pages.
+
+    A step reads all of them: with pages of 4 kB, finding each page costs about as much as reading it.
+    """
+    with safe_open(file, framework="pt") as stored:
+        mapped = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        sizes = {name: -(-tensor.nbytes // LINE) * LINE for name, tensor in mapped.items()}
+        whole = _large_pages(sum(sizes.values()))
+        tensors, start = {}, 0
+        for name, tensor in mapped.items():
+            piece = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            tensors[name] = piece.copy_(tensor)
+            start += sizes[name]
+    return tensors
+
+
+def _large_pages(size: int) -> torch.Tensor:
+    """So many bytes, which the kernel is asked to keep in large pages; it may refuse."""
+    memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % LARGE_PAGE
+    with suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(size), MADV_HUGEPAGE
+        )
+    return memory[start : start + size]
+
+
 class CompiledStep:
-    """One token through the whole model, over keys and values that lie in the caller's memory."""
+    """Tokens through the whole model, over keys and values that lie in the caller's memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Loads the package in `folder`: 0.1 s, and nothing is unpacked anywhere.
+        """Loads the package in `folder`: a tenth of a second, and nothing is unpacked anywhere.
 
         Raises:
             KvchatError: it is damaged.
         """
+        self.folder = folder
         self.description = Description.load(folder)
-        self.dtype: torch.dtype = getattr(torch, self.description.dtype)
         load_kernels(folder)
         try:
+            self._weights = load_weights(folder / WEIGHTS)
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
-        except RuntimeError as error:
+            self._runner.update_constant_buffer(self._weights, False, True, True)  # used where they lie
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             raise KvchatError(f"The compiled step in {folder} can't be loaded: {error}") from error
-        self._mask = torch.zeros(0)
+        self.stopped: Callable[[], bool] = lambda: False
+        """Looked at between chunks of tokens."""
+        self._memories: list[Memory] = []
+        self._table = torch.zeros(0)
 
     def run(
-        self, token: int, position: int, length: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, ids: Sequence[int], position: int, row: int, memories: list[Memory], keep: int
     ) -> torch.Tensor:
-        """Writes the token's keys and values into row `length` of every layer; logits `[1, vocabulary]`.
+        """Logits `[keep, vocabulary]` after the last `keep` ids, fp32.
+
+        Writes keys and values of the ids into the rows from `row` on of every layer.
 
         Args:
-            token: the id to read.
-            position: where it stands; after an eviction more than `length`.
-            length: rows that are filled, at least one.
-            pairs: per layer keys and values, `[1, kv_heads, capacity, head_dim]`, contiguous.
+            ids: at least one.
+            position: of the first id; after an eviction more than `row`.
+            row: rows that are filled.
+            memories: where each layer's rows lie; there has to be room for the ids.
 
         Raises:
-            ValueError: the tensors are others than the step was compiled for. The compiled code looks at
-                nothing: it would read and write other memory.
+            ValueError: the memory is other than the step was compiled for. The compiled code looks at
+                nothing: it would read and write what belongs to others.
         """
-        self._check(length, pairs)
-        tensors = [tensor for pair in pairs for tensor in pair]
-        inputs = [torch.tensor([[token]]), torch.tensor([[position]]), self._mask_of(length + 1), *tensors]
+        if memories != self._memories:
+            self._check(memories)
+            self._memories, self._table = memories, torch.tensor(memories, dtype=torch.int64)
+        count = len(ids)
+        if not 0 < keep <= count:
+            raise ValueError(f"{keep} logits of {count} tokens")
+        for memory in memories:
+            if not memory.first <= row or row + count > memory.first + memory.room:
+                raise ValueError(f"there is no room for rows {row} to {row + count - 1}")
+        inputs = [
+            torch.tensor([ids]),
+            torch.arange(position, position + count).view(1, count),
+            torch.arange(row, row + count).view(1, 1, 1, count),
+            self._table,
+            torch.arange(count - keep, count),
+        ]
         logits: torch.Tensor = self._runner.run(inputs)[0]
         return logits
 
-    def _check(self, length: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        heads = self.description.heads
-        if len(pairs) != len(heads):
-            raise ValueError(f"the step has {len(heads)} layers, not {len(pairs)}")
-        capacity = pairs[0][0].shape[-2]
-        if not SHORTEST <= length + 1 <= capacity:
-            raise ValueError(f"a token after {length} others doesn't fit a capacity of {capacity}")
-        for (keys, values), head in zip(pairs, heads, strict=True):
-            for tensor, dim in ((keys, head.key_dim), (values, head.value_dim)):
-                if tensor.shape != (1, head.kv_heads, capacity, dim):
-                    expected = f"[1, {head.kv_heads}, {capacity}, {dim}]"
-                    raise ValueError(f"the step takes keys and values {expected}, not {list(tensor.shape)}")
-                if tensor.dtype is not self.dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-                    raise ValueError(f"the step takes whole tensors of {self.dtype} in the CPU's memory")
-
-    def _mask_of(self, tokens: int) -> torch.Tensor:
-        """`[1, 1, 1, tokens]`: everything that is filled is in sight."""
-        if self._mask.shape[0] < tokens:
-            self._mask = torch.zeros(2 * tokens)
-        return self._mask[:tokens].view(1, 1, 1, tokens)
+    def _check(self, memories: list[Memory]) -> None:
+        heads = [head for head in self.description.shape.heads if head]
+        found = [HeadShape(m.heads, m.key_dim, m.value_dim) for m in memories]
+        if found != heads:
+            raise ValueError(f"the step has {len(heads)} layers with other heads than {found}")
 
 
 class CompiledReader:
-    """Reads single tokens through the compiled step, and everything else through the model itself.
+    """Reads tokens through the compiled step; satisfies `forward.Reader`.
 
-    Satisfies `forward.Reader`. Both leave their keys and values in the same layers, so that a token counts
-    the same whichever way it came.
+    A token counts the same, bit for bit, in whatever company it is read.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: ConversationKV, step: CompiledStep) -> None:
-        self._eager = CachedReader(model, kv)
+    def __init__(self, kv: ConversationKV, step: CompiledStep, evaluated: int = 0) -> None:
         self._kv = kv
         self._step = step
-        self._stepped = 0
+        self.evaluated = evaluated
 
-    @property
-    def evaluated(self) -> int:
-        """Tokens run through the model so far, either way."""
-        return self._eager.evaluated + self._stepped
+    def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """Reads `ids` in chunks, each committed in every layer or in none; logits `[keep, vocabulary]`."""
+        rows: list[torch.Tensor] = []
+        done = 0
+        while done < len(ids):
+            if self._step.stopped():
+                raise Stopped
+            chunk = ids[done : done + self._most()]
+            done += len(chunk)
+            wanted = min(len(chunk), keep - (len(ids) - done))
+            logits = self._read_chunk(chunk, max(1, wanted))
+            if wanted > 0:
+                rows.append(logits)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    @evaluated.setter
-    def evaluated(self, tokens: int) -> None:
-        self._eager.evaluated = tokens - self._stepped
+    def _most(self) -> int:
+        """Tokens that may be read together: none of them may finish a block that a later one reads."""
+        block = self._kv.block
+        return READ_TOGETHER if block == 1 else block - len(self._kv) % block
 
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """Reads `ids` and commits them in every layer, or in none; logits `[1, vocabulary]`."""
-        layers = self._plain_layers()
-        if len(ids) != 1 or not layers or len(self._kv) + 1 < SHORTEST:
-            return self._eager.read(ids)
+    def _read_chunk(self, ids: Sequence[int], keep: int) -> torch.Tensor:
+        layers = addressed(self._kv)
         with self._kv.append(ids):
-            pairs = [layer.room_for(1) for layer in layers]
-            logits = self._step.run(ids[0], self._kv.next_position, len(self._kv), pairs)
             for layer in layers:
-                layer.fill(1)
-        self._stepped += 1
+                layer.room_for(len(ids))
+            memories = [layer.memory() for layer in layers]
+            row, position = len(self._kv), self._kv.next_position
+            logits = self._step.run(ids, position, row, memories, keep)
+            for layer in layers:
+                layer.fill(len(ids))
+        self.evaluated += len(ids)
         return logits
 
-    def _plain_layers(self) -> list[GrowableLayer]:
-        """The layers, if all of them keep keys and values as the step takes them; else none."""
-        dtype = self._step.dtype
-        plain = [layer for layer in self._kv.layers if isinstance(layer, GrowableLayer)]
-        fitting = [layer for layer in plain if layer.keys is None or layer.keys.dtype is dtype]
-        return fitting if len(fitting) == len(self._kv.layers) else []
+
+def addressed(kv: ConversationKV) -> list[AddressedLayer]:
+    """The layers that hold keys and values; all of them tell where these lie."""
+    return [layer for layer in kv.layers if isinstance(layer, AddressedLayer)]
 
 
-def fingerprint(folder: Path, dtype: torch.dtype) -> str:
-    """16 hex digits over all that a package depends on: model files, libraries, CPU and precision."""
-    digest = hashlib.sha256()
-    facts = (FORMAT, torch.__version__, version("transformers"), cpu_features(), str(dtype))
-    digest.update(repr(facts).encode())
-    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.gguf")]
-    for path in sorted(path for path in files if path.is_file()):  # a link may point to what is gone
-        digest.update(f"{path.name}{path.stat().st_size}".encode())
-        digest.update(_sampled(path))
-    return digest.hexdigest()[:16]
-
-
-def package_folder(folder: Path, dtype: torch.dtype) -> Path:
-    """Where the package of the model in `folder` lies, if it was made."""
-    return folder / FOLDER / fingerprint(folder, dtype)
-
-
-def find_step(folder: Path, dtype: torch.dtype) -> CompiledStep | None:
+def find_step(folder: Path, weights: str) -> CompiledStep | None:
     """The compiled step of the model in `folder`; None where none was made, or for other versions.
 
     Raises:
-        KvchatError: it is damaged.
+        KvchatError: it is damaged, or the model can't be compiled; the sentence says why.
     """
-    package = package_folder(folder, dtype)
+    package = package_folder(folder, weights)
+    if reason := refusal_of(package):
+        raise KvchatError(reason)
     return CompiledStep(package) if package.is_dir() else None
-
-
-def cpu_features() -> str:
-    """What the compiler may use of this CPU: code for more instructions than there are would crash."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
-            names = ("flags", "Features", "model name")
-            return "".join(_first_of_each(lines, names))
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-
-
-def _first_of_each(lines: Iterator[str], names: tuple[str, ...]) -> list[str]:
-    return sorted({line for line in lines if line.startswith(names)})
-
-
-def _sampled(path: Path) -> bytes:
-    """A checksum over pieces of a file, from its first to its last bytes."""
-    size, digest = path.stat().st_size, xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.digest()

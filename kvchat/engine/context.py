@@ -13,7 +13,6 @@ from kvchat.cache.evict import POLICIES, Layout, dropped
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.rotate import can_close_gaps, close_gaps
 from kvchat.contract import PromptMessage
-from kvchat.engine.forward import CachedReader
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.render import Rendered
 from kvchat.engine.scores import attention_scores, scoring_window
@@ -95,6 +94,6 @@ def keep_positions(loaded: LoadedModel, kv: ConversationKV, tokens: int) -> Room
         return Room(0, 0, "positions closed up: every kept key was turned once, in fp32")
     history, rows = kv.ids, kv.rows
     kv.clear()
-    CachedReader(loaded.model, kv).read([history[row] for row in rows])
+    loaded.reader(kv).read([history[row] for row in rows])
     kv.restart(history, rows)
     return Room(0, len(rows), f"positions ended: the {len(rows):,} kept tokens were read again, exactly")

@@ -30,7 +30,7 @@ from kvchat.engine import explain
 from kvchat.engine.acts import do
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier, Saved
-from kvchat.engine.forward import stopping_between_layers
+from kvchat.engine.draft import Drafter, PromptLookup
 from kvchat.engine.identity import identify
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import Meter
@@ -64,21 +64,29 @@ class LocalEngine:
         budget_bytes: int = UNBOUNDED,
         disk: DiskTier | None = None,
         report: Callable[[Report], None] = lambda _report: None,
+        new_drafter: Callable[[], Drafter | None] = PromptLookup,
     ) -> None:
-        """`report` gets what came of an act."""
+        """`report` gets what came of an act; `new_drafter` makes what guesses ahead in one turn."""
         self.facts = loaded.facts
         self._loaded = loaded
         self._disk = disk
         self._report = report
         self._timeline = Timeline()
-        fingerprint = identify(loaded.model, loaded.chat, loaded.facts)
+        frequencies = loaded.shape.rotary_frequencies
+        fingerprint = identify(loaded.facts, loaded.revision, loaded.template, frequencies)
         if disk:
             disk.on_saved = self._note_saved
         self.caches = Caches(loaded.new_kv, fingerprint, budget_bytes, disk, self._timeline)
-        renderer = Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+        renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
         self.planner = Planner(loaded.facts, renderer, self.caches, disk, Rate())
         self._tools = Tools(
-            loaded, self.caches, self.planner, self._timeline, prefill_chunk, self._is_stopped
+            loaded,
+            self.caches,
+            self.planner,
+            self._timeline,
+            prefill_chunk,
+            self._is_stopped,
+            new_drafter,
         )
         self._stopped_turn = ""
         self._closing = False
@@ -88,7 +96,7 @@ class LocalEngine:
         meter = Meter()
         self.caches.active = request.conversation
         try:
-            with stopping_between_layers(self._loaded.model, lambda: self._is_stopped(request.turn)):
+            with self._loaded.stopping(lambda: self._is_stopped(request.turn)):
                 yield from self._answer(request, meter)
         except KvchatError as error:
             yield TurnFailed(request.turn, str(error))

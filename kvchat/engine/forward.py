@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvchat.cache.kv import ConversationKV
+
+if TYPE_CHECKING:  # a second of import, for nothing where a compiled step reads
+    from transformers import PreTrainedModel
 
 
 class Stopped(Exception):  # noqa: N818 - a wish of the user, not an error
@@ -29,29 +30,29 @@ class Reader(Protocol):
     evaluated: int
     """Tokens run through the model so far."""
 
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """Reads `ids` after everything read before; logits `[1, vocabulary]` after the last of them."""
+    def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """Reads `ids` after everything read before; logits `[keep, vocabulary]` after the last of them."""
         ...
 
 
 class CachedReader:
     """Reads each token once and keeps its keys and values."""
 
-    def __init__(self, model: PreTrainedModel, kv: ConversationKV) -> None:
+    def __init__(self, model: "PreTrainedModel", kv: ConversationKV) -> None:
         self._model = model
         self._kv = kv
         self.evaluated = 0
 
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
+    def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
         """One forward pass over the new ids; commits them in every layer, or in none.
 
         One pass per id, with a commit each, where the model continues its state exactly in no other way.
         """
         if self._kv.by_steps and len(ids) > 1:
-            return [self.read([token]) for token in ids][-1]
+            return torch.cat([self.read([token]) for token in ids][-keep:])
         first = self._kv.next_position  # after an eviction that left a gap, more than there are rows
         with self._kv.append(ids) as past:
-            logits = forward_pass(self._model, ids, range(first, first + len(ids)), past)
+            logits = forward_pass(self._model, ids, range(first, first + len(ids)), past, keep)
         self.evaluated += len(ids)
         return logits
 
@@ -59,22 +60,36 @@ class CachedReader:
 class UncachedReader:
     """Keeps token ids only, and reads all of them again for every new one."""
 
-    def __init__(self, model: PreTrainedModel, evaluated: int = 0) -> None:
-        self._model = model
+    def __init__(self, read_all: Callable[[Sequence[int]], torch.Tensor], evaluated: int = 0) -> None:
+        """`read_all` reads ids after nothing; logits `[1, vocabulary]`."""
+        self._read_all = read_all
         self._ids: list[int] = []
         self.evaluated = evaluated
 
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """One forward pass over all ids so far and the new ones."""
+    @classmethod
+    def of_model(cls, model: "PreTrainedModel", evaluated: int = 0) -> Self:
+        """By one forward pass of the model."""
+        return cls(lambda ids: forward_pass(model, ids, range(len(ids)), None), evaluated)
+
+    def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """All ids so far and the new ones.
+
+        Raises:
+            ValueError: more than the last token's logits are wanted.
+        """
+        if keep != 1:
+            raise ValueError("without a cache there are no drafts to check")
         self._ids.extend(ids)
-        logits = forward_pass(self._model, self._ids, range(len(self._ids)), None)
+        logits = self._read_all(self._ids)
         self.evaluated += len(self._ids)
         return logits
 
 
 @contextmanager
-def stopping_between_layers(model: PreTrainedModel, stopped: Callable[[], bool]) -> Iterator[None]:
+def stopping_between_layers(model: "PreTrainedModel", stopped: Callable[[], bool]) -> Iterator[None]:
     """Inside the block, a forward pass raises `Stopped` before the next layer once `stopped()` says so."""
+
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     def check(*_: object) -> None:
         if stopped():
@@ -100,7 +115,7 @@ class Parameters(NamedTuple):
 
 
 @cache
-def parameters_of(kind: type[PreTrainedModel]) -> Parameters:
+def parameters_of(kind: "type[PreTrainedModel]") -> Parameters:
     """Read off the signature, once per class."""
     names = signature(kind.forward).parameters
     past = "past_key_values" if "past_key_values" in names else "cache_params"
@@ -109,7 +124,7 @@ def parameters_of(kind: type[PreTrainedModel]) -> Parameters:
 
 @torch.inference_mode()
 def forward_pass(
-    model: PreTrainedModel, ids: Sequence[int], positions: Sequence[int], past: Cache | None, keep: int = 1
+    model: "PreTrainedModel", ids: Sequence[int], positions: Sequence[int], past: Cache | None, keep: int = 1
 ) -> torch.Tensor:
     """Logits `[keep, vocabulary]` of the last `keep` ids; positions are explicit, never guessed."""
     parameters = parameters_of(type(model))  # type: ignore[arg-type] # classes are hashable

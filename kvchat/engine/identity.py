@@ -2,30 +2,39 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.contract import ModelFacts
+from kvchat.engine.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLES = 64
 """Numbers of each weight tensor that go into the hash: a model that was trained further differs in all."""
 
 
-def identify(model: PreTrainedModel, chat: TokenizersBackend, facts: ModelFacts) -> Fingerprint:
-    """The fingerprint of caches in the precision of the weights."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+def identify(
+    facts: ModelFacts, revision: str, template: ChatTemplate, frequencies: Sequence[float]
+) -> Fingerprint:
+    """The fingerprint of caches in the precision that `auto` stands for.
+
+    Args:
+        revision: what `weights_hash` said.
+        frequencies: of the rotation of the keys.
+    """
     return Fingerprint(
         model=facts.name,
-        revision=weights_hash(model),
+        revision=revision,
         weights=precision_words(facts),
         kv=facts.kv_dtype,
-        rope=_hash(json.dumps(rope, sort_keys=True, default=str)),
-        template=_hash(json.dumps(chat.chat_template, sort_keys=True)),
+        rope=_hash(json.dumps(list(frequencies))),
+        template=_hash(template.text),
         tokenizer=facts.tokenizer,
         transformers=version("transformers").partition(".")[0],
     )
@@ -38,7 +47,7 @@ def precision_words(facts: ModelFacts) -> str:
 
 
 @torch.inference_mode()
-def weights_hash(model: PreTrainedModel) -> str:
+def weights_hash(model: "PreTrainedModel") -> str:
     """16 hex digits over the names, shapes and a sample of every weight tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

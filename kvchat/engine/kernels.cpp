@@ -1,8 +1,10 @@
-// What torch has no fast code for when one token is read: attention over a long cache, and a head in 8 bits.
+// What torch has no fast code for: products with weights of 4 and 8 bits, and attention over the filled rows of
+// a cache, whatever these are stored in.
 //
-// Both are bound by the bytes they read, so every key, value and weight is read once, in the width it is
-// stored in, and computed with in fp32. Work is cut into pieces whose size doesn't depend on the number of
-// threads: the results are the same, bit for bit, for any number of them.
+// Decoding is bound by the bytes that are read, so weights, keys and values are read once, in the width they are
+// stored in. States are rounded to 16 bits per group of 32 numbers, 8 bits finer than bf16, so that products run
+// in whole numbers. The order of every sum depends neither on the number of threads nor on how many tokens are
+// read together: a token counts the same, bit for bit, read alone, in a chunk of a prompt, or in a draft.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,196 +14,581 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int64_t kChunk = 256;  // tokens of one piece of attention
-constexpr int64_t kTogether = 4;  // values that are summed in one go
-constexpr int64_t kGroup = 32;    // weights that share a scale
-constexpr int64_t kRows = 512;    // rows of one piece of a product
+// ---- vectors of 32 bytes: the compiler makes of them what the CPU has ---------------------------------------
 
-inline float wide(float x) { return x; }
-// a bf16 is the upper half of a float; written so that compilers vectorise it
-inline float wide(c10::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+using Floats = float __attribute__((vector_size(32)));
+using Ints = int32_t __attribute__((vector_size(32)));
+using Shorts = int16_t __attribute__((vector_size(32)));
+using UShorts = uint16_t __attribute__((vector_size(32)));
+using HalfFloats = float __attribute__((vector_size(16)));
+using HalfUShorts = uint16_t __attribute__((vector_size(16)));
+using HalfBytes = int8_t __attribute__((vector_size(8)));
+constexpr int64_t kLanes = 8;  // floats of a vector
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+template <typename V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+inline Floats all(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// a * b + c, rounded once; left to the compiler, it would be so in some places and not in others
+inline Floats fused(Floats a, Floats b, Floats c) {
+#ifdef __FMA__
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// sum + products of neighbouring pairs of 16-bit numbers
+inline Ints multiply_add(Ints sum, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return (Ints)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  sum += (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  asm("" : "+x"(sum));  // else gcc adds up later and spills the products until then: half the speed
+  return sum;
+#else
+  return sum + ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+inline Floats halves(const void* from) {  // 8 fp16
+#ifdef __F16C__
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+  c10::Half half[kLanes];
+  std::memcpy(half, from, sizeof half);
+  Floats v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = half[i];
+  return v;
+#endif
+}
+
+template <typename T>
+using Memory = std::unique_ptr<T[]>;
+template <typename T>
+inline Memory<T> fresh(int64_t count) {  // not filled with zeros, as a vector would be
+  return std::make_unique_for_overwrite<T[]>(count);
+}
+
+// (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of four vectors
+inline void sum_lanes(const Floats v[4], float* to) {
+  const auto pairs = [](Floats a, Floats b) {
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  };
+  const Floats sums = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
+  const HalfFloats four = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
+  std::memcpy(to, &four, sizeof four);
+}
 
 // exp(x) for x <= 0, to 2e-7: a polynomial (Taylor of 2^f on half a unit) and a shift of the exponent
-inline float exponential(float x) {
-  x = std::max(x, -87.0f) * 1.44269504f;
-  const float whole = std::nearbyint(x), f = x - whole;
-  float p = 0.000154035304f;
-  for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) p = p * f + c;
-  return p * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+inline Floats exponential(Floats x) {
+  x = larger(x, all(-87.0f)) * 1.44269504f;
+  const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+  const Floats shifted = x + magic, f = x - (shifted - magic);
+  Floats p = all(0.000154035304f);
+  for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) p = fused(p, f, all(c));
+  const Ints exponent = (Ints)shifted - (Ints)magic + 127;
+  return p * (Floats)(exponent << 23);
 }
 
-template <typename T>
-inline void widen(const T* from, float* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = wide(from[i]);
-}
+// ---- products with quantised weights ------------------------------------------------------------------------
 
-inline float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
+constexpr int64_t kGroup = 32;    // weights of a row that share a scale
+constexpr int64_t kTile = 8;      // rows whose weights lie together
+constexpr int64_t kTogether = 4;  // tokens that are multiplied in one go
+constexpr int64_t kAhead = 2048;   // bytes
+constexpr int64_t kSerial = 1 << 16;  // products that are not worth another thread
 
-// What one chunk of tokens adds, for the query rows that share a KV head: softmax is put together from the
-// peaks and totals of all chunks ("flash decoding", Dao et al. 2023).
-struct Part {
-  float* sums;    // [rows, value_dim], weighted by exp(score - peak)
-  float* peaks;   // [rows]
-  float* totals;  // [rows]
+// Weights of one group of a tile in memory: vectors of 16-bit lanes, two for each row, each lane holding the
+// weights of several pairs of columns one above the other; then the scales in fp16, and with 4 bits the minima.
+template <int kBits>
+constexpr int64_t kBlockBytes = kTile * kGroup * kBits / 8 + (kBits == 4 ? 4 : 2) * kTile;
+
+// Tokens' states in 16 bits: `numbers * scale`, with a scale and the exact sum per group.
+struct Rounded {
+  int64_t groups;
+  Memory<int16_t> numbers;     // [tokens, in]
+  Memory<float> scales, sums;  // [tokens, groups]
+
+  Rounded(const float* states, int64_t tokens, int64_t in)
+      : groups(in / kGroup),
+        numbers(fresh<int16_t>(tokens * in)),
+        scales(fresh<float>(tokens * groups)),
+        sums(fresh<float>(tokens * groups)) {
+    at::parallel_for(0, tokens * groups, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) round(states + g * kGroup, g);
+    });
+  }
+
+  void round(const float* x, int64_t g) {
+    Floats top = all(0), sum = all(0);
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      const Floats v = load<Floats>(x + i);
+      sum += v;
+      top = larger(top, larger(v, -v));
+    }
+    float peak = 0, total = 0;
+    for (int64_t i = 0; i < kLanes; ++i) peak = std::max(peak, top[i]), total += sum[i];
+    const float inverse = peak > 0 ? 32767 / peak : 0;
+    scales[g] = peak / 32767;
+    sums[g] = total;
+    int16_t* to = numbers.get() + g * kGroup;
+    for (int64_t i = 0; i < kGroup; ++i) to[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
+  }
 };
 
-// kDim: the head's dim where it is known when this is compiled, else 0
-template <int64_t kDim, typename T>
-void attend_chunk(const float* queries, const T* keys, const T* values, const float* mask, int64_t rows,
-                  int64_t tokens, int64_t key_dim, int64_t value_dim, Part part) {
-  if (kDim) key_dim = value_dim = kDim;
-  std::vector<float> buffer(rows * kChunk + kTogether * std::max(key_dim, value_dim));
-  float* scores = buffer.data();
-  float* wide_rows = scores + rows * kChunk;
-  for (int64_t t = 0; t < tokens; ++t) {
-    widen(keys + t * key_dim, wide_rows, key_dim);
-    for (int64_t r = 0; r < rows; ++r)
-      scores[r * kChunk + t] = dot(queries + r * key_dim, wide_rows, key_dim) + mask[t];
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* s = scores + r * kChunk;
-    float peak = std::numeric_limits<float>::lowest(), total = 0;
-#pragma omp simd reduction(max : peak)
-    for (int64_t t = 0; t < tokens; ++t) peak = std::max(peak, s[t]);
-#pragma omp simd reduction(+ : total)
-    for (int64_t t = 0; t < tokens; ++t) total += s[t] = exponential(s[t] - peak);
-    part.peaks[r] = peak;
-    part.totals[r] = total;
-  }
-  std::fill(part.sums, part.sums + rows * value_dim, 0.0f);
-  for (int64_t t = 0; t < tokens; t += kTogether) {
-    // past the last token a row is read again, with a score of 0: the buffer starts as zeros
-    for (int64_t i = 0; i < kTogether; ++i)
-      widen(values + std::min(t + i, tokens - 1) * value_dim, wide_rows + i * value_dim, value_dim);
-    const float *a = wide_rows, *b = a + value_dim, *c = b + value_dim, *d = c + value_dim;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* s = scores + r * kChunk + t;
-      float* sum = part.sums + r * value_dim;
-#pragma omp simd
-      for (int64_t i = 0; i < value_dim; ++i) sum[i] += s[0] * a[i] + s[1] * b[i] + s[2] * c[i] + s[3] * d[i];
-    }
-  }
+// The weights of pair `j` of every lane, as 16-bit numbers.
+template <int kBits>
+inline Shorts unpack(Shorts lanes, int j) {
+  if constexpr (kBits == 4) return (Shorts)(((UShorts)lanes >> (4 * j)) & 15);
+  return j ? lanes >> 8 : (Shorts)((UShorts)lanes << 8) >> 8;
 }
 
-template <typename T>
-void attend_typed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const float* mask,
-                  double scale, T* out) {
-  const int64_t kv_heads = key.size(1), tokens = key.size(2), key_dim = key.size(3), value_dim = value.size(3);
-  const int64_t rows = query.size(1) / kv_heads, chunks = (tokens + kChunk - 1) / kChunk;
-  const int64_t part_size = rows * (value_dim + 2);
-  std::vector<float> queries(query.numel()), buffer(kv_heads * chunks * part_size);
-  for (int64_t i = 0; i < query.numel(); ++i)
-    queries[i] = wide(query.const_data_ptr<T>()[i]) * static_cast<float>(scale);
-  auto part_of = [&](int64_t job) {
-    float* sums = buffer.data() + job * part_size;
-    return Part{sums, sums + rows * value_dim, sums + rows * (value_dim + 1)};
-  };
-  auto attend_one = key_dim == 64 && value_dim == 64     ? attend_chunk<64, T>
-                    : key_dim == 128 && value_dim == 128 ? attend_chunk<128, T>
-                                                         : attend_chunk<0, T>;
-  at::parallel_for(0, kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t head = job / chunks, start = job % chunks * kChunk;
-      attend_one(queries.data() + head * rows * key_dim,
-                 key.const_data_ptr<T>() + head * key.stride(1) + start * key_dim,
-                 value.const_data_ptr<T>() + head * value.stride(1) + start * value_dim, mask + start, rows,
-                 std::min(kChunk, tokens - start), key_dim, value_dim, part_of(job));
+// `kTiles` tiles of rows times `kTokens` tokens, from `token` on.
+template <int kBits, int kTiles, int kTokens>
+void multiply(const uint8_t* weights, const Rounded& states, int64_t token, float* to, int64_t stride) {
+  constexpr int kPairs = 16 / kBits;  // in a lane
+  const int64_t groups = states.groups, in = groups * kGroup;
+  Floats result[kTiles][kTokens] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Ints sum[kTiles][kTokens] = {};
+    if constexpr (kTokens == 1)  // what one token is computed with comes from memory, faster when asked for early
+      for (int r = 0; r < kTiles; ++r)
+        for (int64_t line = 0; line < kBlockBytes<kBits>; line += 64)
+          __builtin_prefetch(weights + (r * groups + g) * kBlockBytes<kBits> + kAhead + line);
+    const int16_t* numbers = states.numbers.get() + token * in + g * kGroup;
+    for (int v = 0; v < kBits; ++v) {
+      Shorts lanes[kTiles];
+      for (int r = 0; r < kTiles; ++r)
+        lanes[r] = load<Shorts>(weights + (r * groups + g) * kBlockBytes<kBits> + v * sizeof(Shorts));
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairs; ++j) {
+        Shorts unpacked[kTiles];
+        for (int r = 0; r < kTiles; ++r) unpacked[r] = unpack<kBits>(lanes[r], j);
+        for (int n = 0; n < kTokens; ++n) {
+          const int32_t pair = load<int32_t>(numbers + n * in + 2 * (v * kPairs + j));
+          const Shorts pairs = (Shorts)Ints{pair, pair, pair, pair, pair, pair, pair, pair};
+          for (int r = 0; r < kTiles; ++r) sum[r][n] = multiply_add(sum[r][n], unpacked[r], pairs);
+        }
+      }
+    }
+    for (int r = 0; r < kTiles; ++r) {
+      const uint8_t* scales = weights + (r * groups + g) * kBlockBytes<kBits> + kBits * sizeof(Shorts);
+      const Floats scale = halves(scales);
+      for (int n = 0; n < kTokens; ++n) {
+        const int64_t at = (token + n) * groups + g;
+        result[r][n] = fused(__builtin_convertvector(sum[r][n], Floats), scale * states.scales[at], result[r][n]);
+        if constexpr (kBits == 4) result[r][n] = fused(halves(scales + 2 * kTile), all(states.sums[at]), result[r][n]);
+      }
+    }
+  }
+  for (int n = 0; n < kTokens; ++n)
+    for (int r = 0; r < kTiles; ++r) store(to + (token + n) * stride + r * kTile, result[r][n]);
+}
+
+template <int kBits, int kTiles>
+void multiply_tokens(const uint8_t* weights, const Rounded& states, int64_t tokens, float* to, int64_t stride) {
+  int64_t n = 0;
+  for (; n + kTogether <= tokens; n += kTogether)
+    multiply<kBits, kTiles, kTogether>(weights, states, n, to, stride);
+  for (; n < tokens; ++n) multiply<kBits, kTiles, 1>(weights, states, n, to, stride);
+}
+
+template <int kBits>
+void multiply_all(const uint8_t* weights, const Rounded& states, int64_t tokens, float* to, int64_t tiles) {
+  const int64_t tile_bytes = states.groups * kBlockBytes<kBits>, stride = tiles * kTile;
+  const int64_t products = 2 * kTile * states.groups * kGroup * tokens;  // of two tiles
+  const int64_t grain = std::max<int64_t>(1, kSerial / products);
+  at::parallel_for(0, (tiles + 1) / 2, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = 2 * begin; tile < std::min(2 * end, tiles); tile += 2) {
+      const uint8_t* from = weights + tile * tile_bytes;
+      const auto apply = tile + 1 < tiles ? multiply_tokens<kBits, 2> : multiply_tokens<kBits, 1>;
+      apply(from, states, tokens, to + tile * kTile, stride);
     }
   });
-  std::vector<float> sum(value_dim);
-  for (int64_t head = 0; head < kv_heads; ++head) {
-    for (int64_t r = 0; r < rows; ++r) {
-      float peak = std::numeric_limits<float>::lowest(), total = 0;
-      for (int64_t c = 0; c < chunks; ++c) peak = std::max(peak, part_of(head * chunks + c).peaks[r]);
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const Part part = part_of(head * chunks + c);
-        const float weight = exponential(part.peaks[r] - peak);
-        total += weight * part.totals[r];
-        for (int64_t i = 0; i < value_dim; ++i) sum[i] += weight * part.sums[r * value_dim + i];
-      }
-      for (int64_t i = 0; i < value_dim; ++i) *out++ = static_cast<T>(sum[i] / total);
+}
+
+int64_t bits_of(const at::Tensor& blocks) {
+  TORCH_CHECK(blocks.dim() == 3 && blocks.is_contiguous() && blocks.scalar_type() == at::kByte &&
+                  (blocks.size(2) == kBlockBytes<4> || blocks.size(2) == kBlockBytes<8>),
+              "these are no blocks of 4 or 8 bits");
+  return blocks.size(2) == kBlockBytes<4> ? 4 : 8;
+}
+
+// states [tokens, in] fp32 times weights as blocks [out / 8, in / 32, bytes]. Returns [tokens, out] in fp32.
+at::Tensor product(const at::Tensor& states, const at::Tensor& blocks) {
+  const int64_t bits = bits_of(blocks), tokens = states.size(0), in = states.size(-1);
+  TORCH_CHECK(states.dim() == 2 && states.scalar_type() == at::kFloat && blocks.size(1) * kGroup == in,
+              "the blocks don't fit the states");
+  const at::Tensor whole = states.contiguous();
+  const Rounded rounded(whole.const_data_ptr<float>(), tokens, in);
+  at::Tensor out = at::empty({tokens, blocks.size(0) * kTile}, whole.options());
+  const auto apply = bits == 4 ? multiply_all<4> : multiply_all<8>;
+  apply(blocks.const_data_ptr<uint8_t>(), rounded, tokens, out.mutable_data_ptr<float>(), blocks.size(0));
+  return out;
+}
+
+// Rows `ids` [tokens] of weights as blocks of 8 bits. Returns [tokens, in] in fp32.
+at::Tensor lookup(const at::Tensor& ids, const at::Tensor& blocks) {
+  TORCH_CHECK(bits_of(blocks) == 8 && ids.dim() == 1 && ids.scalar_type() == at::kLong,
+              "rows are looked up in blocks of 8 bits");
+  const int64_t groups = blocks.size(1);
+  at::Tensor out = at::empty({ids.size(0), groups * kGroup}, at::TensorOptions().dtype(at::kFloat));
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t n = 0; n < ids.size(0); ++n) {
+    const int64_t id = ids.const_data_ptr<int64_t>()[n * ids.stride(0)], lane = id % kTile;
+    TORCH_CHECK(0 <= id && id < blocks.size(0) * kTile, "there is no row ", id);
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint8_t* block = blocks.const_data_ptr<uint8_t>() + (id / kTile * groups + g) * kBlockBytes<8>;
+      const float scale = load<c10::Half>(block + kTile * kGroup + 2 * lane);
+      for (int64_t pair = 0; pair < kGroup / 2; ++pair)
+        for (int64_t column = 0; column < 2; ++column) {
+          const int64_t at = pair / 2 * 32 + (2 * lane + column) * 2 + pair % 2;
+          *to++ = scale * static_cast<float>(static_cast<int8_t>(block[at]));
+        }
     }
-  }
-}
-
-void check_rows(const at::Tensor& tensor, const at::Tensor& query) {
-  TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == 1 && tensor.stride(3) == 1 &&
-                  tensor.stride(2) == tensor.size(3) && tensor.scalar_type() == query.scalar_type(),
-              "keys and values must be [1, kv_heads, tokens, head_dim] with whole rows, as the query's type");
-}
-
-// query [1, heads, 1, key_dim] over key, value [1, kv_heads, tokens, dim]; mask [1, 1, 1, tokens], added to
-// the scores. Returns [1, 1, heads, value_dim].
-at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
-                  double scale) {
-  check_rows(key, query);
-  check_rows(value, query);
-  TORCH_CHECK(query.dim() == 4 && query.size(0) == 1 && query.size(2) == 1 && query.is_contiguous() &&
-                  query.size(3) == key.size(3) && query.size(1) % key.size(1) == 0,
-              "the query must be [1, heads, 1, head_dim]");
-  TORCH_CHECK(key.size(1) == value.size(1) && key.size(2) == value.size(2) && mask.numel() == key.size(2) &&
-                  mask.is_contiguous() && mask.scalar_type() == at::kFloat,
-              "keys, values and the fp32 mask must be of the same tokens");
-  at::Tensor out = at::empty({1, 1, query.size(1), value.size(3)}, query.options());
-  const float* added = mask.const_data_ptr<float>();
-  if (query.scalar_type() == at::kBFloat16) {
-    attend_typed(query, key, value, added, scale, out.mutable_data_ptr<c10::BFloat16>());
-  } else {
-    attend_typed(query, key, value, added, scale, out.mutable_data_ptr<float>());
   }
   return out;
 }
 
-// states [n, in] times quants [out, in] int8 with a scale per group of 32, scales [out, in / 32] fp32.
-// Returns [n, out] in fp32: logits rounded to bf16 would be half of all the error there is.
-at::Tensor product8(const at::Tensor& states, const at::Tensor& quants, const at::Tensor& scales) {
-  const int64_t out = quants.size(0), in = quants.size(1), groups = in / kGroup;
-  TORCH_CHECK(states.dim() == 2 && states.size(1) == in && in % kGroup == 0 && quants.is_contiguous() &&
-                  quants.scalar_type() == at::kChar && scales.is_contiguous() &&
-                  scales.scalar_type() == at::kFloat && scales.numel() == out * groups,
-              "quants and scales don't fit the states");
-  const at::Tensor wide_states = states.to(at::kFloat).contiguous();
-  at::Tensor result = at::empty({states.size(0), out}, wide_states.options());
-  for (int64_t n = 0; n < states.size(0); ++n) {
-    const float* x = wide_states.const_data_ptr<float>() + n * in;
-    float* to = result.mutable_data_ptr<float>() + n * out;
-    at::parallel_for(0, out, kRows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int8_t* q = quants.const_data_ptr<int8_t>() + row * in;
-        const float* s = scales.const_data_ptr<float>() + row * groups;
-        float lanes[kGroup] = {};
-        for (int64_t g = 0; g < groups; ++g) {
-#pragma omp simd
-          for (int64_t i = 0; i < kGroup; ++i)
-            lanes[i] += s[g] * (static_cast<float>(q[g * kGroup + i]) * x[g * kGroup + i]);
+// ---- attention over a cache ---------------------------------------------------------------------------------
+
+constexpr int64_t kChunk = 128;   // rows of the cache whose softmax is computed on its own
+constexpr int64_t kAtOnce = 32;   // rows that are widened to fp32 together
+constexpr int64_t kQueries = 16;  // tokens that share what was widened
+constexpr int64_t kTokens = 64;   // tokens whose parts are held together
+constexpr int64_t kSlot = 64;     // rows of a quantised block
+
+// Where one layer's keys and values lie: a row of the table, in the order of `Memory` in `cache/layers.py`.
+struct Layer {
+  int64_t width;                             // bytes of an exact number: 4 is fp32, 2 is bf16
+  int64_t first, room;                       // row of the cache that the exact rows start with; how many fit
+  int64_t bits, slots, starts;               // of the rows before: 0 where there are none; int64 [slots + 1]
+  int64_t heads, dim[2];                     // of keys and of values
+  int64_t exact[2], head_step[2], row_step[2];  // address, and numbers from one head or row to the next
+  int64_t codes[2], scales[2], zeros[2];     // addresses; `quantize.py` has the layout
+};
+
+// One head's keys (0) or values (1).
+struct Rows {
+  const Layer& memory;
+  int which;
+  int64_t head;
+
+  int64_t dim() const { return memory.dim[which]; }
+
+  // Rows [begin, end) as fp32, `padded` numbers each; the padding is not written.
+  void widen(int64_t begin, int64_t end, float* to, int64_t padded) const {
+    for (; begin < std::min(end, memory.first); to += padded) widen_quantised(begin++, to);
+    if (begin < end) widen_exact(begin - memory.first, end - begin, to, padded);
+  }
+
+  void widen_exact(int64_t row, int64_t count, float* to, int64_t padded) const {
+    const int64_t step = memory.row_step[which], start = head * memory.head_step[which] + row * step;
+    const auto copy = [&](auto* from, int64_t numbers, int64_t rows) {
+      for (; rows; --rows, from += step, to += padded) widen_numbers(from, numbers, to);
+    };
+    const bool dense = step == dim() && padded == dim();  // a row ends where the next begins
+    const int64_t numbers = dense ? count * dim() : dim(), rows = dense ? 1 : count;
+    if (memory.width == 4) copy(reinterpret_cast<const float*>(memory.exact[which]) + start, numbers, rows);
+    else copy(reinterpret_cast<const uint16_t*>(memory.exact[which]) + start, numbers, rows);
+  }
+
+  static void widen_numbers(const float* from, int64_t numbers, float* to) {
+    std::memcpy(to, from, numbers * sizeof(float));
+  }
+
+  static void widen_numbers(const uint16_t* from, int64_t numbers, float* to) {
+    int64_t i = 0;  // a bf16 is the upper half of a float
+    for (; i + kLanes <= numbers; i += kLanes)
+      store(to + i, (Floats)(__builtin_convertvector(load<HalfUShorts>(from + i), Ints) << 16));
+    for (; i < numbers; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16);
+  }
+
+  void widen_quantised(int64_t row, float* to) const {
+    const int64_t* starts = reinterpret_cast<const int64_t*>(memory.starts);
+    const int64_t slot = std::upper_bound(starts, starts + memory.slots, row) - starts - 1;
+    memory.bits == 8 ? widen_8(slot, row - starts[slot], to) : widen_4(slot, row - starts[slot], to);
+  }
+
+  const c10::Half* shared(const int64_t (&addresses)[2], int64_t slot, int64_t row) const {
+    const c10::Half* from = reinterpret_cast<const c10::Half*>(addresses[which]);
+    const int64_t block = slot * memory.heads + head;
+    return from ? from + (which == 0 ? block * dim() : block * kSlot + row) : nullptr;
+  }
+
+  // codes * scale + zero; keys have these per number, values per row. The dim is a multiple of 8.
+  template <typename Code>
+  void scaled(int64_t slot, int64_t row, float* to, Code code) const {
+    const c10::Half *scale = shared(memory.scales, slot, row), *zero = shared(memory.zeros, slot, row);
+    for (int64_t i = 0; i < dim(); i += kLanes) {
+      const Floats by = which == 0 ? halves(scale + i) : all(*scale);
+      const Floats add = !zero ? all(0) : which == 0 ? halves(zero + i) : all(*zero);
+      store(to + i, fused(code(i), by, add));
+    }
+  }
+
+  void widen_8(int64_t slot, int64_t row, float* to) const {
+    const int8_t* codes = reinterpret_cast<const int8_t*>(memory.codes[which]);
+    codes += ((slot * memory.heads + head) * kSlot + row) * dim();
+    scaled(slot, row, to, [&](int64_t i) {
+      return __builtin_convertvector(__builtin_convertvector(load<HalfBytes>(codes + i), Ints), Floats);
+    });
+  }
+
+  void widen_4(int64_t slot, int64_t row, float* to) const {
+    using Bytes = uint8_t __attribute__((vector_size(8)));
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(memory.codes[which]);
+    codes += ((slot * memory.heads + head) * (kSlot / 2) + row % (kSlot / 2)) * dim();
+    const int shift = row < kSlot / 2 ? 0 : 4;
+    scaled(slot, row, to, [&](int64_t i) {
+      const Ints both = __builtin_convertvector(load<Bytes>(codes + i), Ints);
+      return __builtin_convertvector((both >> shift) & 15, Floats);
+    });
+  }
+};
+
+// What one chunk of rows adds, for the queries of a head: softmax is put together from the peaks and totals of
+// all chunks in order ("flash decoding", Dao et al. 2023).
+struct Part {
+  float* sums;    // [queries, value_dim], weighted by exp(score - peak)
+  float* peaks;   // [queries]
+  float* totals;  // [queries]; 0 where nothing of the chunk is in sight
+};
+
+struct Attention {
+  int64_t groups;         // query heads of a KV head
+  int64_t key_padded, value_padded;
+  int64_t window;         // rows in sight, with the token's own; 0: all
+  float softcap;          // 0: none
+};
+
+// Scores of queries against `kAtOnce` keys; both `padded` numbers wide.
+template <int kRows>
+inline void score(const float* queries, const float* keys, int64_t padded, float* to) {
+  for (int64_t k = 0; k < kAtOnce; k += 4) {
+    Floats sum[kRows][4] = {};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      Floats query[kRows];
+      for (int r = 0; r < kRows; ++r) query[r] = load<Floats>(queries + r * padded + i);
+      for (int j = 0; j < 4; ++j) {
+        const Floats key = load<Floats>(keys + (k + j) * padded + i);
+        for (int r = 0; r < kRows; ++r) sum[r][j] = fused(query[r], key, sum[r][j]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) sum_lanes(sum[r], to + r * kChunk + k);
+  }
+}
+
+// Adds `kAtOnce` values, weighted, to the sums of queries: `kVectors` vectors of them.
+template <int kRows, int kVectors>
+inline void add_values(const float* weights, const float* values, int64_t padded, float* sums) {
+  Floats sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load<Floats>(sums + r * padded + v * kLanes);
+  for (int64_t k = 0; k < kAtOnce; ++k)
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = load<Floats>(values + k * padded + v * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][v] = fused(value, all(weights[r * kChunk + k]), sum[r][v]);
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store(sums + r * padded + v * kLanes, sum[r][v]);
+}
+
+template <int kRows>
+inline void add_all_values(const float* weights, const float* values, int64_t padded, float* sums) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= padded; i += 4 * kLanes)
+    add_values<kRows, 4>(weights, values + i, padded, sums + i);
+  for (; i < padded; i += kLanes) add_values<kRows, 1>(weights, values + i, padded, sums + i);
+}
+
+// One chunk for `tokens` tokens, the first of which is row `row` of the cache; queries [groups * tokens, dim].
+void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, const float* queries,
+                  int64_t tokens, int64_t row, int64_t start, Part part) {
+  const int64_t rows = how.groups * tokens, end = std::min(start + kChunk, row + tokens);
+  std::fill(part.totals, part.totals + rows, 0.0f);
+  if (end <= start || (how.window && start + kChunk <= row - how.window + 1)) return;
+  const int64_t wide_size = kAtOnce * std::max(how.key_padded, how.value_padded);
+  const Memory<float> buffer = fresh<float>(rows * kChunk + wide_size);
+  float *scores = buffer.get(), *wide = scores + rows * kChunk;
+  std::fill(wide, wide + wide_size, 0.0f);
+  for (int64_t at = start; at < end; at += kAtOnce) {
+    keys.widen(at, std::min(at + kAtOnce, end), wide, how.key_padded);
+    int64_t r = 0;
+    float* to = scores + at - start;
+    for (; r + 3 <= rows; r += 3) score<3>(queries + r * how.key_padded, wide, how.key_padded, to + r * kChunk);
+    for (; r < rows; ++r) score<1>(queries + r * how.key_padded, wide, how.key_padded, to + r * kChunk);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* s = scores + r * kChunk;
+    const int64_t own = row + r % tokens;  // the last row in sight
+    const int64_t last = std::min(end - 1, own) - start;
+    const int64_t from = how.window ? std::max<int64_t>(0, own - how.window + 1 - start) : 0;
+    if (how.softcap)
+      for (int64_t t = 0; t <= last; ++t) s[t] = how.softcap * std::tanh(s[t] / how.softcap);
+    for (int64_t t = 0; t < from; ++t) s[t] = kLowest;
+    for (int64_t t = std::max<int64_t>(0, last + 1); t < kChunk; ++t) s[t] = kLowest;
+    Floats top = all(kLowest);
+    for (int64_t t = 0; t < kChunk; t += kLanes) top = larger(top, load<Floats>(s + t));
+    float peak = kLowest;
+    for (int64_t i = 0; i < kLanes; ++i) peak = std::max(peak, top[i]);
+    part.peaks[r] = peak;
+    if (from > last) continue;
+    Floats total = all(0);
+    for (int64_t t = 0; t < kChunk; t += kLanes) {
+      const Floats x = load<Floats>(s + t);
+      const Floats weight = x == kLowest ? all(0) : exponential(x - peak);
+      total += weight;
+      store(s + t, weight);
+    }
+    const Floats totals[4] = {total, total, total, total};
+    float four[4];
+    sum_lanes(totals, four);
+    part.totals[r] = four[0];
+  }
+  std::fill(part.sums, part.sums + rows * how.value_padded, 0.0f);
+  for (int64_t at = start; at < end; at += kAtOnce) {
+    const int64_t stop = std::min(at + kAtOnce, end);
+    values.widen(at, stop, wide, how.value_padded);
+    // a weight of 0 must not meet what is no number
+    std::fill(wide + (stop - at) * how.value_padded, wide + kAtOnce * how.value_padded, 0.0f);
+    int64_t r = 0;
+    const float* weights = scores + at - start;
+    for (; r + 3 <= rows; r += 3)
+      add_all_values<3>(weights + r * kChunk, wide, how.value_padded, part.sums + r * how.value_padded);
+    for (; r < rows; ++r)
+      add_all_values<1>(weights + r * kChunk, wide, how.value_padded, part.sums + r * how.value_padded);
+  }
+}
+
+void append(const Layer& memory, int which, const at::Tensor& states, int64_t row) {
+  const auto from = states.accessor<float, 4>();
+  for (int64_t head = 0; head < states.size(1); ++head)
+    for (int64_t n = 0; n < states.size(2); ++n) {
+      const int64_t at = head * memory.head_step[which] + (row + n - memory.first) * memory.row_step[which];
+      for (int64_t i = 0; i < states.size(3); ++i)
+        if (memory.width == 4)
+          reinterpret_cast<float*>(memory.exact[which])[at + i] = from[0][head][n][i];
+        else
+          reinterpret_cast<c10::BFloat16*>(memory.exact[which])[at + i] = from[0][head][n][i];
+    }
+}
+
+// Writes the new tokens' keys and values into rows `rows` of layer `layer` of the cache, then attends from
+// query [1, heads, tokens, key_dim] to all rows up to each token's own. `rows` [.., tokens] are consecutive;
+// `table` [layers, fields] says where the cache lies. A head's sink is a score that takes part and adds nothing.
+// Returns [1, tokens, heads, value_dim]. All fp32.
+at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& rows,
+                  const at::Tensor& table, int64_t layer, double scale, int64_t window, double softcap,
+                  const std::optional<at::Tensor>& sinks) {
+  constexpr int64_t kFields = sizeof(Layer) / sizeof(int64_t);
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kFields && table.is_contiguous() &&
+                  table.scalar_type() == at::kLong && 0 <= layer && layer < table.size(0),
+              "the table has other fields or layers");
+  const Layer& memory = reinterpret_cast<const Layer*>(table.const_data_ptr<int64_t>())[layer];
+  const int64_t heads = query.size(1), tokens = query.size(2), kv_heads = key.size(1);
+  TORCH_CHECK(query.dim() == 4 && query.size(0) == 1 && query.size(3) == memory.dim[0] && heads % kv_heads == 0 &&
+                  key.sizes() == at::IntArrayRef({1, memory.heads, tokens, memory.dim[0]}) &&
+                  value.sizes() == at::IntArrayRef({1, memory.heads, tokens, memory.dim[1]}) &&
+                  rows.numel() == tokens && rows.scalar_type() == at::kLong,
+              "query, keys and values don't fit the cache");
+  const int64_t row = rows.const_data_ptr<int64_t>()[0], groups = heads / kv_heads;
+  TORCH_CHECK(memory.first <= row && row + tokens <= memory.first + memory.room, "there is no room for these rows");
+  append(memory, 0, key, row);
+  append(memory, 1, value, row);
+
+  const auto padded = [](int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; };
+  const Attention how{groups, padded(memory.dim[0]), padded(memory.dim[1]), window, static_cast<float>(softcap)};
+  at::Tensor out = at::empty({1, tokens, heads, memory.dim[1]}, query.options());
+  float* to = out.mutable_data_ptr<float>();
+  const auto from = query.accessor<float, 4>();
+  for (int64_t begin = 0; begin < tokens; begin += kTokens) {
+    const int64_t count = std::min(kTokens, tokens - begin);
+    const int64_t blocks = (count + kQueries - 1) / kQueries, chunks = (row + begin + count + kChunk - 1) / kChunk;
+    const int64_t most = groups * std::min(kQueries, count), size = most * (how.value_padded + 2);
+    const Memory<float> parts = fresh<float>(kv_heads * blocks * chunks * size);
+    std::vector<float> queries(kv_heads * blocks * most * how.key_padded);  // zeros where they are padded
+    const auto tokens_of = [&](int64_t block) { return std::min(kQueries, count - block * kQueries); };
+    const auto queries_of = [&](int64_t job) { return queries.data() + job * most * how.key_padded; };
+    const auto part_of = [&](int64_t job, int64_t chunk) {
+      float* sums = parts.get() + (job * chunks + chunk) * size;
+      float* peaks = sums + most * how.value_padded;
+      return Part{sums, peaks, peaks + most};
+    };
+    // a job is a block of tokens of one KV head; its rows are the query heads that share it, token by token
+    for (int64_t job = 0; job < kv_heads * blocks; ++job) {
+      const int64_t head = job / blocks, block = job % blocks, n = tokens_of(block);
+      float* packed = queries_of(job);
+      for (int64_t r = 0; r < groups * n; ++r) {
+        const auto one = from[0][head * groups + r / n][begin + block * kQueries + r % n];
+        for (int64_t i = 0; i < memory.dim[0]; ++i) packed[r * how.key_padded + i] = one[i] * static_cast<float>(scale);
+      }
+    }
+    at::parallel_for(0, kv_heads * blocks * chunks, 1, [&](int64_t first, int64_t end) {
+      for (int64_t each = first; each < end; ++each) {
+        const int64_t job = each / chunks, chunk = each % chunks, head = job / blocks, block = job % blocks;
+        attend_chunk(how, {memory, 0, head}, {memory, 1, head}, queries_of(job), tokens_of(block),
+                     row + begin + block * kQueries, chunk * kChunk, part_of(job, chunk));
+      }
+    });
+    at::parallel_for(0, kv_heads * blocks, 4, [&](int64_t first, int64_t end) {
+      std::vector<float> sum(how.value_padded);
+      for (int64_t job = first; job < end; ++job) {
+        const int64_t head = job / blocks, block = job % blocks, n = tokens_of(block);
+        for (int64_t r = 0; r < groups * n; ++r) {
+          float peak = kLowest, total = 0;
+          if (sinks) peak = sinks->const_data_ptr<float>()[head * groups + r / n], total = 1;
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const Part part = part_of(job, chunk);
+            if (part.totals[r] == 0) continue;
+            const float top = std::max(peak, part.peaks[r]);
+            const Floats weights = exponential(Floats{peak - top, part.peaks[r] - top});
+            total = total * weights[0] + part.totals[r] * weights[1];
+            for (int64_t i = 0; i < how.value_padded; i += kLanes)
+              store(sum.data() + i, load<Floats>(sum.data() + i) * weights[0] +
+                                        load<Floats>(part.sums + r * how.value_padded + i) * weights[1]);
+            peak = top;
+          }
+          float* result = to + ((begin + block * kQueries + r % n) * heads + head * groups + r / n) * memory.dim[1];
+          for (int64_t i = 0; i < memory.dim[1]; ++i) result[i] = sum[i] / total;
         }
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < kGroup; ++i) sum += lanes[i];
-        to[row] = sum;
       }
     });
   }
-  return result;
+  return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(kvchat, library) {
-  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
-  library.def("product8(Tensor states, Tensor quants, Tensor scales) -> Tensor");
+  library.def("product(Tensor states, Tensor blocks) -> Tensor");
+  library.def("lookup(Tensor ids, Tensor blocks) -> Tensor");
+  library.def(
+      "attend(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor table, int layer, float scale, "
+      "int window, float softcap, Tensor? sinks) -> Tensor");
+  library.impl("product", c10::DispatchKey::CPU, product);
+  library.impl("lookup", c10::DispatchKey::CPU, lookup);
   library.impl("attend", c10::DispatchKey::CPU, attend);
-  library.impl("product8", c10::DispatchKey::CPU, product8);
 }

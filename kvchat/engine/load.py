@@ -1,80 +1,117 @@
-"""Loads a prepared model folder into memory.
+"""Loads a prepared model: the compiled step where one was made, else through transformers.
 
-Knows transformers and the processor; refuses remote code and pickled weights. Where the folder comes from is
-`prepare`'s business.
+Knows the processor and the two ways to compute. Where the folder comes from is `prepare`'s business.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 import psutil
 import torch
-import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import ModelFacts
-from kvchat.engine.attention import fold_attention
-from kvchat.engine.compiled import CompiledReader, CompiledStep, find_step
-from kvchat.engine.forward import CachedReader, Reader
-from kvchat.engine.shape import DTYPES, NO_LIMIT, ModelShape, measure, new_kv
+from kvchat.engine.compiled import TOKENIZER, CompiledReader, CompiledStep, addressed, find_step
+from kvchat.engine.forward import CachedReader, Reader, UncachedReader, stopping_between_layers
+from kvchat.engine.identity import weights_hash
+from kvchat.engine.precision import eager_precision, weights_of
+from kvchat.engine.shape import DTYPES, NO_LIMIT, ModelShape, new_kv
+from kvchat.engine.template import ChatTemplate
 from kvchat.errors import KvchatError
 
-NOT_COMPILED = "decode is not compiled: kvchat models prepare makes it several times faster"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    from kvchat.engine.eager import Eager
+
+NOT_COMPILED = "it is not compiled: kvchat models prepare makes it several times faster"
 UNLIMITED_CONTEXT = 2048
 """Tokens for a model whose positions never end, unless more are asked for: such models learned from that."""
+WIDEST_BLOCK = 8
+"""Numbers that the kernels read of a quantised row at once; other head dims are read by transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run, with its tokenizer and what a screen may tell about it."""
 
-    model: PreTrainedModel
     tokenizer: Tokenizer
-    chat: TokenizersBackend
-    """transformers' tokenizer: it carries the chat template."""
+    template: ChatTemplate
     end_ids: frozenset[int]
     """Generating one of these ends the turn."""
     facts: ModelFacts
     shape: ModelShape
+    revision: str
+    """16 hex digits of the weights that both ways to compute come from."""
+    vocabulary: int
+    open_model: Callable[[], "PreTrainedModel"]
+    """Loads the model through transformers, once."""
     step: CompiledStep | None = None
-    """Decodes single tokens faster than the model itself; None where none was made."""
+    """Reads tokens faster than the model itself; None where none was made."""
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model as transformers runs it. Beside a compiled step it is loaded when first asked for."""
+        return self.open_model()
 
     def reader(self, kv: ConversationKV) -> Reader:
         """What reads tokens into that cache."""
-        return CompiledReader(self.model, kv, self.step) if self.step else CachedReader(self.model, kv)
+        if self.step and len(addressed(kv)) == len(kv.layers) and self._blocks_fit(kv):
+            return CompiledReader(kv, self.step)
+        return CachedReader(self.model, kv)
+
+    def uncached_reader(self, evaluated: int = 0) -> Reader:
+        """What keeps nothing and reads everything again for every token."""
+        if self.step:
+            return UncachedReader(lambda ids: self.reader(self.new_kv()).read(ids), evaluated)
+        return UncachedReader.of_model(self.model, evaluated)
+
+    def _blocks_fit(self, kv: ConversationKV) -> bool:
+        dims = [dim for head in self.shape.heads if head for dim in (head.key_dim, head.value_dim)]
+        return kv.block == 1 or all(dim % WIDEST_BLOCK == 0 for dim in dims)
+
+    @contextmanager
+    def stopping(self, stopped: Callable[[], bool]) -> Iterator[None]:
+        """Inside the block, reading raises `Stopped` soon after `stopped()` says so."""
+        if self.step is None:
+            with stopping_between_layers(self.model, stopped):
+                yield
+            return
+        before, self.step.stopped = self.step.stopped, stopped
+        try:
+            yield
+        finally:
+            self.step.stopped = before
 
     def new_kv(self, kv: str = "auto") -> ConversationKV:
-        """An empty cache for one conversation: `auto` (as computed), `fp32`, `bf16`, `int8` or `int4`."""
-        return new_kv(self.shape, kv, self.model.dtype)
+        """An empty cache for one conversation.
+
+        `auto` is 16 bits, or as computed where that is exact; else `fp32`, `bf16`, `int8` or `int4`.
+        """
+        return new_kv(self.shape, kv, DTYPES[self.facts.kv_dtype])
 
     def rotary_frequencies(self) -> torch.Tensor | None:
         """`[rotary_dims / 2]` radians per position; None where no single rotation turns all the keys."""
         frequencies = self.shape.rotary_frequencies
         return torch.tensor(frequencies) if frequencies else None
 
+    def noted(self, note: str) -> Self:
+        """The same with one more note for the screen."""
+        return replace(self, facts=replace(self.facts, notes=(*self.facts.notes, note)))
+
 
 def physical_cores() -> int:
     """Physical cores this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
-
-
-def automatic_precision(device: str) -> str:
-    """`bf16` where the device computes in it, else `fp32`."""
-    if device != "cpu":
-        return "bf16"
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags else "fp32"
 
 
 def automatic_device() -> str:
@@ -94,75 +131,134 @@ def load_model(
     device: str = "auto",
     compiled: bool = True,
 ) -> LoadedModel:
-    """Loads weights and tokenizer from `folder` (config.json, *.safetensors, tokenizer.json).
+    """Loads what is needed of the prepared model in `folder`.
 
     Args:
-        precision: `auto`, `fp32` or `bf16`.
+        precision: of the weights: `auto`, `fp32`, `bf16`, `int8` or `int4`.
         threads: for torch; None takes every physical core.
         context: tokens at most; None takes what the model was made for.
-        compiled: whether to decode by the compiled step, where `kvchat models prepare` made one.
+        compiled: whether to read by the compiled step, where `kvchat models prepare` made one.
 
     Raises:
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
     """
     device = automatic_device() if device == "auto" else device
-    precision = automatic_precision(device) if precision == "auto" else precision
     torch.set_num_threads(threads or physical_cores())
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    chat = _load_tokenizer(folder, name)
-    model = _load_weights(folder, name, DTYPES[precision]).to(device)  # type: ignore[arg-type]
-    loaded = assemble(model, chat, name, precision=precision, context=context)
-    return with_compiled_step(loaded, folder) if compiled and device == "cpu" else loaded
+    note = ""
+    if compiled and device == "cpu":
+        try:
+            step = find_step(folder, weights_of(folder, precision))
+        except KvchatError as error:  # one that is damaged is left alone
+            step, note = None, f"it is not compiled: {error}"
+        if step:
+            return _with_step(step, folder, name, precision, context)
+        note = note or NOT_COMPILED
+    from kvchat.engine.eager import load_eager
+
+    loaded = loaded_of(
+        load_eager(folder, name, DTYPES[eager_precision(precision, device)], device), name, context
+    )
+    return loaded.noted(note) if note else loaded
 
 
-def with_compiled_step(loaded: LoadedModel, folder: Path) -> LoadedModel:
-    """The model with its compiled decode step, if one was made for it; one that is damaged is left alone."""
-    try:
-        step = find_step(folder, loaded.model.dtype)
-    except KvchatError as error:
-        notes = (*loaded.facts.notes, f"decode is not compiled: {error}")
-        return replace(loaded, facts=replace(loaded.facts, notes=notes))
-    if step is None:
-        if loaded.model.dtype is not torch.bfloat16:
-            return loaded
-        notes = (*loaded.facts.notes, NOT_COMPILED)
-        return replace(loaded, facts=replace(loaded.facts, notes=notes))
-    path = f"compiled {step.description.weights}"
-    return replace(loaded, step=step, facts=replace(loaded.facts, path=path))
+def _with_step(
+    step: CompiledStep, folder: Path, name: str, precision: str, context: int | None
+) -> LoadedModel:
+    made = step.description
+
+    @cache
+    def open_model() -> "PreTrainedModel":
+        from kvchat.engine.eager import load_weights
+
+        exact = precision if precision in DTYPES else "auto"
+        return load_weights(folder, name, DTYPES[eager_precision(exact, "cpu")], "cpu")
+
+    tokenizer = Tokenizer.from_file(str(step.folder / TOKENIZER))
+    facts = _facts(
+        name,
+        made.shape,
+        kv_dtype=made.kv_dtype,
+        weights_dtype=made.weights.partition(",")[0],
+        weights_bytes=made.weights_bytes,
+        context=context,
+        path=f"compiled {made.weights}",
+        tokenizer=tokenizer_fingerprint(tokenizer),
+    )
+    ends = frozenset(made.end_ids)
+    return LoadedModel(
+        tokenizer, made.template, ends, facts, made.shape, made.revision, made.vocabulary, open_model, step
+    )
+
+
+def loaded_of(eager: "Eager", name: str, context: int | None = None) -> LoadedModel:
+    """A model that transformers runs."""
+    from kvchat.engine.eager import weights_bytes
+
+    model, dtype = eager.model, next(name for name, each in DTYPES.items() if each is eager.model.dtype)
+    facts = _facts(
+        name,
+        eager.shape,
+        kv_dtype=dtype,
+        weights_dtype=dtype,
+        weights_bytes=weights_bytes(model),
+        context=context,
+        path=f"eager {dtype}",
+        tokenizer=tokenizer_fingerprint(eager.tokenizer),
+    )
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return LoadedModel(
+        eager.tokenizer,
+        eager.template,
+        eager.end_ids,
+        facts,
+        eager.shape,
+        weights_hash(model),
+        vocabulary,
+        lambda: model,
+    )
 
 
 def assemble(
-    model: PreTrainedModel, chat: TokenizersBackend, name: str, *, precision: str, context: int | None = None
+    model: "PreTrainedModel", chat: "TokenizersBackend", name: str, *, context: int | None = None
 ) -> LoadedModel:
-    """Puts a model and its tokenizer together and reads off the facts.
+    """Puts a model in memory and its tokenizer together.
 
     Raises:
         KvchatError: there is no chat template, or some layers keep what kvchat can't.
     """
-    if not getattr(chat, "chat_template", None):
-        raise KvchatError(f"{name} has no chat template, so it can't chat. Take an instruction-tuned model.")
-    fold_attention(model)
-    shape = measure(model.eval(), name)
+    from kvchat.engine.eager import put_together
+
+    return loaded_of(put_together(model, chat, name), name, context)
+
+
+def _facts(
+    name: str,
+    shape: ModelShape,
+    *,
+    kv_dtype: str,
+    weights_dtype: str,
+    weights_bytes: int,
+    context: int | None,
+    path: str,
+    tokenizer: str,
+) -> ModelFacts:
     heads = [head for head in shape.heads if head]
-    tokenizer = chat.backend_tokenizer
-    facts = ModelFacts(
+    return ModelFacts(
         name=name,
         layers=len(heads),
         kv_heads=heads[0].kv_heads if heads else 0,
         head_dim=heads[0].key_dim if heads else 0,
-        kv_dtype=precision,
-        kv_dtype_bytes=DTYPES[precision].itemsize,
-        weights_dtype=precision,
-        weights_bytes=weights_bytes(model),
+        kv_dtype=kv_dtype,
+        kv_dtype_bytes=DTYPES[kv_dtype].itemsize,
+        weights_dtype=weights_dtype,
+        weights_bytes=weights_bytes,
         context_limit=_context_limit(shape, context),
         threads=torch.get_num_threads(),
-        path=f"eager {precision}",
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        path=path,
+        tokenizer=tokenizer,
         notes=shape.notes,
         gap_refusal=shape.gap_refusal,
     )
-    return LoadedModel(model, tokenizer, chat, end_ids(model, chat), facts, shape)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -170,53 +266,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def weights_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all distinct weight tensors; tied ones count once."""
-    storages = (parameter.untyped_storage() for parameter in model.parameters())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
-    """The end-of-turn ids of the generation config, with the tokenizer's own."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*ids, chat.eos_token_id) if i is not None)
-
-
 def _context_limit(shape: ModelShape, asked: int | None) -> int:
     if shape.position_limit == NO_LIMIT:
         return asked or UNLIMITED_CONTEXT
     return min(shape.position_limit, asked) if asked else shape.position_limit
-
-
-def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:
-    try:
-        chat = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # damaged files raise whatever the libraries under transformers raise
-        raise KvchatError(f"{name}: the tokenizer in {folder} can't be read: {_first_line(error)}") from error
-    if not isinstance(chat, TokenizersBackend):
-        raise KvchatError(f"{name} has no tokenizer.json, and kvchat streams text through that format only.")
-    return chat
-
-
-def _load_weights(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # damaged files raise whatever the libraries under transformers raise
-        raise KvchatError(f"{name}: the weights in {folder} can't be loaded: {_first_line(error)}") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
-        raise KvchatError(f"{name}: the weights in {folder} lack {missing[0]} ({len(missing)} in all).")
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

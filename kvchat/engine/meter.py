@@ -27,6 +27,8 @@ class Meter:
     evicted_tokens: int = 0
     restored_tokens: int = 0
     restore_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def begin_prefill(self) -> None:
         """The model starts reading."""
@@ -95,6 +97,8 @@ class Meter:
             evicted_tokens=self.evicted_tokens,
             restored_tokens=self.restored_tokens,
             restore_s=self.restore_s,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
 

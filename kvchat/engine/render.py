@@ -16,9 +16,9 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.contract import PromptMessage
+from kvchat.engine.template import ChatTemplate
 from kvchat.errors import KvchatError
 
 SPLIT = "\ufdd0"
@@ -54,12 +54,11 @@ class Rendered:
 class Renderer:
     """Renders conversations for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: TokenizersBackend, fingerprint: str) -> None:
-        """`chat` is transformers' tokenizer, for its `apply_chat_template`."""
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, fingerprint: str) -> None:
         self._tokenizer = tokenizer
-        self._chat = chat
+        self._chat = template
         self._fingerprint = fingerprint
-        controls = sorted((t.content for t in chat.added_tokens_decoder.values() if t.special), key=len)
+        controls = sorted(template.controls, key=len)
         self._control = re.compile("|".join(re.escape(c) for c in reversed(controls)) or r"(?!)")
         self._encode_run = lru_cache(maxsize=ENCODED_RUNS)(self._encode_uncached)
 
@@ -131,20 +130,13 @@ class Renderer:
         turns = [{"role": m.role, "content": text} for m, text in zip(messages, texts, strict=True)]
         goes_on = turns[-1]["role"] == "assistant"
         try:
-            rendered = self._chat.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                chat_template=self._dated(today),
-            )
+            return self._chat.render(turns, goes_on=goes_on, text=self._dated(today))
         except (TemplateError, ValueError) as error:
             raise KvchatError(f"The model's chat template refuses this conversation: {error}") from error
-        return str(rendered)
 
     def _dated(self, today: str) -> str:
         """The chat template with a frozen date written into it: transformers lets no function through."""
-        template = str(self._chat.get_chat_template())
+        template = self._chat.text
         if not today:
             return template
         moment = datetime.fromisoformat(today)

@@ -5,14 +5,17 @@ watched. SnapKV (arXiv 2404.14469) keeps a set per head; here one set serves all
 hardest speaks for its layer, and the layers are added up: an average over heads drowns the few that retrieve.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import avg_pool1d
-from transformers import PreTrainedModel
 
 from kvchat.cache.kv import ConversationKV
-from kvchat.engine.attention import watching_attention
 from kvchat.engine.forward import CachedReader
 from kvchat.errors import KvchatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WINDOW = 32
 """Latest tokens whose queries decide."""
@@ -25,12 +28,14 @@ def scoring_window(kv: ConversationKV) -> int:
     return max(0, min(WINDOW, len(kv) - 1, len(kv.ids) - kv.last_gap_end - 1))
 
 
-def attention_scores(model: PreTrainedModel, kv: ConversationKV) -> list[float]:
+def attention_scores(model: "PreTrainedModel", kv: ConversationKV) -> list[float]:
     """One score per row; reads the last `scoring_window` tokens again. Where there are none, all are equal.
 
     Raises:
         KvchatError: this model's attention can't be watched.
     """
+    from kvchat.engine.attention import watching_attention  # with the model itself
+
     window = scoring_window(kv)
     if not window:
         return [0.0] * len(kv)

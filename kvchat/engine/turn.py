@@ -26,7 +26,8 @@ from kvchat.contract import (
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.context import Room, evict_rows, keep_positions, layout_of
 from kvchat.engine.detokenize import Detokenizer
-from kvchat.engine.forward import Stopped, UncachedReader
+from kvchat.engine.draft import Drafter
+from kvchat.engine.forward import Stopped
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import Meter
 from kvchat.engine.plan import Plan, Planner
@@ -50,6 +51,8 @@ class Tools:
     timeline: Timeline
     prefill_chunk: int
     is_stopped: Callable[[str], bool]
+    new_drafter: Callable[[], Drafter | None]
+    """What guesses ahead in one turn, if anything does."""
 
 
 @dataclass(slots=True)
@@ -75,7 +78,11 @@ class Turn:
         self.answer = Answer()
         self.reader = self._loaded.reader(kept.kv)
         if request.mode is CacheMode.OFF:
-            self.reader = UncachedReader(self._loaded.model)
+            self.reader = self._loaded.uncached_reader()
+        self._sampler = Sampler(request.sampling)
+        self._detokenizer = Detokenizer(self._loaded.tokenizer)
+        can_go_back = request.mode is not CacheMode.OFF and not kept.kv.states
+        self._drafter = tools.new_drafter() if can_go_back else None
 
     def run(self) -> Iterator[TurnEvent]:
         """Answers; a stop ends it and keeps what there is."""
@@ -104,35 +111,75 @@ class Turn:
         return len(self.plan.rendered.ids) + len(self.answer.ids)
 
     def _generate(self) -> Iterator[TurnEvent]:
-        """Prefill, then one token at a time until something ends the turn."""
-        request, answer = self.request, self.answer
+        """Prefill, then one token after the other until something ends the turn."""
         logits = yield from self._prefill()
-        goes_on = request.messages[-1].role == "assistant"
+        goes_on = self.request.messages[-1].role == "assistant"
         before = self.plan.rendered.ids[-CONTEXT_OF_TEXT:] if goes_on else ()
-        sampler, detokenizer = Sampler(request.sampling), Detokenizer(self._loaded.tokenizer, before)
-        while True:
-            token = sampler.choose(logits, self._tokens if sampler.reads_context else ())
-            answer.ids.append(token)
-            text = "" if token in self._loaded.end_ids else detokenizer.step(token)
-            answer.text += text
-            took = self.meter.token(text)
-            if token in self._loaded.end_ids:
-                return
-            kv = self.kept.kv
-            yield Tokens(
-                request.turn, text, (token,), (took,), self._loaded.facts.tokenizer, len(kv), kv.storage_bytes
-            )
-            if end := self._end():
-                answer.finish = end
-                return
+        self._detokenizer = Detokenizer(self._loaded.tokenizer, before)
+        draft: list[int] = []
+        while not (yield from self._choose(logits, draft)):
             if self._filled >= self.plan.limit:
-                rest = yield from self._make_context()
+                draft, rest = [], (yield from self._make_context())
                 if not rest:
-                    answer.finish = FinishReason.CONTEXT
+                    self.answer.finish = FinishReason.CONTEXT
                     return
                 logits = self._read(rest)
             else:
-                logits = self._read([token])
+                draft = self._draft()
+                logits = self._read([self.answer.ids[-1], *draft], keep=1 + len(draft))
+
+    def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> Generator[TurnEvent, None, bool]:
+        """Chooses a token from each row of `logits` for as long as the draft is right; whether the turn ended.
+
+        What was read of the draft beyond that is taken back.
+        """
+        sampler, kv, confirmed = self._sampler, self.kept.kv, 0
+        try:
+            for row in logits.split(1):
+                token = sampler.choose(row, self._tokens if sampler.reads_context else ())
+                if (yield from self._say(token, len(draft) - confirmed)):
+                    return True
+                if confirmed == len(draft) or token != draft[confirmed]:
+                    return False
+                confirmed += 1
+        finally:
+            self.meter.accepted_tokens += confirmed
+            if wrong := len(draft) - confirmed:
+                kv.truncate(len(kv.ids) - wrong)
+            if draft and self._drafter:
+                self._drafter.judge(len(draft), confirmed)
+        return False
+
+    def _say(self, token: int, unconfirmed: int) -> Generator[TurnEvent, None, bool]:
+        """Adds a token to the answer; whether the turn ends with it."""
+        request, answer, kv = self.request, self.answer, self.kept.kv
+        answer.ids.append(token)
+        ends = token in self._loaded.end_ids
+        text = "" if ends else self._detokenizer.step(token)
+        answer.text += text
+        took = self.meter.token(text)
+        if ends:
+            return True
+        tokenizer, tokens = self._loaded.facts.tokenizer, len(kv) - unconfirmed
+        yield Tokens(request.turn, text, (token,), (took,), tokenizer, tokens, kv.storage_bytes)
+        if end := self._end():
+            answer.finish = end
+        return end is not None
+
+    def _draft(self) -> list[int]:
+        """Tokens that may follow the last one, to be read with it."""
+        if self._drafter is None:
+            return []
+        kv = self.kept.kv
+        most = min(
+            self.plan.limit - self._filled - 1,
+            self.request.sampling.max_tokens - len(self.answer.ids) - 1,
+            # a guess must not finish a block: what is quantised stays so
+            sys.maxsize if kv.block == 1 else kv.block - len(kv) % kv.block - 1,
+        )
+        draft = self._drafter.propose(self._tokens, most) if most > 0 else []
+        self.meter.drafted_tokens += len(draft)
+        return draft
 
     def _prefill(self) -> Generator[TurnEvent, None, torch.Tensor]:
         """Reads what the cache doesn't hold; returns the logits that choose the first token."""
@@ -171,7 +218,7 @@ class Turn:
             ends = [*(e for e in ends if e < unread - 1), unread - 1, unread]
         return ends
 
-    def _read(self, ids: Sequence[int]) -> torch.Tensor:
+    def _read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
         """One forward pass, after its memory was made room for."""
         if self.request.mode is not CacheMode.OFF:
             # most tokens find room in what is allocated; counting every cache for each would cost
@@ -181,7 +228,7 @@ class Turn:
             if self._leaves_gaps and (room := keep_positions(self._loaded, self.kept.kv, len(ids))):
                 self.reader.evaluated += room.reread
                 self._tools.timeline.tell(self.request.conversation, CacheEventKind.EVICT, 0, note=room.note)
-        return self.reader.read(ids)
+        return self.reader.read(ids, keep)
 
     def _unshare(self, tokens: int) -> None:
         """The first write into memory that a fork shares copies it; the timeline says what that took."""
@@ -217,7 +264,7 @@ class Turn:
         yield self._evicted(dropped)
         self.kept.messages, self.kept.left_out = messages, left_out
         if request.mode is CacheMode.OFF:
-            self.reader = UncachedReader(self._loaded.model, self.reader.evaluated)
+            self.reader = self._loaded.uncached_reader(self.reader.evaluated)
             return self._tokens
         kv, wanted = self.kept.kv, self._tokens
         kv.truncate(self._tools.planner.reusable(kv, wanted))

@@ -1,0 +1,103 @@
+"""Where a model's compiled packages lie, and whether there is one that fits. Imports no torch.
+
+A package belongs to one model, one torch, one kind of CPU and one version of the code that makes and feeds
+it: its name carries a fingerprint of all of these. Where a model can't be compiled, the reason lies there
+instead.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import xxhash
+
+FOLDER = "compiled"
+"""Beside the weights; one package each."""
+SOURCES = ("kernels.cpp", "compile.py", "packed.py")
+"""What a package is made by."""
+LIBRARIES = ("torch", "transformers")
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""What of each weights file goes into the fingerprint."""
+REFUSAL = "refused.txt"
+
+
+def fingerprint(folder: Path, weights: str) -> str:
+    """16 hex digits over all that a package depends on: model files, this code, libraries, CPU, precision."""
+    digest = hashlib.sha256()
+    facts = ([version(name) for name in LIBRARIES], cpu_features(), weights)
+    digest.update(repr(facts).encode())
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    for path in sorted(path for path in files if path.is_file()):  # a link may point to what is gone
+        digest.update(f"{path.name}{path.stat().st_size}".encode())
+        digest.update(_sampled(path))
+    return digest.hexdigest()[:16]
+
+
+def package_folder(folder: Path, weights: str) -> Path:
+    """Where the package of the model in `folder` lies, if it was made; `weights` is a precision or `gguf`."""
+    return folder / FOLDER / f"{weights}-{fingerprint(folder, weights)}"
+
+
+def is_decided(folder: Path, weights: str) -> bool:
+    """Whether a package was made for just this, or can't be."""
+    return package_folder(folder, weights).is_dir()
+
+
+def refusal_of(package: Path) -> str:
+    """Why there is no step in this folder; empty where there is one."""
+    try:
+        return (package / REFUSAL).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def refuse(folder: Path, weights: str, reason: str) -> None:
+    """Remembers that a model can't be compiled, so that nobody tries again until something changes."""
+    package = package_folder(folder, weights)
+    package.mkdir(parents=True, exist_ok=True)
+    (package / REFUSAL).write_text(reason, encoding="utf-8")
+
+
+def remove_stale(folder: Path, weights: str) -> None:
+    """Removes what was made for other versions in the same precision."""
+    keep = package_folder(folder, weights)
+    for path in (folder / FOLDER).glob(f"{weights}-*"):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def cpu_features() -> str:
+    """What the compiler may use of this CPU: code for more instructions than there are would crash."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            names = ("flags", "Features", "model name")
+            return "".join(_first_of_each(lines, names))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _first_of_each(lines: Iterator[str], names: tuple[str, ...]) -> list[str]:
+    return sorted({line for line in lines if line.startswith(names)})
+
+
+def _sampled(path: Path) -> bytes:
+    """A checksum over pieces of a file, from its first to its last bytes."""
+    size, digest = path.stat().st_size, xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.digest()
+
+
+def compiler() -> str | None:
+    """Where the C++ compiler is that AOTInductor would call."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", default))

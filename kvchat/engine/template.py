@@ -1,0 +1,39 @@
+"""A model's chat template, as a value: rendering takes no tokenizer and no model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """How messages become the text that the model reads."""
+
+    text: str
+    """In Jinja."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that the template may name, such as `bos_token`."""
+    controls: tuple[str, ...] = ()
+    """Texts that the tokenizer takes for control tokens."""
+
+    def render(self, turns: Sequence[Mapping[str, str]], *, goes_on: bool, text: str = "") -> str:
+        """The whole conversation, ending where an answer starts or, with `goes_on`, continues.
+
+        Args:
+            turns: role and content of each message.
+            text: another template in place of this one.
+
+        Raises:
+            jinja2.TemplateError, ValueError: the template refuses the conversation.
+        """
+        render: Any = render_jinja_template  # annotated as if it returned a text
+        texts, _places = render(
+            conversations=[[dict(turn) for turn in turns]],
+            chat_template=text or self.text,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            **self.names,
+        )
+        return str(texts[0])
