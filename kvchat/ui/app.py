@@ -9,7 +9,9 @@ from textual.screen import Screen
 from textual.widgets import Input, TextArea
 
 from kvchat.session import Session
+from kvchat.text import clean
 from kvchat.ui.bridge import EngineFactory
+from kvchat.ui.clipboard import fill_system_clipboard
 from kvchat.ui.commands import COMMANDS
 from kvchat.ui.screens.chat import ChatScreen
 
@@ -54,6 +56,11 @@ class ChatApp(App[None]):
         else:
             self._interrupted_at = time.monotonic()
             self.notify("Ctrl+C again quits.", timeout=QUIT_WITHIN_S, markup=False)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Fills the terminal's clipboard and the system's."""
+        super().copy_to_clipboard(clean(text))
+        fill_system_clipboard(clean(text))
 
     def on_unmount(self) -> None:
         """However it ends, nothing unsaved is lost and no process stays."""
