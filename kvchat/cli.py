@@ -27,7 +27,8 @@ from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
-from kvchat.text import megabytes, one_line
+from kvchat.session_commands import sessions as session_commands
+from kvchat.text import megabytes
 
 if TYPE_CHECKING:
     from kvchat.engine.load import LoadedModel
@@ -351,27 +352,6 @@ def _pull_as_child(name: str, data_dir: Path | None) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True)
-@data_dir
-def sessions(as_json: bool, data_dir: Path | None) -> None:
-    """List the conversations, the last used first."""
-    from dataclasses import asdict
-
-    from kvchat.store import Store
-
-    found = Store(find_paths(data_dir).database).summaries()
-    if as_json:
-        click.echo(json.dumps([asdict(each) for each in found]))
-        return
-    for each in found:
-        click.echo(
-            f"{each.id}  {each.updated_at[:16].replace('T', ' ')}  {each.messages:>4}  {one_line(each.title)}"
-        )
-    if not found:
-        click.echo("No conversations yet. `kvchat` starts one.", err=True)
-
-
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
@@ -467,6 +447,7 @@ def rm(name: str, data_dir: Path | None) -> None:
 
 
 cli.add_command(cache_commands)
+cli.add_command(session_commands)
 
 
 def main() -> None:
@@ -478,8 +459,8 @@ def main() -> None:
         config = settings.read_config(find_paths().config_file, _setting_names())
         defaults = dict.fromkeys(cli.commands, config)
         defaults |= {
-            group.name: dict.fromkeys(group.commands, config)
-            for group in (models, cache_commands)
+            group.name: config | dict.fromkeys(group.commands, config)
+            for group in (models, cache_commands, session_commands)
             if group.name
         }
         cli(prog_name="kvchat", default_map=defaults)

@@ -12,15 +12,18 @@ from textual.timer import Timer
 from textual.widgets import Footer, Static, TextArea
 
 from kvchat.contract import CacheMode
+from kvchat.conversation import Hit
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
+from kvchat.ui.archive import Archive
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
+from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.turns import Turns
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.message import MessageBlock
@@ -84,6 +87,7 @@ class ChatScreen(Screen[None]):
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
+        self._archive = Archive(self._session, self._say)
         self._begun = True
         self._prompt.set_history(self._session.history())
         self._bridge.start()
@@ -297,6 +301,48 @@ class ChatScreen(Screen[None]):
         transcript = self.query_one(Transcript)
         transcript.unfold_thinking(not transcript.unfolded)
 
+    def action_search(self, words: str = "") -> None:
+        """Searches in all conversations."""
+        self.app.push_screen(SearchScreen(self._session.search, words), self._open_hit)
+
+    async def _open_hit(self, chosen: tuple[Hit, list[str]] | None) -> None:
+        if chosen is None:
+            return
+        with self._telling():
+            hit, words = chosen
+            self._save_draft()
+            place = self._archive.place_of(hit)
+            await self._opened()
+            if place is not None:
+                await self.query_one(Transcript).go_to(place, words)
+
+    def action_export(self, where: str = "") -> None:
+        """Writes the open conversation into a file."""
+        with self._telling():
+            self._archive.export(where)
+
+    async def action_import(self, name: str = "") -> None:
+        """Reads conversations from a file, or asks which one."""
+        if name:
+            with self._telling():
+                await self._archive.import_file(name)
+                self._refresh_all()
+        else:
+            self.app.push_screen(AskLine("File to import"), self._import)
+
+    async def _import(self, name: str | None) -> None:
+        if name:
+            await self.action_import(name)
+
+    async def action_private(self) -> None:
+        """Opens an empty conversation of which nothing is written."""
+        with self._telling():
+            self._save_draft()
+            self._session.new_private()
+            await self._opened()
+            self._prompt.focus()
+            self._say("Nothing of this conversation is written; it is gone when kvchat ends.")
+
     def action_why(self) -> None:
         """Explains the last miss."""
         figures = self._turns.figures
@@ -418,7 +464,9 @@ class ChatScreen(Screen[None]):
     def _refresh_all(self) -> None:
         self._refresh_figures()
         current = self._session.current
-        self.query_one("#title", Static).update(Content(one_line(current.title) or "new conversation"))
+        private = " · private, nothing is written" if self._session.is_private(current.id) else ""
+        title = f"{one_line(current.title) or 'new conversation'}{private}"
+        self.query_one("#title", Static).update(Content(title))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
         for screen in self.app.screen_stack:
