@@ -18,7 +18,7 @@ from textual.widgets import Markdown, Static
 from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
 from kvchat.text import clean, one_line
-from kvchat.ui.pace import pause_after
+from kvchat.ui.pace import STILL, pause_after
 
 SHOWN_AT_ONCE = 30
 """Messages mounted when a conversation opens; earlier ones come when they are asked for."""
@@ -128,7 +128,8 @@ class AnswerMessage(VerticalGroup):
         self.call_after_refresh(self._rest, cpu)
 
     def _rest(self, cpu_before: float) -> None:
-        self.set_timer(pause_after(time.process_time() - cpu_before), self._draw)
+        pause = pause_after(time.process_time() - cpu_before, still=self.app.has_class(STILL))
+        self.set_timer(pause, self._draw)
 
 
 class Notice(Static):
