@@ -121,9 +121,7 @@ COMMANDS = (
     Command("rename", "Rename", "Give this conversation another title.", "", "rename", "TITLE"),
     Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear"),
     Command("delete", "Delete", "Delete this conversation for good.", "", "delete"),
-    Command(
-        "theme", "Theme", "Other colours; without a name, the next of kvchat's own.", "", "theme", "NAME"
-    ),
+    Command("theme", "Theme", "Other colours; without a name, choose from a list.", "", "theme", "NAME"),
     Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit"),
 )
 

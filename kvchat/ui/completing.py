@@ -1,9 +1,11 @@
 """What a slash word that is being typed may become. Text in, plain values out; no widgets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvchat.ui.commands import ALIASES, COMMANDS, Command, parse_slash
+
+NO_MATCH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +33,24 @@ def completions(text: str, arguments: Mapping[str, Sequence[str]]) -> list[Compl
 
 
 def _words(typed: str) -> list[Completion]:
-    """Commands whose word begins so, then those whose word or title has it elsewhere."""
+    """Commands whose word begins so, then those of which an alias does, then those that have it inside."""
     typed = typed.casefold()
-    means = {alias: slash for alias, slash in ALIASES.items() if typed and alias.startswith(typed)}
-    begin = [c for c in COMMANDS if c.slash.startswith(typed) or c.slash in means.values()]
-    inside = [c for c in COMMANDS if c not in begin and typed in f"{c.slash} {c.title}".casefold()]
-    found = [_completion(command) for command in begin + inside]
+    named = {slash for alias, slash in ALIASES.items() if alias.startswith(typed)}
+    ranked = sorted(COMMANDS, key=lambda command: _rank(command, typed, named))
+    found = [_completion(command) for command in ranked if _rank(command, typed, named) < NO_MATCH]
     return [] if [f.text for f in found] == [f"/{typed}"] else found
 
 
+def _rank(command: Command, typed: str, named: Collection[str]) -> int:
+    if command.slash.startswith(typed):
+        return 0
+    if command.slash in named:
+        return 1
+    return 2 if typed in f"{command.slash} {command.title}".casefold() else NO_MATCH
+
+
 def _completion(command: Command) -> Completion:
-    label = f"/{command.slash} {command.argument}".rstrip()
-    return Completion(f"/{command.slash}", label, command.help)
+    return Completion(f"/{command.slash}", f"/{command.slash}", command.help)
 
 
 def _arguments(text: str, typed: str, arguments: Mapping[str, Sequence[str]]) -> list[Completion]:

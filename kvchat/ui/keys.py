@@ -52,11 +52,11 @@ def _checked(name: str, key: str) -> str:
     if key in TAKEN:
         raise KvchatError(f"[keys] gives {name} the key {key}, which {TAKEN[key]}. Choose another one.")
     *modifiers, last = key.split("+")
-    if len(last) == 1 and not set(modifiers) & {"ctrl", "alt", "super"}:
-        raise KvchatError(f"[keys] gives {name} the key {key}, which is for writing. {EXAMPLES}")
     known = (len(last) == 1 and last.isalnum()) or last in NAMED
     if not known or not set(modifiers) <= set(MODIFIERS):
         raise KvchatError(f"[keys] gives {name} the key {key}, which there is not. {EXAMPLES}")
+    if len(last) == 1 and not set(modifiers) & {"ctrl", "alt", "super"}:
+        raise KvchatError(f"[keys] gives {name} the key {key}, which is for writing. {EXAMPLES}")
     return key
 
 

@@ -21,6 +21,8 @@ from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.words import about, tokens
 
 Say = Callable[[str], None]
+INTERRUPTED = 130
+"""Exit code of a child that Ctrl-C ended, where it was not the signal itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class ModelDesk:
         """Name of the model that answers."""
         self.fetching: dict[str, Progress | None] = {}
         """Downloads under way; None before their first news."""
+        self.failed: dict[str, str] = {}
+        """Why the last download of a model failed."""
         self._children: dict[str, asyncio.subprocess.Process] = {}
 
     def choices(self) -> list[ModelChoice]:
@@ -143,6 +147,7 @@ class ModelDesk:
         if name in self.fetching:
             return
         self.fetching[name] = None
+        self.failed.pop(name, None)
         self._changed()
         child = await asyncio.create_subprocess_exec(
             *self._shelf.pull(name),
@@ -156,13 +161,14 @@ class ModelDesk:
             said = await self._follow(name, child)
         finally:
             del self.fetching[name], self._children[name]
-            self._changed()
         if child.returncode == 0:
             self._say(f"{title_of(name)} is here. Ctrl+L lets it answer.")
-        elif child.returncode in (-signal.SIGINT, 130):
+        elif child.returncode in (-signal.SIGINT, INTERRUPTED):
             self._say(f"{title_of(name)}: the download was cancelled; nothing of it stays.")
         else:
-            self._say(one_line(said) or f"{name} could not be fetched.")
+            self.failed[name] = one_line(said) or f"{title_of(name)} could not be fetched."
+            self._say(self.failed[name])
+        self._changed()
 
     def cancel(self, name: str) -> bool:
         """Ends a download; False where there is none. The child cleans up after itself."""

@@ -19,6 +19,8 @@ DARK = Theme(
     boost="#1b2029",
     dark=True,
     variables={
+        "text-muted": "#8b95a7",
+        "text-disabled": "#5a6373",
         "block-cursor-background": "#2c3a47",
         "block-cursor-foreground": "#f0f3f8",
         "block-cursor-text-style": "none",
@@ -56,6 +58,8 @@ LIGHT = Theme(
     boost="#efede6",
     dark=False,
     variables={
+        "text-muted": "#596170",
+        "text-disabled": "#a3a7ad",
         "block-cursor-background": "#d5e4e9",
         "block-cursor-foreground": "#14181f",
         "block-cursor-text-style": "none",

@@ -37,12 +37,16 @@ from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.transcript import Transcript
+from kvchat.ui.widgets.welcome import Welcome
 from kvchat.ui.words import miss_words
 
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
 """The figures are drawn this often at most while an answer streams."""
+
+
+NONE_YET = "None yet. The first message starts one; it is kept here, with its cache."
 
 
 class ChatScreen(Screen[None]):
@@ -83,6 +87,7 @@ class ChatScreen(Screen[None]):
         with Horizontal(id="body"):
             with Vertical(id="side"):
                 yield Static("conversations", classes="head")
+                yield Static(NONE_YET, id="none-yet")
                 yield ConversationList(id="conversations")
             with Vertical(id="middle"):
                 yield Static(id="title", classes="head")
@@ -454,7 +459,7 @@ class ChatScreen(Screen[None]):
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
         shown = not widget.display if shown is None else shown
-        if shown and self.has_class("-medium"):
+        if shown and (self.has_class("-medium") or self.has_class("-narrow", "-short")):
             # there is room for one of them beside the words
             self.remove_class("show-side", "show-panel")
         self.set_class(shown, f"show-{part}")
@@ -469,6 +474,8 @@ class ChatScreen(Screen[None]):
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
+        for welcome in self.query(Welcome):
+            welcome.ready = state.model is not None
 
     def _refresh_all(self) -> None:
         self._refresh_figures()
@@ -476,6 +483,7 @@ class ChatScreen(Screen[None]):
         self.query_one("#title", Static).update(Content(one_line(current.title) or "new conversation"))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
+        self.query_one("#none-yet").display = not summaries
         self._prompt.set_history([m.text for m in current.messages if m.role == "user"])
         for screen in self.app.screen_stack:
             if isinstance(screen, CachesScreen):

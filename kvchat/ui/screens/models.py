@@ -1,6 +1,7 @@
 """The model picker: a card of each model, what is here, and downloads with their progress in place."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from textual.app import ComposeResult
 from textual.binding import Binding
@@ -17,18 +18,16 @@ from kvchat.ui.models import ModelChoice, ModelDesk
 
 HINT = "Enter lets it answer, or fetches it · C cancels a download · Esc back"
 FILLED, EMPTY, BAR_CELLS = "█", "░", 24
-SMALLEST_NAMED = 1_000_000
 
 
 def facts_line(choice: ModelChoice) -> str:
     """Size, context and licence."""
-    size = (
-        f"{choice.parameters / 1e9:.1f}B" if choice.parameters >= 1e9 else f"{choice.parameters / 1e6:.0f}M"
-    )
+    billions = round(choice.parameters / 1e9, 1)
+    size = f"{billions}B" if billions >= 1 else f"{choice.parameters / 1e6:.0f}M"
     parts = [f"{size} parameters", f"context {choice.context:,}"] if choice.parameters else []
     parts += [choice.licence] if choice.licence else []
-    parts += ["licence to accept on its page"] if choice.gated else []
-    parts += [] if choice.tried else ["not tried yet"]
+    parts += ["gated"] if choice.gated else []
+    parts += [] if choice.tried else ["untried"]
     return " · ".join(parts)
 
 
@@ -123,7 +122,7 @@ class ModelScreen(ModalScreen[str | None]):
             self._desk.cancel(self._choices[marked].name)
 
     def _answers(self, name: str) -> bool:
-        return self._desk.loaded in (name, str(self._desk.loaded)) and self._desk.loaded == name
+        return Path(self._desk.loaded).name == name
 
     def _card(self, choice: ModelChoice) -> Content:
         fetching = choice.name in self._desk.fetching
@@ -133,8 +132,9 @@ class ModelScreen(ModalScreen[str | None]):
             else state_words(choice, answers=self._answers(choice.name))
         )
         colour = "$text-success" if choice.here else "$text-warning" if fetching else "$text-muted"
-        lines = [Content.assemble((one_line(choice.title), "bold"), "  ", (state, colour))]
-        lines += [
-            Content.assemble((line, "$text-muted")) for line in (facts_line(choice), choice.summary) if line
-        ]
-        return Content("\n").join(lines)
+        lines = [Content.assemble((one_line(choice.title), "bold"), "   ", (state, colour))]
+        facts = [line for line in (facts_line(choice), choice.summary) if line]
+        lines += [Content.assemble((f"  {line}", "$text-muted")) for line in facts]
+        if reason := self._desk.failed.get(choice.name):
+            lines.append(Content.assemble((f"  ✗ {one_line(reason)}", "$text-error")))
+        return Content("\n").join([*lines, Content("")])

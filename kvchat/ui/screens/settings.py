@@ -141,12 +141,10 @@ class SettingsScreen(ModalScreen[None]):
         if setting is None:
             return
         _, source = effective(setting, self._config.values, os.environ)
-        origin = {"file": "set in the file", "default": "not set: this is the default"}.get(
-            source, f"set by the variable {source}, which wins over the file"
-        )
+        origin = {"file": "set in the file", "default": "not set"}.get(source, f"{source} wins")
         lines = [
             Content(setting.help),
-            Content.assemble(("takes ", "$text-muted"), ", ".join(self._words(setting)) or setting.takes),
+            Content.assemble(("takes ", "$text-muted"), self._takes(setting)),
             Content.assemble(
                 ("holds ", "$text-muted"), setting.holds.value, ("  ·  " + origin, "$text-muted")
             ),
@@ -159,6 +157,9 @@ class SettingsScreen(ModalScreen[None]):
             return None
         name = listed.get_option_at_index(listed.highlighted).id
         return next((setting for setting in SETTINGS if setting.name == name), None)
+
+    def _takes(self, setting: Setting) -> str:
+        return "a theme; Enter goes on to the next one" if setting.name == "theme" else setting.takes
 
     def _words(self, setting: Setting) -> tuple[str, ...]:
         if setting.name == "theme":

@@ -3,8 +3,10 @@
 It never has the focus: the prompt hands it the keys that it may want.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
+from textual import events
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import OptionList
@@ -12,7 +14,7 @@ from textual.widgets.option_list import Option
 
 from kvchat.ui.completing import Completion, completions
 
-LABEL_CELLS = 30
+MOST_LABEL_CELLS, GAP, PADDING = 34, 2, 3
 STEPS = {"down": 1, "up": -1}
 
 
@@ -43,7 +45,7 @@ class Completions(OptionList):
         if found != self._found:
             self._found = found
             self.clear_options()
-            self.add_options(Option(self._label(each)) for each in found)
+            self.add_options(self._offers())
             # a lone slash has chosen nothing yet: Enter must not run whatever stands first
             self.highlighted = 0 if found and text != "/" else None
         self.display = bool(found)
@@ -79,6 +81,26 @@ class Completions(OptionList):
         event.stop()
         self.post_message(self.Taken(self._found[event.option_index]))
 
-    def _label(self, completion: Completion) -> Content:
-        label = f"{completion.label:<{LABEL_CELLS}}" if completion.help else completion.label
-        return Content.assemble((label, "bold $text-primary"), (completion.help, "$text-muted"))
+    def on_resize(self, event: events.Resize) -> None:
+        """Another width has room for more words."""
+        for index, option in enumerate(self._offers()):
+            self.replace_option_prompt_at_index(index, option.prompt)
+
+    def _offers(self) -> list[Option]:
+        labels = min(MOST_LABEL_CELLS, max((len(each.label) for each in self._found), default=0)) + GAP
+        # hidden, it has no width yet
+        room = (self.scrollable_content_region.width or self.app.size.width) - labels - PADDING
+        return [
+            Option(
+                Content.assemble(
+                    (f"{each.label:<{labels}}", "bold $text-primary"),
+                    (shortened(each.help, room), "$text-muted"),
+                )
+            )
+            for each in self._found
+        ]
+
+
+def shortened(text: str, cells: int) -> str:
+    """As many whole words of `text` as fit."""
+    return textwrap.shorten(text, max(cells, 2), placeholder=" …")

@@ -19,6 +19,7 @@ from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
 from kvchat.text import clean, one_line
 from kvchat.ui.pace import STILL, pause_after
+from kvchat.ui.widgets.welcome import Welcome
 
 SHOWN_AT_ONCE = 30
 """Messages mounted when a conversation opens; earlier ones come when they are asked for."""
@@ -28,12 +29,6 @@ ENDINGS = {
     FinishReason.CONTEXT: "cut where the context is full",
     FinishReason.ERROR: "cut off by an error",
 }
-WELCOME = """\
-Write a message below: the model answers on this machine, and this conversation keeps its KV cache.
-
-The panel on the right shows what each turn reused, what it had to read, and what that took. \
-Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
-"""
 
 
 def markdown_of(text: str) -> str:
@@ -179,7 +174,7 @@ class Transcript(VerticalScroll):
             widgets.insert(0, EarlierMessages(self._earlier))
         async with self.batch():
             await self.remove_children()
-            await self.mount_all(widgets or [Static(Content(WELCOME), classes="welcome")])
+            await self.mount_all(widgets or [Welcome()])
         self.anchor()
 
     def show_earlier(self) -> None:
