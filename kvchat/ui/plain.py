@@ -37,7 +37,7 @@ from kvchat.ui.commands import COMMANDS, Command, parse_slash
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.widgets.transcript import ENDINGS
-from kvchat.ui.words import miss_words, tokens
+from kvchat.ui.words import miss_words, sentence, tokens
 
 PROMPT = "you: "
 SETTLE_S = 0.3
@@ -57,9 +57,9 @@ def turn_sentence(stats: TurnStats) -> str:
         f"then {stats.decode_tok_s:.0f} tokens a second; "
         f"the cache is {stats.cache_mode} and holds {megabytes(stats.kv_used_bytes)}"
     )
-    note = f". {one_line(stats.reuse_note)}" if stats.reuse_note else ""
     ending = ENDINGS.get(FinishReason(stats.finish_reason), "")
-    return f"{words}{note}{'. The answer was ' + ending if ending else ''}."
+    notes = [stats.reuse_note] * bool(stats.reuse_note) + [f"the answer was {ending}"] * bool(ending)
+    return " ".join(map(sentence, [words, *notes]))
 
 
 class PlainChat:

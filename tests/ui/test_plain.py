@@ -147,7 +147,7 @@ def test_a_conversation_that_goes_on_is_named() -> None:
 @pytest.mark.parametrize("finish", list(FinishReason))
 def test_the_sentence_says_how_an_answer_ended(finish: FinishReason) -> None:
     _, _, engine = talk("Hello")
-    sentence = turn_sentence(stats_of(engine.requests[0], 1, 2, finish, "edited"))
-    assert sentence.startswith("Reused 1 token, read 4, wrote 2; ")
-    assert ". edited" in sentence
-    assert ("The answer was" in sentence) is (finish is not FinishReason.STOP)
+    said = turn_sentence(stats_of(engine.requests[0], 1, 2, finish, "edited"))
+    assert said.startswith("Reused 1 token, read 4, wrote 2; ")
+    assert ". Edited." in said
+    assert ("The answer was" in said) is (finish is not FinishReason.STOP)
