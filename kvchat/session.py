@@ -25,6 +25,7 @@ from kvchat.contract import (
 )
 from kvchat.conversation import Conversation, Message, Summary, title_from
 from kvchat.errors import KvchatError
+from kvchat.thinking import split_thinking
 
 if (
     TYPE_CHECKING
@@ -33,6 +34,8 @@ if (
 
 UNSAVED = ""
 """Key of the draft that belongs to no conversation yet."""
+HISTORY_LENGTH = 300
+"""Messages that can be brought back into the prompt."""
 PARTIAL_EVERY_S = 1.0
 """An answer in progress is saved this often, so that a crash loses a second of it at most."""
 
@@ -73,7 +76,7 @@ class PendingTurn:
     @property
     def begun_text(self) -> str:
         """What the answer said before this turn."""
-        return self.begun.text if self.begun else ""
+        return self.begun.raw if self.begun else ""
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -105,6 +108,10 @@ class Session:
     def conversations(self) -> list[Summary]:
         """Saved conversations, the last used first."""
         return self._store.summaries()
+
+    def history(self) -> list[str]:
+        """What the user sent, in this run and before it, the latest last."""
+        return self._store.history(HISTORY_LENGTH)
 
     def new(self) -> Conversation:
         """Opens an empty conversation; it is saved with its first message."""
@@ -250,14 +257,14 @@ class Session:
         """
         self._refuse_what_cannot_be_changed()
         head = self.current.head
-        if head is None or head.role != "assistant" or not head.text:
+        if head is None or head.role != "assistant" or not head.raw:
             raise KvchatError("There is no answer to go on with.")
         if head.finish_reason == FinishReason.STOP:
             raise KvchatError("The model ended this answer itself; ask something.")
         request = self._request()
         pending = self.pending
         assert pending is not None
-        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.text
+        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.raw
         return request
 
     def fork(self, message: int | None = None) -> Conversation:
@@ -440,22 +447,22 @@ class Session:
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""
-        ids = pending.all_ids
+        thinking, text = split_thinking(pending.text)
+        reply = replace(
+            pending.reply or Message(0, pending.asked, "assistant", "", ""),
+            text=text,
+            thinking=thinking,
+            token_ids=pending.all_ids,
+            tokenizer=pending.tokenizer,
+            finish_reason=finish,
+        )
         if pending.reply is None:
-            blank = Message(0, pending.asked, "assistant", pending.text, "", ids, pending.tokenizer, finish)
-            pending.reply = self._store.add_message(pending.conversation, blank)
-            self._replace_reply(pending, pending.reply)
+            reply = self._store.add_message(pending.conversation, reply)
         else:
-            pending.reply = replace(
-                pending.reply,
-                text=pending.text,
-                token_ids=ids,
-                tokenizer=pending.tokenizer,
-                finish_reason=finish,
-            )
-            self._store.update_message(pending.reply)
-            self._replace_reply(pending, pending.reply)
-        return pending.reply
+            self._store.update_message(reply)
+        pending.reply = reply
+        self._replace_reply(pending, reply)
+        return reply
 
     def _replace_reply(self, pending: PendingTurn, reply: Message) -> None:
         """Shows the reply in the open conversation, if that is the one it belongs to."""

@@ -160,6 +160,15 @@ class Store:
         )
         return [Summary(**row) for row in rows]
 
+    def history(self, limit: int) -> list[str]:
+        """What the user sent in all conversations, the latest last; of the same words, the latest alone."""
+        rows = self._db.query(
+            "select text from messages where role = 'user' order by created_at desc, id desc limit ?",
+            [2 * limit],
+        )
+        latest = list(dict.fromkeys(row["text"] for row in rows))[:limit]
+        return latest[::-1]
+
     def load(self, conversation: str) -> Conversation:
         """A conversation with the messages up to its head.
 
@@ -219,7 +228,7 @@ class Store:
             parent: int | None = None
             for message in conversation.messages:
                 row = {**_message_row(message), "conversation": conversation.id, "parent_id": parent}
-                row |= {"role": message.role, "thinking": "", "created_at": message.created_at}
+                row |= {"role": message.role, "created_at": message.created_at}
                 parent = cast(int, db.table("messages").insert(row).last_pk)
                 if message.stats:
                     db.table("turns").insert({"message": parent, **asdict(message.stats)})
@@ -255,7 +264,7 @@ class Store:
             KvchatError: the conversation was deleted meanwhile, perhaps by another process.
         """
         row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
-        row |= {"role": message.role, "thinking": "", "created_at": message.created_at or _now()}
+        row |= {"role": message.role, "created_at": message.created_at or _now()}
         with self._writing() as db:
             if not self.exists(conversation):
                 raise KvchatError(f"The conversation {conversation!r} was deleted.")
@@ -350,6 +359,7 @@ def _settings(conversation: Conversation) -> dict[str, str | int]:
 def _message_row(message: Message) -> dict[str, Any]:
     return {
         "text": message.text,
+        "thinking": message.thinking,
         "token_ids": json.dumps(message.token_ids),
         "tokenizer": message.tokenizer,
         "finish_reason": message.finish_reason,
@@ -367,6 +377,7 @@ def _message(row: Mapping[str, Any]) -> Message:
         tokenizer=row["tokenizer"],
         finish_reason=row["finish_reason"],
         stats=_stats(row) if row["turn"] is not None else None,
+        thinking=row["thinking"],
     )
 
 

@@ -13,7 +13,9 @@ from kvchat.config_file import write_setting
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.settings import find_setting
+from kvchat.text import clean
 from kvchat.ui.bridge import EngineFactory
+from kvchat.ui.clipboard import fill_system_clipboard
 from kvchat.ui.commands import COMMANDS
 from kvchat.ui.models import ModelShelf
 from kvchat.ui.pace import keep_still
@@ -82,6 +84,11 @@ class ChatApp(App[None]):
         else:
             self._interrupted_at = time.monotonic()
             self.notify("Ctrl+C again quits.", timeout=QUIT_WITHIN_S, markup=False)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Fills the terminal's clipboard and the system's."""
+        super().copy_to_clipboard(clean(text))
+        fill_system_clipboard(clean(text))
 
     def on_unmount(self) -> None:
         """However it ends, nothing unsaved is lost and no process stays."""

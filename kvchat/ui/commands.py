@@ -98,6 +98,9 @@ COMMANDS = (
         "fork",
         "NUMBER",
     ),
+    Command("copy", "Copy", "Send the focused message, or the last answer, to the clipboard.", "", "copy"),
+    Command("code", "Copy code", "Send a code block of that message to the clipboard.", "", "code"),
+    Command("thinking", "Thinking", "Show or fold what the model thought.", "ctrl+t", "think"),
     Command("why", "Why", "Why the last turn read something again.", "f6", "why"),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
@@ -190,6 +193,10 @@ MORE_HELP = """\
 back what was sent before. Type `/` and the commands are offered: Tab takes one, Enter runs it. \
 Ctrl+P opens the palette. Ctrl+C copies a selection, else stops the answer, else \
 asks before it quits.
+
+**Reading.** Tab goes from the prompt to the messages: Up and Down walk over them, Y copies one, C its code \
+block (again: the next one), E edits a question, F goes on from there in another conversation, Enter unfolds \
+what is folded, Esc goes back. Page Up and Page Down scroll, Home goes to the first message of all.
 
 **Reading the panel.** *reused* tokens were in the cache and cost nothing; *read* tokens went through the \
 model once; *written* ones were generated. *TTFT* is the time to the first text. A KV cache grows with every \

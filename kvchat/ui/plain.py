@@ -36,7 +36,7 @@ from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import COMMANDS, Command, parse_slash
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
-from kvchat.ui.widgets.transcript import ENDINGS
+from kvchat.ui.widgets.message import ENDINGS
 from kvchat.ui.words import miss_words, sentence, tokens
 
 PROMPT = "you: "

@@ -27,7 +27,8 @@ from kvchat.session import PendingTurn, Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures
-from kvchat.ui.widgets.transcript import Transcript, answer_note
+from kvchat.ui.widgets.message import answer_note
+from kvchat.ui.widgets.transcript import Transcript
 
 STARTS_AGAIN = "\nIt starts again; /regen asks for the answer once more."
 GAVE_UP = f"\nIt ended {RESTARTS} times in a row before it was ready: it is not started again."
@@ -83,7 +84,7 @@ class Turns:
         """
         if self.editing is None:
             request = self._session.begin_turn(text)
-            await self._transcript.ask(text, len(self._questions()))
+            await self._transcript.ask(self._session.current.messages)
         else:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
@@ -110,16 +111,15 @@ class Turns:
         await self._run(request)
         self._append(self._session.pending.text if self._session.pending else "")
 
-    def edit(self, number: str) -> int:
-        """Lets the next message replace a question; returns how many questions back that one is.
+    def edit(self, number: str) -> str:
+        """Lets the next message replace a question; returns the text of that one.
 
         Raises:
             KvchatError: there is no such question.
         """
-        questions = self._questions()
         question = self._question(number)
         self.editing = question.id
-        return len(questions) - questions.index(question)
+        return question.text
 
     def answer_to(self, number: str) -> int:
         """Id of the answer to a question; of the question itself where there is none.
@@ -240,8 +240,9 @@ class Turns:
                 if self._transcript.streaming:
                     note = answer_note(event.stats, event.stats.finish_reason)
                     # an answer that was gone on with is longer than what this turn wrote
-                    await self._transcript.streaming.finish(pending.text, note)
+                    self._transcript.streaming.finish(pending.text, note)
                 self._transcript.streaming = None
+                self._transcript.settle(self._session.current.messages)
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:
         text = self.answering.text if self.answering else ""
@@ -256,9 +257,10 @@ class Turns:
         if streaming is None:
             return
         if text:
-            await streaming.finish(text, answer_note(None, "error"))
+            streaming.finish(text, answer_note(None, "error"))
         else:
             await streaming.remove()
+        self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 
     def _note_pool(self, pool: PoolState) -> None:

@@ -12,7 +12,7 @@ from textual import events
 from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.strip import Strip
-from textual.widgets import Markdown, Static
+from textual.widgets import Static
 
 from kvchat.contract import CacheMode
 from kvchat.conversation import Conversation, Message, title_from
@@ -23,6 +23,7 @@ from kvchat.ui.models import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.widgets.conversations import ConversationList
+from kvchat.ui.widgets.markdown import MarkdownText
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.transcript import Notice, Transcript
@@ -130,7 +131,7 @@ class Chat:
 
     def answers(self) -> list[str]:
         """The Markdown of every answer in the transcript."""
-        return [text.source for text in self.transcript.query(".answer > Markdown").results(Markdown)]
+        return [text.source for text in self.transcript.query(".answer > MarkdownText").results(MarkdownText)]
 
     def notes(self) -> list[str]:
         """What stands under every answer."""
@@ -157,7 +158,7 @@ class Chat:
 
     def kept(self) -> list[tuple[str, str, str | None]]:
         """(role, text, finish reason) of the open conversation, from the store."""
-        return [(m.role, m.text, m.finish_reason) for m in self.store.load(self.session.current.id).messages]
+        return [(m.role, m.raw, m.finish_reason) for m in self.store.load(self.session.current.id).messages]
 
     @property
     def left(self) -> bool:

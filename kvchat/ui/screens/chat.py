@@ -33,6 +33,7 @@ from kvchat.ui.turns import Turns
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.keyline import KeyLine
+from kvchat.ui.widgets.message import MessageBlock
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import StatusLine
@@ -120,6 +121,7 @@ class ChatScreen(Screen[None]):
                 self._session, self._bridge, self._shelf, self._say, self._download_went_on
             )
         self._begun = True
+        self._prompt.set_history(self._session.history())
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
 
@@ -179,10 +181,24 @@ class ChatScreen(Screen[None]):
                 # before sending: the first message gives the conversation, and so its draft, another key
                 self._save_draft()
                 await self._turns.send(message.text)
+                self._prompt.remember(message.text)
                 self._refresh_all()
         except KvchatError as error:
             self._prompt.give_back(message.text)
             self._say(str(error))
+
+    @on(Prompt.ReadAsked)
+    def _read_asked(self) -> None:
+        self.query_one(Transcript).focus_last()
+
+    @on(Prompt.Scrolled)
+    def _scrolled(self, message: Prompt.Scrolled) -> None:
+        self.query_one(Transcript).scroll_page(message.pages)
+
+    @on(MessageBlock.Typed)
+    def _typed_elsewhere(self, message: MessageBlock.Typed) -> None:
+        self._prompt.focus()
+        self._prompt.insert(message.character)
 
     @on(TextArea.Changed)
     def _prompt_changed(self) -> None:
@@ -316,8 +332,7 @@ class ChatScreen(Screen[None]):
     def action_edit(self, number: str = "") -> None:
         """Takes a question into the prompt; what is sent then replaces it."""
         with self._telling():
-            back = self._turns.edit(number)
-            self._prompt.recall(back)
+            self._prompt.show_instead(self._turns.edit(number))
             self._prompt.focus()
             self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
 
@@ -336,6 +351,21 @@ class ChatScreen(Screen[None]):
             self._desk.fork(parent)
             await self._opened()
             self._say("This is the fork; the other conversation stays as it is, and they share one cache.")
+
+    def action_copy(self) -> None:
+        """Sends the focused message, or the last answer, to the clipboard."""
+        with self._telling():
+            self.query_one(Transcript).chosen.action_copy()
+
+    def action_code(self) -> None:
+        """Sends a code block of that message to the clipboard."""
+        with self._telling():
+            self.query_one(Transcript).chosen.action_copy_code()
+
+    def action_thinking(self) -> None:
+        """Shows or folds what the model thought."""
+        transcript = self.query_one(Transcript)
+        transcript.unfold_thinking(not transcript.unfolded)
 
     def action_why(self) -> None:
         """Explains the last miss."""
@@ -428,6 +458,7 @@ class ChatScreen(Screen[None]):
             self._stop_in(conversation)
             self._session.delete(conversation)
             self._turns.forget(conversation)
+            self._prompt.set_history(self._session.history())
             if was_open:
                 await self._opened()
             self._refresh_all()
@@ -484,7 +515,6 @@ class ChatScreen(Screen[None]):
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
         self.query_one("#none-yet").display = not summaries
-        self._prompt.set_history([m.text for m in current.messages if m.role == "user"])
         for screen in self.app.screen_stack:
             if isinstance(screen, CachesScreen):
                 screen.show(self._turns.pool)

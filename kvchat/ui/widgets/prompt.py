@@ -6,10 +6,13 @@ from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
 
+from kvchat.session import HISTORY_LENGTH
 from kvchat.text import clean
 from kvchat.ui.widgets.completions import Completions
 
 NEWLINE_KEYS = {"shift+enter", "ctrl+j", "alt+enter"}
+ELSEWHERE = -1
+"""In the place of a step back in the history: the text shown is none of it."""
 
 
 def typeable(text: str) -> str:
@@ -19,6 +22,16 @@ def typeable(text: str) -> str:
 
 class Prompt(TextArea):
     """Where the user writes."""
+
+    class ReadAsked(Message):
+        """The user wants to go to the messages above."""
+
+    class Scrolled(Message):
+        """The user wants to see what is a page above (-1) or below (1)."""
+
+        def __init__(self, pages: int) -> None:
+            super().__init__()
+            self.pages = pages
 
     class Submitted(Message):
         """The user sent `text`."""
@@ -40,9 +53,12 @@ class Prompt(TextArea):
 
     def set_history(self, sent: Sequence[str]) -> None:
         """What Up brings back, oldest first."""
-        if self._history != list(sent):
-            self._history = list(sent)
-            self._recalled = 0
+        self._history = list(sent)
+        self._recalled = 0
+
+    def remember(self, text: str) -> None:
+        """This was sent just now; what was sent before in the same words is forgotten."""
+        self._history = [*(old for old in self._history if old != text), text][-HISTORY_LENGTH:]
 
     def load_text(self, text: str) -> None:
         """Replaces the text; an old message or a draft may hold anything, and all of it is drawn."""
@@ -51,6 +67,14 @@ class Prompt(TextArea):
     def give_back(self, text: str) -> None:
         """Text that could not be sent comes back, before what was typed meanwhile."""
         self.text = text + self.text
+        self.move_cursor(self.document.end)
+
+    def show_instead(self, text: str) -> None:
+        """Shows another text until it is sent, or until `recall(0)` brings the user's own draft back."""
+        if self._recalled == 0:
+            self._own = self.text
+        self._recalled = ELSEWHERE
+        self.text = text
         self.move_cursor(self.document.end)
 
     def recall(self, back: int) -> None:
@@ -73,6 +97,10 @@ class Prompt(TextArea):
             event.stop()
             event.prevent_default()
             self.insert("\n")
+        elif event.key == "tab":
+            event.stop()
+            event.prevent_default()
+            self.post_message(self.ReadAsked())
         else:
             await super()._on_key(event)
 
@@ -112,6 +140,14 @@ class Prompt(TextArea):
             return True
         return offered.dismiss(self.text) if key == "escape" else offered.step(key)
 
+    def action_cursor_page_up(self) -> None:
+        """Scrolls the conversation: the prompt itself is hardly ever higher than a page."""
+        self.post_message(self.Scrolled(-1))
+
+    def action_cursor_page_down(self) -> None:
+        """Scrolls the conversation."""
+        self.post_message(self.Scrolled(1))
+
     def _submit(self) -> None:
         text = self.text
         if text.strip():
@@ -123,7 +159,7 @@ class Prompt(TextArea):
     def _recall(self, step: int) -> bool:
         """Moves through the history; False at its ends."""
         target = self._recalled + step
-        if not 0 <= target <= len(self._history):
+        if self._recalled == ELSEWHERE or not 0 <= target <= len(self._history):
             return False
         self.recall(target)
         return True
