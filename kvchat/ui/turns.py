@@ -41,7 +41,8 @@ class Turns:
         self._session = session
         self._bridge = bridge
         self._transcript = transcript
-        self._who = who
+        self.who = who
+        """What the model that answers is called."""
         self.figures = Figures()
         self.status = "starting"
         self.warm: dict[str, WarmCache] = {}
@@ -64,13 +65,13 @@ class Turns:
         pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
         messages = [m for m in conversation.messages if m.id != partial]
-        await self._transcript.show(messages, self._who, conversation.unseen)
+        await self._transcript.show(messages, self.who, conversation.unseen)
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
             if self._started and self._started.turn == pending.turn:
                 self.figures.started(self._started)
-            await self._transcript.begin_answer(self._who)
+            await self._transcript.begin_answer(self.who)
             for evicted in self._evicted:
                 await self._show_evicted(evicted)
             self._append(pending.text)
@@ -153,7 +154,7 @@ class Turns:
 
     async def _run(self, request: TurnRequest) -> None:
         self._evicted.clear()
-        await self._transcript.begin_answer(self._who)
+        await self._transcript.begin_answer(self.who)
         self.figures.asked()
         self._bridge.run_turn(request)
 
@@ -213,13 +214,17 @@ class Turns:
                 self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
-                self.warm.clear()
-                self.pool = None
-                self.figures.lost()
-                self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
+                self.lost("the engine is not running" if self._bridge.gave_up else "starting again …")
                 again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
+
+    def lost(self, status: str) -> None:
+        """There is no engine any more, and with it went every cache in memory."""
+        self.warm.clear()
+        self.pool = None
+        self.figures.lost()
+        self.status = status
 
     async def _show_evicted(self, event: Evicted) -> None:
         self.figures.evicted(event)

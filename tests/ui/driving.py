@@ -19,6 +19,8 @@ from kvchat.conversation import Conversation, Message, title_from
 from kvchat.session import Defaults, Session
 from kvchat.store import Store
 from kvchat.ui.app import ChatApp
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.markdown import MarkdownText
@@ -255,6 +257,8 @@ async def running(
     model: str = MODEL,
     ready: bool = True,
     toasts: bool = False,
+    preferences: Preferences | None = None,
+    shelf: ModelShelf | None = None,
 ) -> AsyncIterator[Chat]:
     """A chat that runs inside the block; its engine is ready unless `ready` is false.
 
@@ -262,7 +266,7 @@ async def running(
     """
     engine = engine or ScriptedEngine()
     session = session or session_over()
-    app = still(ChatApp(lambda: session, engine.attach, model=model))
+    app = still(ChatApp(lambda: session, engine.attach, model=model, preferences=preferences, shelf=shelf))
     with brisk():
         async with app.run_test(size=size, notifications=toasts) as pilot:
             chat = Chat(app, pilot, session, engine)
@@ -274,5 +278,4 @@ async def running(
 def still(app: ChatApp) -> ChatApp:
     """The app without anything that moves by itself."""
     app.animation_level = "none"
-    app._chat._prompt.cursor_blink = False
     return app

@@ -1,6 +1,7 @@
 """The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from textual import on
@@ -9,8 +10,9 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Footer, Static, TextArea
+from textual.widgets import Static, TextArea
 
+from kvchat.catalog import load_cards
 from kvchat.contract import CacheMode
 from kvchat.conversation import Hit
 from kvchat.errors import KvchatError
@@ -18,25 +20,37 @@ from kvchat.session import Session
 from kvchat.text import clean, one_line
 from kvchat.ui.archive import Archive
 from kvchat.ui.bridge import EngineBridge, EngineFactory
-from kvchat.ui.commands import bindings, parse_slash
+from kvchat.ui.commands import bindings, parse_slash, remapped
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
+from kvchat.ui.models import ModelDesk, ModelShelf, switch_price
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
+from kvchat.ui.screens.models import ModelScreen
 from kvchat.ui.screens.search import SearchScreen
+from kvchat.ui.screens.settings import SettingsScreen
+from kvchat.ui.themes import NAMES, checked_theme
+from kvchat.ui.tuning import Tuning
 from kvchat.ui.turns import Turns
+from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
+from kvchat.ui.widgets.keyline import KeyLine
 from kvchat.ui.widgets.message import MessageBlock
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.transcript import Transcript
+from kvchat.ui.widgets.welcome import Welcome
 from kvchat.ui.words import miss_words
 
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
-"""The panel is drawn this often while an answer streams."""
+"""The figures are drawn this often at most while an answer streams."""
+
+
+NONE_YET = "None yet. The first message starts one; it is kept here, with its cache."
 
 
 class ChatScreen(Screen[None]):
@@ -44,33 +58,51 @@ class ChatScreen(Screen[None]):
 
     BINDINGS = bindings()
     AUTO_FOCUS = "#prompt"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide"), (170, "-vast")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (26, "-tall")]
 
-    def __init__(self, open_session: Callable[[], Session], factory: EngineFactory, model: str) -> None:
+    def __init__(
+        self,
+        open_session: Callable[[], Session],
+        factory: EngineFactory,
+        model: str,
+        preferences: Preferences,
+        shelf: ModelShelf | None,
+    ) -> None:
+        """Without a `shelf` there is one model, and no other to choose."""
         super().__init__()
         self._open_session = open_session
+        self._preferences = preferences
+        self._shelf = shelf
+        self._commands = remapped(preferences.keys)
         self._begun = False
         """Whether the session is open; until then there is nothing to act on."""
         self._model = model
         self._bridge = EngineBridge(factory, self)
-        self._prompt = Prompt()
+        self._completions = Completions(self._words)
+        self._prompt = Prompt(self._completions)
         self._draft_timer: Timer | None = None
+        self._figures_timer: Timer | None = None
+        self._figures_at = 0.0
+        """When the figures were drawn last, on the monotonic clock."""
 
     def compose(self) -> ComposeResult:
         yield StatusLine()
         with Horizontal(id="body"):
             with Vertical(id="side"):
                 yield Static("conversations", classes="head")
+                yield Static(NONE_YET, id="none-yet")
                 yield ConversationList(id="conversations")
             with Vertical(id="middle"):
                 yield Static(id="title", classes="head")
                 yield Transcript()
+                yield self._completions
                 yield self._prompt
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
                 with VerticalScroll(can_focus=False):
                     yield CachePanel()
-        yield Footer(show_command_palette=True)
+        yield KeyLine(self._commands)
 
     def on_mount(self) -> None:
         """Paints first; what takes longer comes after."""
@@ -88,11 +120,14 @@ class ChatScreen(Screen[None]):
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
         self._archive = Archive(self._session, self._say)
+        if self._shelf:
+            self._models = ModelDesk(
+                self._session, self._bridge, self._shelf, self._say, self._download_went_on
+            )
         self._begun = True
         self._prompt.set_history(self._session.history())
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
-        self.set_interval(PANEL_EVERY_S, self._refresh_while_answering)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Commands wait until the session is open."""
@@ -106,6 +141,8 @@ class ChatScreen(Screen[None]):
     def leave(self) -> None:
         """Saves what isn't saved and ends the engine."""
         if self._begun:
+            if self._shelf:
+                self._models.close()
             self._save_draft()
             with self._telling():
                 self._session.abandon_turn()
@@ -128,6 +165,9 @@ class ChatScreen(Screen[None]):
         with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
+            elif self._turns.answering and self._figures_timer is None:
+                wait = PANEL_EVERY_S - (time.monotonic() - self._figures_at)
+                self._figures_timer = self.set_timer(max(0.0, wait), self._refresh_figures)
 
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
@@ -172,6 +212,11 @@ class ChatScreen(Screen[None]):
             self._draft_timer.stop()
         self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)
 
+    @on(Completions.Taken)
+    def _completion_taken(self, message: Completions.Taken) -> None:
+        self._prompt.take(message.completion.text)
+        self._prompt.focus()
+
     @on(ConversationList.Opened)
     async def _conversation_opened(self, message: ConversationList.Opened) -> None:
         with self._telling():
@@ -198,7 +243,32 @@ class ChatScreen(Screen[None]):
 
     def action_help(self) -> None:
         """Shows the keys."""
-        self.app.push_screen(Help())
+        self.app.push_screen(Help(self._commands))
+
+    def action_settings(self) -> None:
+        """Shows every setting."""
+        tuning = Tuning(self.app, self._session, self._desk.budget)
+        self.app.push_screen(SettingsScreen(self._preferences, tuning.changed))
+
+    def action_theme(self, name: str = "") -> None:
+        """Takes other colours, or offers them."""
+        with self._telling():
+            if name:
+                self.app.theme = checked_theme(name)
+            else:
+                self.app.search_themes()
+
+    def action_model(self, name: str = "") -> None:
+        """Lets another model answer, or offers the models."""
+        if not self._shelf:
+            self._say("No other model can be had here.")
+        elif name:
+            self._switch_model(name)
+        else:
+            state = self._turns.figures.state
+            desk, context, rate = self._models, state.turn.context, state.prefill_rate
+            screen = ModelScreen(desk, lambda choice: switch_price(choice, desk.loaded, context, rate))
+            self.app.push_screen(screen, self._switch_model)
 
     def action_panel(self) -> None:
         """Shows or hides the panel, whatever the width would have it be."""
@@ -393,6 +463,23 @@ class ChatScreen(Screen[None]):
         """Leaves kvchat."""
         self.app.exit()
 
+    def _switch_model(self, name: str | None) -> None:
+        with self._telling():
+            if name:
+                self._model = self._turns.who = self._models.switch(name)
+                self._turns.lost("starting …")
+                self._say(f"{self._model} answers from now on; the engine starts with it.")
+                self._refresh_all()
+
+    def _download_went_on(self) -> None:
+        for screen in self.app.screen_stack:
+            if isinstance(screen, ModelScreen) and screen.is_mounted:
+                screen.show()
+
+    def _words(self) -> Mapping[str, Sequence[str]]:
+        """Words that the arguments of commands may be, where the commands themselves can't know."""
+        return {"theme": NAMES, "model": [card.name for card in load_cards()] if self._shelf else ()}
+
     def _ask_title(self, conversation: str) -> None:
         title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
         self.app.push_screen(AskLine("Title", title), lambda new: self._rename(conversation, new or ""))
@@ -438,6 +525,8 @@ class ChatScreen(Screen[None]):
         self._prompt.move_cursor(self._prompt.document.end)
         await self._turns.show_conversation()
         self._desk.opened()
+        if self._shelf:
+            self._models.opened()
         self._refresh_all()
 
     def _save_draft(self) -> None:
@@ -447,19 +536,23 @@ class ChatScreen(Screen[None]):
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
         shown = not widget.display if shown is None else shown
+        if shown and (self.has_class("-medium") or self.has_class("-narrow", "-short")):
+            # there is room for one of them beside the words
+            self.remove_class("show-side", "show-panel")
         self.set_class(shown, f"show-{part}")
         self.set_class(not shown, f"hide-{part}")
 
-    def _refresh_while_answering(self) -> None:
-        if self._turns.answering:
-            self._refresh_figures()
-
     def _refresh_figures(self) -> None:
+        if self._figures_timer:
+            self._figures_timer.stop()
+        self._figures_timer, self._figures_at = None, time.monotonic()
         self._turns.figures.settings(self._session.current.mode, self._session.current.policy)
         state = self._turns.figures.state
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
+        for welcome in self.query(Welcome):
+            welcome.ready = state.model is not None
 
     def _refresh_all(self) -> None:
         self._refresh_figures()
@@ -469,6 +562,7 @@ class ChatScreen(Screen[None]):
         self.query_one("#title", Static).update(Content(title))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
+        self.query_one("#none-yet").display = not summaries
         for screen in self.app.screen_stack:
             if isinstance(screen, CachesScreen):
                 screen.show(self._turns.pool)

@@ -22,7 +22,7 @@ from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
 from kvchat.text import clean, found_pattern, one_line
 from kvchat.thinking import ThinkingStream, inner_thinking
-from kvchat.ui.pace import pause_after
+from kvchat.ui.pace import STILL, pause_after
 from kvchat.ui.widgets.markdown import FOUND, MarkdownText, code_blocks, markdown_of
 
 ENDINGS = {
@@ -338,4 +338,5 @@ class AnswerMessage(MessageBlock):
         self.call_after_refresh(self._rest, cpu)
 
     def _rest(self, cpu_before: float) -> None:
-        self.set_timer(pause_after(time.process_time() - cpu_before), self._draw)
+        pause = pause_after(time.process_time() - cpu_before, still=self.app.has_class(STILL))
+        self.set_timer(pause, self._draw)

@@ -8,6 +8,7 @@ from textual.widgets import TextArea
 
 from kvchat.session import HISTORY_LENGTH
 from kvchat.text import clean
+from kvchat.ui.widgets.completions import Completions
 
 NEWLINE_KEYS = {"shift+enter", "ctrl+j", "alt+enter"}
 ELSEWHERE = -1
@@ -39,8 +40,12 @@ class Prompt(TextArea):
             super().__init__()
             self.text = text
 
-    def __init__(self) -> None:
+    def __init__(self, completions: Completions) -> None:
+        """`completions` is the list that offers commands; it gets the keys that it wants first."""
         super().__init__(id="prompt", placeholder="Write a message, or / for a command", compact=True)
+        # a cursor that blinks wakes the program twice a second for nothing
+        self.cursor_blink = False
+        self._completions = completions
         self._history: list[str] = []
         self._recalled = 0
         """How many steps back in the history the text is; 0 is the user's own draft."""
@@ -81,7 +86,10 @@ class Prompt(TextArea):
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
-        if event.key == "enter":
+        if self._complete(event.key):
+            event.stop()
+            event.prevent_default()
+        elif event.key == "enter":
             event.stop()
             event.prevent_default()
             self._submit()
@@ -109,6 +117,28 @@ class Prompt(TextArea):
         if not select and self.navigator.is_last_wrapped_line(self.cursor_location) and self._recall(-1):
             return
         super().action_cursor_down(select)
+
+    def on_text_area_changed(self) -> None:
+        """Offers what a slash word may become."""
+        self._completions.offer(self.text)
+
+    def take(self, text: str) -> None:
+        """Takes a completion; what comes after it is written next."""
+        self.text = f"{text} "
+        self.move_cursor(self.document.end)
+
+    def _complete(self, key: str) -> bool:
+        """Whether the key was for the list of completions."""
+        offered = self._completions
+        offered.offer(self.text)
+        if key == "tab" and (first := offered.first):
+            self.take(first.text)
+            return True
+        if key == "enter" and (chosen := offered.chosen):
+            self.text = chosen.text
+            self._submit()
+            return True
+        return offered.dismiss(self.text) if key == "escape" else offered.step(key)
 
     def action_cursor_page_up(self) -> None:
         """Scrolls the conversation: the prompt itself is hardly ever higher than a page."""

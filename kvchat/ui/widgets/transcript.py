@@ -15,6 +15,7 @@ from kvchat.conversation import Message
 from kvchat.errors import KvchatError
 from kvchat.text import clean
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
+from kvchat.ui.widgets.welcome import Welcome
 
 SHOWN_AT_ONCE = 12
 """Messages mounted when a conversation opens."""
@@ -22,12 +23,6 @@ STEP = 4
 """Messages mounted when the view comes near the edge of what is mounted."""
 MOUNTED_AT_MOST = 40
 """Every mounted message takes part in every layout."""
-WELCOME = """\
-Write a message below: the model answers on this machine, and this conversation keeps its KV cache.
-
-The panel on the right shows what each turn reused, what it had to read, and what that took. \
-Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
-"""
 
 
 class Notice(Static):
@@ -288,7 +283,7 @@ class Transcript(VerticalScroll, can_focus=False):
         try:
             async with self.batch():
                 await self.remove_children()
-                shown = blocks or [Static(Content(WELCOME), classes="welcome")]
+                shown = blocks or [Welcome()]
                 await self.mount_all([self._earlier, *shown, self._later])
             self._count()
         finally:
