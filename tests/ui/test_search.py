@@ -1,8 +1,10 @@
 """Search in all conversations, from Ctrl+F to the words marked where they stand."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
 from kvchat.store import Store
@@ -101,7 +103,14 @@ async def test_ctrl_f_enter_opens_the_conversation_where_the_words_stand() -> No
         needles = [s for s in segments(chat) if "needle" in s.text and "needle" not in chat.prompt.text]
         plain = [s for s in segments(chat) if "haystack" in s.text]
         assert [s.text for s in needles] == ["needle"]
-        assert {str(s.style).split(" on ")[-1] for s in needles} != {str(s.style).split(" on ")[-1] for s in plain}
+        assert {str(s.style).split(" on ")[-1] for s in needles} != {
+            str(s.style).split(" on ")[-1] for s in plain
+        }
+
+
+def background(parts: Iterable[Segment]) -> set[object]:
+    """The colours that text stands on."""
+    return {part.style.bgcolor for part in parts if part.style}
 
 
 async def test_words_in_a_question_are_marked_even_where_it_is_folded() -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,7 +14,7 @@ from textual.timer import Timer
 from textual.widgets import Static, TextArea
 
 from kvchat.catalog import load_cards
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheMode, Ready
 from kvchat.conversation import Hit
 from kvchat.errors import KvchatError
 from kvchat.session import Session
@@ -25,6 +26,7 @@ from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.models import ModelDesk, ModelShelf, switch_price
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.reckoner import Reckoner
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.screens.models import ModelScreen
@@ -39,11 +41,14 @@ from kvchat.ui.widgets.keyline import KeyLine
 from kvchat.ui.widgets.message import MessageBlock
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
+from kvchat.ui.widgets.reckoning import ReckoningLine
 from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.transcript import Transcript
 from kvchat.ui.widgets.welcome import Welcome
 from kvchat.ui.words import miss_words
 
+RECKON_AFTER_S = 0.3
+"""The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
@@ -82,6 +87,7 @@ class ChatScreen(Screen[None]):
         self._completions = Completions(self._words)
         self._prompt = Prompt(self._completions)
         self._draft_timer: Timer | None = None
+        self._reckon_timer: Timer | None = None
         self._figures_timer: Timer | None = None
         self._figures_at = 0.0
         """When the figures were drawn last, on the monotonic clock."""
@@ -98,6 +104,7 @@ class ChatScreen(Screen[None]):
                 yield Transcript()
                 yield self._completions
                 yield self._prompt
+                yield ReckoningLine()
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
                 with VerticalScroll(can_focus=False):
@@ -120,6 +127,7 @@ class ChatScreen(Screen[None]):
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
         self._archive = Archive(self._session, self._say)
+        self._reckoner = Reckoner(self._session, self._bridge, self.query_one(ReckoningLine).show, Path.cwd())
         if self._shelf:
             self._models = ModelDesk(
                 self._session, self._bridge, self._shelf, self._say, self._download_went_on
@@ -150,6 +158,10 @@ class ChatScreen(Screen[None]):
 
     @on(EngineStatus)
     async def _engine_status(self, message: EngineStatus) -> None:
+        if self._reckoner.on_status(message.status):
+            return
+        if isinstance(message.status, Ready):
+            self._reckon()
         with self._telling():
             await self._turns.on_status(message.status)
         with self._telling():
@@ -165,6 +177,7 @@ class ChatScreen(Screen[None]):
         with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
+                self._reckon()
             elif self._turns.answering and self._figures_timer is None:
                 wait = PANEL_EVERY_S - (time.monotonic() - self._figures_at)
                 self._figures_timer = self.set_timer(max(0.0, wait), self._refresh_figures)
@@ -183,9 +196,10 @@ class ChatScreen(Screen[None]):
                 self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
             else:
                 # before sending: the first message gives the conversation, and so its draft, another key
+                text = self._reckoner.composed(message.text)
                 self._save_draft()
-                await self._turns.send(message.text)
-                self._prompt.remember(message.text)
+                await self._turns.send(text)
+                self._prompt.remember(text)
                 self._refresh_all()
         except KvchatError as error:
             self._prompt.give_back(message.text)
@@ -208,9 +222,11 @@ class ChatScreen(Screen[None]):
     def _prompt_changed(self) -> None:
         if not self._begun:
             return
-        if self._draft_timer:
-            self._draft_timer.stop()
+        for timer in (self._draft_timer, self._reckon_timer):
+            if timer:
+                timer.stop()
         self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)
+        self._reckon_timer = self.set_timer(RECKON_AFTER_S, self._reckon)
 
     @on(Completions.Taken)
     def _completion_taken(self, message: Completions.Taken) -> None:
@@ -529,9 +545,12 @@ class ChatScreen(Screen[None]):
             self._models.opened()
         self._refresh_all()
 
+    def _reckon(self) -> None:
+        self._reckoner.typed(self._prompt.message, self._turns.editing)
+
     def _save_draft(self) -> None:
         with self._telling():
-            self._session.save_draft(self._prompt.text)
+            self._session.save_draft(self._prompt.message)
 
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
