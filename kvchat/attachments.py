@@ -4,16 +4,20 @@ The message stays one text, as the model reads it; composing what was parsed giv
 letter. It knows text and files; it refuses to know tokens and screens.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
 
-LARGEST_BYTES = 4_000_000
+LARGEST_BYTES = 1_000_000
 """No context of a local model holds more; counting its tokens would only take long."""
+LISTED, OFFERED = 5_000, 50
+"""Entries of a folder that are looked at, and of those the ones that are offered."""
 MENTION = re.compile(r"""(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]\S*))""")
 """`@path` or `@"path with spaces"`, at the beginning of a word."""
 FIRST = re.compile(r'(?:\A|\n\n)(?=<file name="[^"\n]*">\n)')
@@ -54,6 +58,28 @@ def mentions(text: str) -> list[str]:
 def mention(name: str) -> str:
     """How a path is written in a prompt."""
     return f'@"{name}"' if re.search(r"\s", name) else f"@{name}"
+
+
+def path_completions(typed: str, folder: Path) -> list[str]:
+    """Paths that begin as `typed` does, folders with a slash at their end; hidden ones only if asked for."""
+    start, _, begun = typed.rpartition("/")
+    place = folder / Path(f"{start}/" if start or typed.startswith("/") else ".").expanduser()
+    shown = f"{start}/" if "/" in typed else ""
+    try:
+        with os.scandir(place) as entries:
+            found = [(e.name, e.is_dir()) for e in islice(entries, LISTED) if fits(e.name, begun)]
+    except (OSError, ValueError, RuntimeError):
+        return []
+    found.sort(key=lambda entry: (not entry[1], entry[0].casefold()))
+    return [f"{shown}{name}{'/' * is_folder}" for name, is_folder in found[:OFFERED]]
+
+
+def fits(name: str, begun: str) -> bool:
+    """Whether a file's name is offered for its beginning."""
+    hidden = name.startswith(".") and not begun.startswith(".")
+    return (
+        name.casefold().startswith(begun.casefold()) and name.isprintable() and '"' not in name and not hidden
+    )
 
 
 def read_attachment(name: str, folder: Path) -> Attachment:

@@ -31,7 +31,8 @@ from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options, screen_options
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
-from kvchat.text import megabytes, one_line
+from kvchat.session_commands import sessions as session_commands
+from kvchat.text import megabytes
 
 if TYPE_CHECKING:
     from kvchat.engine.load import LoadedModel
@@ -399,27 +400,6 @@ def _pull_command(name: str, data_dir: Path | None) -> list[str]:
     return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True)
-@data_dir
-def sessions(as_json: bool, data_dir: Path | None) -> None:
-    """List the conversations, the last used first."""
-    from dataclasses import asdict
-
-    from kvchat.store import Store
-
-    found = Store(find_paths(data_dir).database).summaries()
-    if as_json:
-        click.echo(json.dumps([asdict(each) for each in found]))
-        return
-    for each in found:
-        click.echo(
-            f"{each.id}  {each.updated_at[:16].replace('T', ' ')}  {each.messages:>4}  {one_line(each.title)}"
-        )
-    if not found:
-        click.echo("No conversations yet. `kvchat` starts one.", err=True)
-
-
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
@@ -515,7 +495,7 @@ def rm(name: str, data_dir: Path | None) -> None:
     click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
 
 
-for group in (cache_commands, config_commands, doctor):
+for group in (cache_commands, config_commands, doctor, session_commands):
     cli.add_command(group)
 
 
@@ -528,8 +508,8 @@ def main() -> None:
         config = dict(read_config(find_paths().config_file).values)
         defaults = dict.fromkeys(cli.commands, config)
         defaults |= {
-            group.name: dict.fromkeys(group.commands, config)
-            for group in (models, cache_commands)
+            group.name: config | dict.fromkeys(group.commands, config)
+            for group in (models, cache_commands, session_commands)
             if group.name
         }
         cli(prog_name="kvchat", default_map=defaults)

@@ -434,7 +434,15 @@ class Ask:
     request: TurnRequest
 
 
-CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many tokens are these texts? Answered by `Counted`; nothing happens."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask | Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,6 +460,14 @@ class Quote:
     """What the request's eviction policy would drop if the context were full now, and what that costs."""
     refusal: str = ""
     """Why the turn could not be answered at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens of each text that was counted."""
+
+    key: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,7 +493,7 @@ class Refused:
 
 
 TurnEvent = TurnStarted | PrefillProgress | Tokens | Evicted | TurnFinished | TurnFailed
-Report = PoolState | Quote | Converted | Refused
+Report = PoolState | Quote | Counted | Converted | Refused
 Status = Loading | Ready | Died | Report
 
 

@@ -96,6 +96,30 @@ class Summary:
     title: str
     updated_at: str
     messages: int
+    private: bool = False
+    """Whether it is gone when kvchat ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Where searched words stand."""
+
+    conversation: str
+    title: str
+    message: int | None
+    """None where they stand in the title."""
+    role: str
+    text: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A named way of answering."""
+
+    name: str
+    system_prompt: str
+    sampling: Sampling
 
 
 def title_from(text: str) -> str:

@@ -6,8 +6,9 @@ still true. It knows rows and values; it refuses to know engines and screens.
 """
 
 import json
+import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -26,9 +27,25 @@ from kvchat.contract import (
     Sampling,
     TurnStats,
 )
-from kvchat.conversation import Conversation, Message, Summary, path_to
+from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
 from kvchat.errors import KvchatError
 
+TRIGRAM = 3
+"""Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
+LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
+SEARCH = """
+with recursive found(id) as ({found}),
+path(conversation, title, id, parent_id) as (
+    select c.id, c.title, m.id, m.parent_id from conversations c join messages m on m.id = c.head
+    where c.id in (select conversation from messages where id in (select id from found))
+    union all
+    select path.conversation, path.title, m.id, m.parent_id from path join messages m on m.id = path.parent_id
+)
+select path.conversation, path.title, m.id as message, m.role, m.text, m.created_at
+from path join messages m on m.id = path.id where m.id in (select id from found)
+order by m.created_at desc, m.id desc limit {limit}
+"""
+"""Hits on the way to the head of their conversation: other branches aren't shown, and so can't be opened."""
 BUSY_S = 30.0
 """How long a write waits for another process."""
 
@@ -114,6 +131,13 @@ def m003_cache(db: Database) -> None:
         pk="id",
     )
     db.table("cache_events").create_index(["conversation"])
+
+
+@migrations()
+def m004_search_and_presets(db: Database) -> None:
+    db.create_table("presets", {"name": str, "system_prompt": str, "sampling": str}, pk="name")
+    # trigrams find parts of words, and words of scripts that are written without spaces
+    db.table("messages").enable_fts(["text"], create_triggers=True, tokenize="trigram")
 
 
 class Store:
@@ -221,7 +245,7 @@ class Store:
                 f"update conversations set {assignments} where id = :id", changed | {"id": conversation.id}
             )
 
-    def fork(self, conversation: Conversation) -> Conversation:
+    def add(self, conversation: Conversation) -> Conversation:
         """Saves a new conversation with copies of these messages; returns it with their new ids."""
         with self._writing() as db:
             _insert(db, conversation)
@@ -234,6 +258,51 @@ class Store:
                     db.table("turns").insert({"message": parent, **asdict(message.stats)})
             _set_head(db, conversation.id, parent)
         return self.load(conversation.id)
+
+    def import_all(self, conversations: Sequence[Conversation]) -> int:
+        """Saves those that aren't here yet, as old as their last message; returns how many."""
+        new = [each for each in conversations if not self.exists(each.id)]
+        for each in new:
+            self.add(each)
+            with self._writing() as db:
+                last = each.messages[-1].created_at if each.messages else each.created_at
+                db.execute("update conversations set updated_at = ? where id = ?", [last, each.id])
+        return len(new)
+
+    def search(self, words: Sequence[str], limit: int = 100) -> list[Hit]:
+        """Where all these words stand: in titles first, then in the messages that are shown, latest first."""
+        if not words:
+            return []
+        likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
+        long = [word for word in words if len(word) >= TRIGRAM]
+        match = {"match": " ".join('"' + word.replace('"', '""') + '"' for word in long)}
+        indexed = "select rowid from messages_fts where messages_fts match :match intersect " if long else ""
+        found = f"{indexed}select id from messages where {_all_like('text', likes)}"
+        if len(long) == len(words):  # the index knows more letters that differ in case only
+            found = indexed.removesuffix(" intersect ")
+        titles = self._db.query(
+            "select id as conversation, title, null as message, '' as role, title as text, created_at "
+            f"from conversations where {_all_like('title', likes)} order by updated_at desc limit {limit}",
+            likes,
+        )
+        messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
+        return [Hit(**row) for row in (*titles, *messages)][:limit]
+
+    def presets(self) -> list[Preset]:
+        """The named ways of answering, by name."""
+        rows = self._db.query("select * from presets order by name")
+        return [Preset(r["name"], r["system_prompt"], Sampling(**json.loads(r["sampling"]))) for r in rows]
+
+    def save_preset(self, preset: Preset) -> None:
+        """Saves a preset, in the place of one with the same name."""
+        row = {"system_prompt": preset.system_prompt, "sampling": json.dumps(asdict(preset.sampling))}
+        with self._writing() as db:
+            db.table("presets").upsert({"name": preset.name, **row}, pk="name")
+
+    def delete_preset(self, name: str) -> None:
+        """Deletes a preset; an unknown one is no error."""
+        with self._writing() as db:
+            db.execute("delete from presets where name = ?", [name])
 
     def add_events(self, events: Sequence[CacheEvent]) -> None:
         """Saves what happened to caches; events of conversations that are not saved are left out."""
@@ -330,6 +399,10 @@ def _open(path: Path | None) -> Database:
         db.execute("pragma synchronous = normal")
         migrations.apply(db)
     return db
+
+
+def _all_like(column: str, parameters: Iterable[str]) -> str:
+    return " and ".join(f"{column} like :{name} escape '\\'" for name in parameters)
 
 
 def _insert(db: Database, conversation: Conversation) -> None:

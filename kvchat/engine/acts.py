@@ -11,6 +11,8 @@ from kvchat.contract import (
     Ask,
     CacheAct,
     Converted,
+    Count,
+    Counted,
     Drop,
     Fork,
     KVPrecision,
@@ -65,6 +67,8 @@ def do(
             yield _set_precision(conversation, kv, caches, loaded)
         case Ask():
             yield _quote(act, planner)
+        case Count(key, texts):
+            yield Counted(key, tuple(map(planner.count, texts)))
 
 
 def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:

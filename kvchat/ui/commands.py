@@ -101,6 +101,30 @@ COMMANDS = (
     Command("copy", "Copy", "Send the focused message, or the last answer, to the clipboard.", "", "copy"),
     Command("code", "Copy code", "Send a code block of that message to the clipboard.", "", "code"),
     Command("thinking", "Thinking", "Show or fold what the model thought.", "ctrl+t", "think"),
+    Command("search", "Search", "Find words in all conversations.", "ctrl+f", "search", "WORDS"),
+    Command(
+        "export",
+        "Export",
+        "Write this conversation into a file: md, json, html, or a name that ends so.",
+        "",
+        "export",
+        "FILE",
+    ),
+    Command(
+        "import",
+        "Import",
+        "Read conversations from a file: kvchat's own exports, ChatGPT's conversations.json, llm's logs.db.",
+        "",
+        "import",
+        "FILE",
+    ),
+    Command(
+        "private",
+        "Private conversation",
+        "Start a conversation of which nothing is written; it is gone when kvchat ends.",
+        "",
+        "private",
+    ),
     Command("why", "Why", "Why the last turn read something again.", "f6", "why"),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
@@ -121,6 +145,13 @@ COMMANDS = (
     ),
     Command("budget", "KV budget", "Memory that all caches may take together.", "", "budget", "SIZE"),
     Command("system", "System prompt", "Set the system prompt of this conversation.", "", "system", "TEXT"),
+    Command(
+        "options",
+        "Chat options",
+        "System prompt and sampling of this conversation on one screen, with named presets.",
+        "ctrl+o",
+        "options",
+    ),
     Command("rename", "Rename", "Give this conversation another title.", "", "rename", "TITLE"),
     Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear"),
     Command("delete", "Delete", "Delete this conversation for good.", "", "delete"),
@@ -128,7 +159,14 @@ COMMANDS = (
     Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit"),
 )
 
-ALIASES = {"quit": "exit", "bye": "exit", "?": "help", "retry": "regen", "resume": "sessions"}
+ALIASES = {
+    "find": "search",
+    "quit": "exit",
+    "bye": "exit",
+    "?": "help",
+    "retry": "regen",
+    "resume": "sessions",
+}
 
 
 UNBOUND = "unbound-"

@@ -1,11 +1,18 @@
-"""What a slash word that is being typed may become. Text in, plain values out; no widgets."""
+"""What a slash word or an `@path` that is being typed may become. Text in, plain values out; no widgets."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from kvchat.attachments import mention, path_completions
 from kvchat.ui.commands import ALIASES, COMMANDS, Command, parse_slash
 
 NO_MATCH = 3
+
+
+MENTIONED = re.compile(r"""(?<!\S)@(?:"(?P<quoted>[^"\n]*)|(?P<plain>[^\s"]*))\Z""")
+"""A path that is being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +33,20 @@ def completions(text: str, arguments: Mapping[str, Sequence[str]]) -> list[Compl
         text: the prompt, up to the cursor.
         arguments: command name → words its argument may be, where the table of commands can't know them.
     """
+    if mentioned := MENTIONED.search(text):
+        return _paths(text[: mentioned.start()], mentioned["quoted"] or mentioned["plain"] or "")
     if not text.startswith("/") or "\n" in text:
         return []
     word, space, argument = text.removeprefix("/").partition(" ")
     return _arguments(text, argument.lstrip(), arguments) if space else _words(word)
+
+
+def _paths(before: str, typed: str) -> list[Completion]:
+    found = path_completions(typed, Path.cwd())
+    if typed in found:
+        return []
+    names = [f'@"{path}' if path.endswith("/") and " " in path else mention(path) for path in found]
+    return [Completion(before + name, path) for path, name in zip(found, names, strict=True)]
 
 
 def _words(typed: str) -> list[Completion]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,19 +14,24 @@ from textual.timer import Timer
 from textual.widgets import Static, TextArea
 
 from kvchat.catalog import load_cards
-from kvchat.contract import CacheMode
+from kvchat.contract import CacheMode, Ready
+from kvchat.conversation import Hit, Preset
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
+from kvchat.ui.archive import Archive
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash, remapped
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.models import ModelDesk, ModelShelf, switch_price
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.reckoner import Reckoner
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.screens.models import ModelScreen
+from kvchat.ui.screens.options import OptionsScreen, Presets
+from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.themes import NAMES, checked_theme
 from kvchat.ui.tuning import Tuning
@@ -36,11 +42,14 @@ from kvchat.ui.widgets.keyline import KeyLine
 from kvchat.ui.widgets.message import MessageBlock
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
+from kvchat.ui.widgets.reckoning import ReckoningLine
 from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.transcript import Transcript
 from kvchat.ui.widgets.welcome import Welcome
 from kvchat.ui.words import miss_words
 
+RECKON_AFTER_S = 0.3
+"""The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 0.5
@@ -79,6 +88,7 @@ class ChatScreen(Screen[None]):
         self._completions = Completions(self._words)
         self._prompt = Prompt(self._completions)
         self._draft_timer: Timer | None = None
+        self._reckon_timer: Timer | None = None
         self._figures_timer: Timer | None = None
         self._figures_at = 0.0
         """When the figures were drawn last, on the monotonic clock."""
@@ -95,6 +105,7 @@ class ChatScreen(Screen[None]):
                 yield Transcript()
                 yield self._completions
                 yield self._prompt
+                yield ReckoningLine()
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
                 with VerticalScroll(can_focus=False):
@@ -116,6 +127,8 @@ class ChatScreen(Screen[None]):
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
+        self._archive = Archive(self._session, self._say)
+        self._reckoner = Reckoner(self._session, self._bridge, self.query_one(ReckoningLine).show, Path.cwd())
         if self._shelf:
             self._models = ModelDesk(
                 self._session, self._bridge, self._shelf, self._say, self._download_went_on
@@ -146,6 +159,10 @@ class ChatScreen(Screen[None]):
 
     @on(EngineStatus)
     async def _engine_status(self, message: EngineStatus) -> None:
+        if self._reckoner.on_status(message.status):
+            return
+        if isinstance(message.status, Ready):
+            self._reckon()
         with self._telling():
             await self._turns.on_status(message.status)
         with self._telling():
@@ -161,6 +178,7 @@ class ChatScreen(Screen[None]):
         with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
+                self._reckon()
             elif self._turns.answering and self._figures_timer is None:
                 wait = PANEL_EVERY_S - (time.monotonic() - self._figures_at)
                 self._figures_timer = self.set_timer(max(0.0, wait), self._refresh_figures)
@@ -179,9 +197,10 @@ class ChatScreen(Screen[None]):
                 self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
             else:
                 # before sending: the first message gives the conversation, and so its draft, another key
+                text = self._reckoner.composed(message.text)
                 self._save_draft()
-                await self._turns.send(message.text)
-                self._prompt.remember(message.text)
+                await self._turns.send(text)
+                self._prompt.remember(text)
                 self._refresh_all()
         except KvchatError as error:
             self._prompt.give_back(message.text)
@@ -204,9 +223,11 @@ class ChatScreen(Screen[None]):
     def _prompt_changed(self) -> None:
         if not self._begun:
             return
-        if self._draft_timer:
-            self._draft_timer.stop()
+        for timer in (self._draft_timer, self._reckon_timer):
+            if timer:
+                timer.stop()
         self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)
+        self._reckon_timer = self.set_timer(RECKON_AFTER_S, self._reckon)
 
     @on(Completions.Taken)
     def _completion_taken(self, message: Completions.Taken) -> None:
@@ -221,9 +242,9 @@ class ChatScreen(Screen[None]):
             await self._opened()
             self._prompt.focus()
 
-    @on(ConversationList.RenameAsked)
-    def _rename_asked(self, message: ConversationList.RenameAsked) -> None:
-        self._ask_title(message.conversation)
+    @on(ConversationList.Renamed)
+    def _renamed(self, message: ConversationList.Renamed) -> None:
+        self._rename(message.conversation, message.title)
 
     @on(ConversationList.DeleteAsked)
     def _delete_asked(self, message: ConversationList.DeleteAsked) -> None:
@@ -314,6 +335,20 @@ class ChatScreen(Screen[None]):
             question = "System prompt of this conversation (empty: the model's own)"
             self.app.push_screen(AskLine(question, self._session.current.system_prompt), self._set_system)
 
+    def action_options(self) -> None:
+        """Shows how this conversation answers."""
+        current, session = self._session.current, self._session
+        presets = Presets(session.presets, session.save_preset, session.delete_preset)
+        self.app.push_screen(OptionsScreen(current.system_prompt, current.sampling, presets), self._use)
+
+    def _use(self, chosen: Preset | None) -> None:
+        if chosen is None:
+            return
+        with self._telling():
+            self._session.configure(sampling=chosen.sampling)
+            if chosen.system_prompt != self._session.current.system_prompt:
+                self._desk.system_prompt(chosen.system_prompt)
+
     def action_rename(self, title: str = "") -> None:
         """Renames the open conversation, or asks for the title."""
         if not self._session.current.messages:
@@ -366,6 +401,48 @@ class ChatScreen(Screen[None]):
         """Shows or folds what the model thought."""
         transcript = self.query_one(Transcript)
         transcript.unfold_thinking(not transcript.unfolded)
+
+    def action_search(self, words: str = "") -> None:
+        """Searches in all conversations."""
+        self.app.push_screen(SearchScreen(self._session.search, words), self._open_hit)
+
+    async def _open_hit(self, chosen: tuple[Hit, list[str]] | None) -> None:
+        if chosen is None:
+            return
+        with self._telling():
+            hit, words = chosen
+            self._save_draft()
+            place = self._archive.place_of(hit)
+            await self._opened()
+            if place is not None:
+                await self.query_one(Transcript).go_to(place, words)
+
+    def action_export(self, where: str = "") -> None:
+        """Writes the open conversation into a file."""
+        with self._telling():
+            self._archive.export(where)
+
+    async def action_import(self, name: str = "") -> None:
+        """Reads conversations from a file, or asks which one."""
+        if name:
+            with self._telling():
+                await self._archive.import_file(name)
+                self._refresh_all()
+        else:
+            self.app.push_screen(AskLine("File to import"), self._import)
+
+    async def _import(self, name: str | None) -> None:
+        if name:
+            await self.action_import(name)
+
+    async def action_private(self) -> None:
+        """Opens an empty conversation of which nothing is written."""
+        with self._telling():
+            self._save_draft()
+            self._session.new_private()
+            await self._opened()
+            self._prompt.focus()
+            self._say("Nothing of this conversation is written; it is gone when kvchat ends.")
 
     def action_why(self) -> None:
         """Explains the last miss."""
@@ -483,9 +560,12 @@ class ChatScreen(Screen[None]):
             self._models.opened()
         self._refresh_all()
 
+    def _reckon(self) -> None:
+        self._reckoner.typed(self._prompt.message, self._turns.editing)
+
     def _save_draft(self) -> None:
         with self._telling():
-            self._session.save_draft(self._prompt.text)
+            self._session.save_draft(self._prompt.message)
 
     def _toggle(self, part: str, shown: bool | None = None) -> None:
         widget = self.query_one(f"#{part}")
@@ -511,7 +591,9 @@ class ChatScreen(Screen[None]):
     def _refresh_all(self) -> None:
         self._refresh_figures()
         current = self._session.current
-        self.query_one("#title", Static).update(Content(one_line(current.title) or "new conversation"))
+        private = " · private, nothing is written" if self._session.is_private(current.id) else ""
+        title = f"{one_line(current.title) or 'new conversation'}{private}"
+        self.query_one("#title", Static).update(Content(title))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
         self.query_one("#none-yet").display = not summaries

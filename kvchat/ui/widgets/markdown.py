@@ -27,6 +27,8 @@ from textual.widget import Widget
 
 from kvchat.text import clean
 
+FOUND = "bold $text on $warning 60%"
+"""Words that were searched for, where a text is drawn by Textual itself."""
 NARROWEST = 8
 """Cells; what is nested deeper than the width allows is cut off rather than drawn."""
 STYLES = {
@@ -55,11 +57,6 @@ def code_blocks(text: str) -> list[str]:
     """The code blocks of an answer, in order, without their fences; an open fence counts too."""
     tokens = parser().parse(markdown_of(text))
     return [token.content for token in tokens if token.type in ("fence", "code_block")]
-
-
-def found_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Any of these words, in whatever case."""
-    return re.compile("|".join(map(re.escape, words)) or r"(?!)", re.IGNORECASE)
 
 
 class LeftHeading(Heading):

@@ -5,6 +5,7 @@ and its raw HTML is shown as text. A message knows its place in the conversation
 and engines.
 """
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -19,10 +20,10 @@ from textual.widgets import Static
 from kvchat.attachments import Attachment, parse_attachments
 from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
-from kvchat.text import clean, one_line
+from kvchat.text import clean, found_pattern, one_line
 from kvchat.thinking import ThinkingStream, inner_thinking
 from kvchat.ui.pace import STILL, pause_after
-from kvchat.ui.widgets.markdown import MarkdownText, code_blocks, found_pattern, markdown_of
+from kvchat.ui.widgets.markdown import FOUND, MarkdownText, code_blocks, markdown_of
 
 ENDINGS = {
     FinishReason.CANCELLED: "stopped",
@@ -34,7 +35,6 @@ FOLDED_CHARACTERS, FOLDED_LINES = 8_000, 100
 """A question longer than this shows its beginning until it is unfolded: a pasted file costs layout time."""
 SHOWN_CHARACTERS, SHOWN_LINES = 1_500, 20
 """Of a folded question."""
-FOUND_STYLE = "$text on $warning 60%"
 
 
 def answer_note(stats: TurnStats | None, finish: str | None) -> str:
@@ -169,15 +169,13 @@ class UserMessage(MessageBlock):
         self._raw = text
         self._written, self._attached = parse_attachments(text)
         self._unfolded = False
+        self._body, self._more = Static(classes="text"), Static(classes="note attached")
+        self._show()
 
     def compose(self) -> ComposeResult:
         yield Static(f"you · {self.number}", classes="who", markup=False)
-        yield Static(classes="text")
-        yield Static(classes="note attached")
-
-    def on_mount(self) -> None:
-        """Draws the text."""
-        self._show()
+        yield self._body
+        yield self._more
 
     @property
     def text(self) -> str:
@@ -187,11 +185,7 @@ class UserMessage(MessageBlock):
     def highlight(self, words: Sequence[str]) -> None:
         """Marks the words; unfolds first, since they may stand anywhere."""
         self._unfolded = self._unfolded or bool(self._rest())
-        self._show()
-        text = self.query_one(".text", Static)
-        content = text.content
-        if isinstance(content, Content):
-            text.update(content.highlight_regex(found_pattern(words), style=FOUND_STYLE))
+        self._show(found_pattern(words))
 
     def action_unfold(self) -> None:
         """Shows the whole text with its files, or the beginning only."""
@@ -204,13 +198,13 @@ class UserMessage(MessageBlock):
         _, more = folded(self._written)
         return [*([more] if more else []), *(f"{chip(each)} · Enter shows it" for each in self._attached)]
 
-    def _show(self) -> None:
+    def _show(self, found: re.Pattern[str] | None = None) -> None:
         shown = self._raw if self._unfolded else folded(self._written)[0]
         rest = ["▾ Enter folds it"] if self._unfolded else self._rest()
-        self.query_one(".text", Static).update(Content(clean(shown)))
-        note = self.query_one(".attached", Static)
-        note.update(Content("\n".join(map(one_line, rest))))
-        note.display = bool(self._rest())
+        content = Content(clean(shown))
+        self._body.update(content.highlight_regex(found, style=FOUND) if found else content)
+        self._more.update(Content("\n".join(map(one_line, rest))))
+        self._more.display = bool(self._rest())
 
 
 class Thinking(Static):

@@ -1,16 +1,21 @@
 """The prompt: a text area that sends on Enter, breaks lines on request, and recalls what was sent."""
 
 from collections.abc import Sequence
+from itertools import count
 
 from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
 
+from kvchat.attachments import Attachment, compose, mention, mentions, parse_attachments
 from kvchat.session import HISTORY_LENGTH
 from kvchat.text import clean
 from kvchat.ui.widgets.completions import Completions
 
 NEWLINE_KEYS = {"shift+enter", "ctrl+j", "alt+enter"}
+PLACEHOLDER = "Write a message, / for a command, @ for a file"
+LONG_PASTE = 8_000
+"""Characters; a longer paste is shown as a mention of itself."""
 ELSEWHERE = -1
 """In the place of a step back in the history: the text shown is none of it."""
 
@@ -42,11 +47,13 @@ class Prompt(TextArea):
 
     def __init__(self, completions: Completions) -> None:
         """`completions` is the list that offers commands; it gets the keys that it wants first."""
-        super().__init__(id="prompt", placeholder="Write a message, or / for a command", compact=True)
+        super().__init__(id="prompt", placeholder=PLACEHOLDER, compact=True)
         # a cursor that blinks wakes the program twice a second for nothing
         self.cursor_blink = False
         self._completions = completions
         self._history: list[str] = []
+        self._held: dict[str, Attachment] = {}
+        """Long texts that are mentioned only, by name."""
         self._recalled = 0
         """How many steps back in the history the text is; 0 is the user's own draft."""
         self._own = ""
@@ -61,18 +68,33 @@ class Prompt(TextArea):
         self._history = [*(old for old in self._history if old != text), text][-HISTORY_LENGTH:]
 
     def load_text(self, text: str) -> None:
-        """Replaces the text; an old message or a draft may hold anything, and all of it is drawn."""
-        super().load_text(typeable(text))
+        """Replaces the text; an old message or a draft may hold anything, and all of it is drawn.
+
+        Files in it are held back: what was written mentions them.
+        """
+        written, attached = parse_attachments(text)
+        self._held = {each.name: each for each in attached}
+        missing = [mention(name) for name in self._held if name not in mentions(written)]
+        super().load_text(typeable(" ".join(filter(None, (written, *missing)))))
+
+    @property
+    def message(self) -> str:
+        """What would be sent, with the texts that are held back."""
+        return compose(self.text, [self._held[name] for name in mentions(self.text) if name in self._held])
 
     def give_back(self, text: str) -> None:
         """Text that could not be sent comes back, before what was typed meanwhile."""
-        self.text = text + self.text
+        typed, held = self.text, self._held
+        self.text = text
+        self._held = held | self._held
+        self.move_cursor(self.document.end)
+        self.insert(typed)
         self.move_cursor(self.document.end)
 
     def show_instead(self, text: str) -> None:
         """Shows another text until it is sent, or until `recall(0)` brings the user's own draft back."""
         if self._recalled == 0:
-            self._own = self.text
+            self._own = self.message
         self._recalled = ELSEWHERE
         self.text = text
         self.move_cursor(self.document.end)
@@ -80,7 +102,7 @@ class Prompt(TextArea):
     def recall(self, back: int) -> None:
         """Shows what was sent so many messages ago; 0 brings the user's own draft back."""
         if self._recalled == 0:
-            self._own = self.text
+            self._own = self.message
         self._recalled = back
         self.text = self._history[-back] if back else self._own
         self.move_cursor(self.document.end)
@@ -106,7 +128,15 @@ class Prompt(TextArea):
 
     async def _on_paste(self, event: events.Paste) -> None:
         event.prevent_default()
-        await super()._on_paste(events.Paste(typeable(event.text)))
+        text = typeable(event.text)
+        if len(text) > LONG_PASTE:
+            # drawn letter by letter it would make every key slow; it is sent all the same
+            name = next(f"pasted-{n}" for n in count(1) if f"pasted-{n}" not in self._held)
+            self._held[name] = Attachment(name, text)
+            row, column = self.cursor_location
+            glued = self.document.get_line(row)[:column][-1:].strip()
+            text = f"{' ' if glued else ''}{mention(name)} "
+        await super()._on_paste(events.Paste(text))
 
     def action_cursor_up(self, select: bool = False) -> None:
         if not select and self.navigator.is_first_wrapped_line(self.cursor_location) and self._recall(+1):
@@ -119,12 +149,14 @@ class Prompt(TextArea):
         super().action_cursor_down(select)
 
     def on_text_area_changed(self) -> None:
-        """Offers what a slash word may become."""
+        """Offers what a slash word or a path may become."""
         self._completions.offer(self.text)
 
     def take(self, text: str) -> None:
         """Takes a completion; what comes after it is written next."""
-        self.text = f"{text} "
+        held = self._held
+        self.text = text if text.endswith("/") else f"{text} "
+        self._held = held
         self.move_cursor(self.document.end)
 
     def _complete(self, key: str) -> bool:
@@ -135,8 +167,11 @@ class Prompt(TextArea):
             self.take(first.text)
             return True
         if key == "enter" and (chosen := offered.chosen):
-            self.text = chosen.text
-            self._submit()
+            if chosen.text.startswith("/"):
+                self.text = chosen.text
+                self._submit()
+            else:
+                self.take(chosen.text)
             return True
         return offered.dismiss(self.text) if key == "escape" else offered.step(key)
 
@@ -149,7 +184,7 @@ class Prompt(TextArea):
         self.post_message(self.Scrolled(1))
 
     def _submit(self) -> None:
-        text = self.text
+        text = self.message
         if text.strip():
             self._recalled = 0
             # at once: what is typed before the screen took the message belongs to the next one

@@ -144,11 +144,12 @@ class Transcript(VerticalScroll, can_focus=False):
             answer.unfold(unfolded)
 
     def focus_last(self) -> bool:
-        """Gives the focus to the last message; False where there is none."""
-        blocks = self._blocks()
-        if blocks:
-            self.screen.set_focus(blocks[-1])
-        return bool(blocks)
+        """Gives the focus to the last message that can be seen; False where there is none."""
+        bottom = self.scroll_y + self.size.height
+        seen = [block for block in self._blocks() if block.virtual_region.y < bottom]
+        if seen:
+            self.screen.set_focus(seen[-1], scroll_visible=False)
+        return bool(seen)
 
     @property
     def chosen(self) -> MessageBlock:
@@ -250,7 +251,7 @@ class Transcript(VerticalScroll, can_focus=False):
             following = blocks.index(block) + step if block in blocks else -1
         if 0 <= following < len(blocks):
             self.screen.set_focus(blocks[following], scroll_visible=False)
-            blocks[following].scroll_visible(animate=False, top=False)
+            self._bring_into_view(blocks[following], step)
         elif step > 0:
             self.screen.query_one("#prompt").focus()
 
@@ -351,6 +352,15 @@ class Transcript(VerticalScroll, can_focus=False):
         """The message that the top of the view is in."""
         top = self.scroll_y
         return next((block for block in self._blocks() if block.virtual_region.bottom > top), None)
+
+    def _bring_into_view(self, block: MessageBlock, step: int) -> None:
+        """Shows a message that was walked to; of one higher than the view, the end that comes first."""
+        region = block.virtual_region
+        top, bottom = region.y, region.bottom - self.size.height
+        if step < 0 and (region.y < self.scroll_y or region.height > self.size.height):
+            self.scroll_to(y=max(top, bottom) if region.height > self.size.height else top, animate=False)
+        elif step > 0 and bottom > self.scroll_y:
+            self.scroll_to(y=min(top, bottom), animate=False)
 
     def _put_on_top(self, block: MessageBlock) -> None:
         if block.is_attached:
