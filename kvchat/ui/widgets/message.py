@@ -325,7 +325,9 @@ class AnswerMessage(MessageBlock):
 
     def say(self, note: str) -> None:
         """Shows something under the answer."""
-        self._note.update(Content(clean(note)))
+        # a new text lays the whole screen out anew, and this is called with every token
+        if str(self._note.content) != clean(note):
+            self._note.update(Content(clean(note)))
 
     def _draw_soon(self) -> None:
         """While it is not mounted, what comes is kept and nothing is drawn."""
