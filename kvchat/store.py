@@ -116,6 +116,12 @@ def m003_cache(db: Database) -> None:
     db.table("cache_events").create_index(["conversation"])
 
 
+@migrations()
+def m004_drafting(db: Database) -> None:
+    for column in ("drafted_tokens", "accepted_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
+
+
 class Store:
     """The conversations of one user."""
 

@@ -13,6 +13,7 @@ from kvchat.contract import (
     Converted,
     Drop,
     Fork,
+    Inspect,
     KVPrecision,
     Pin,
     Quote,
@@ -25,6 +26,7 @@ from kvchat.contract import (
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier
 from kvchat.engine.forward import forward_pass
+from kvchat.engine.inspect import cache_map
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.plan import Planner
 from kvchat.errors import KvchatError
@@ -65,6 +67,8 @@ def do(
             yield _set_precision(conversation, kv, caches, loaded)
         case Ask():
             yield _quote(act, planner)
+        case Inspect():
+            yield cache_map(act, caches, planner, loaded, disk)
 
 
 def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:
