@@ -12,6 +12,7 @@ from kvchat.contract import (
     PoolState,
     PrefillProgress,
     Ready,
+    Span,
     Status,
     Tokens,
     TurnEvent,
@@ -48,6 +49,8 @@ class Turns:
         self._started: TurnStarted | None = None
         self._evicted: list[Evicted] = []
         """In the turn under way."""
+        self.spans: dict[str, tuple[Span, ...]] = {}
+        """Conversation → what its last turn did with every message."""
         self.editing: int | None = None
         """The question that the next message replaces."""
 
@@ -182,6 +185,7 @@ class Turns:
         match event:
             case TurnStarted():
                 self._started = event
+                self.spans[pending.conversation] = event.spans
                 if here:
                     self.figures.started(event)
             case Evicted():
@@ -197,6 +201,7 @@ class Turns:
                 # shown first: where it can't be saved, it can still be read
                 self._session.keep_partial(event)
             case TurnFinished():
+                self.spans[pending.conversation] = event.spans
                 await self._finish(event, pending, here=here)
             case TurnFailed():
                 await self._fail(event, here=here)

@@ -13,6 +13,7 @@ from kvchat.contract import (
     Died,
     Drop,
     Evicted,
+    Fate,
     FinishReason,
     Fork,
     KVPrecision,
@@ -28,6 +29,7 @@ from kvchat.contract import (
     Report,
     SetBudget,
     SetPrecision,
+    Span,
     Spill,
     Status,
     Tokens,
@@ -249,7 +251,14 @@ class ScriptedEngine:
         held = self._held.get(request.conversation) if request.mode is CacheMode.ON else None
         reused = min(held.tokens if held else 0, prompt - 1)
         yield TurnStarted(
-            turn, prompt, reused, prompt - reused, script.reuse_note, script.miss, script.restored
+            turn,
+            prompt,
+            reused,
+            prompt - reused,
+            script.reuse_note,
+            script.miss,
+            script.restored,
+            spans_of(request, reused),
         )
         pieces: list[str] = []
         evicted, left_out = 0, request.left_out
@@ -284,7 +293,9 @@ class ScriptedEngine:
         if request.mode is CacheMode.ON:
             self._held[request.conversation] = warm(request.conversation, stats.kv_tokens)
         ids = tuple(range(1, len(pieces) + 1))
-        return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, self.pool(), left_out)
+        spans = spans_of(request, stats.reused_tokens, len(pieces))
+        text = "".join(pieces)
+        return TurnFinished(request.turn, text, ids, FACTS.tokenizer, stats, self.pool(), left_out, spans)
 
     def _catch_up(self) -> None:
         """Does what was asked for meanwhile, as the engine does: in order, the new state after each."""
@@ -356,6 +367,19 @@ def warm(conversation: str, tokens: int) -> WarmCache:
 def prompt_tokens(request: TurnRequest) -> int:
     """A word is a token, and every message has four more around it."""
     return sum(len(message.text.split()) + 4 for message in request.messages)
+
+
+def spans_of(request: TurnRequest, reused: int, written: int = 0) -> tuple[Span, ...]:
+    """What is done with every message, by the counts alone."""
+    spans, left = list[Span](), reused
+    off = request.mode is CacheMode.OFF
+    for place, message in enumerate(request.messages):
+        tokens = len(message.text.split()) + 4
+        kept = min(tokens, left)
+        left -= kept
+        parts = ((Fate.REUSED, kept), (Fate.UNCACHED if off else Fate.READ, tokens - kept))
+        spans += [Span(place, fate, count) for fate, count in parts if count]
+    return (*spans, Span(len(request.messages), Fate.WRITTEN, written))
 
 
 def stats_of(

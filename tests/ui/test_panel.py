@@ -162,15 +162,13 @@ def test_without_a_model_there_is_no_formula() -> None:
         (0, 10, 8, ""),
         (5, 0, 8, ""),
         (-1, 10, 8, ""),
-        (10, 10, 8, "████████"),
-        (5, 10, 8, "████"),
-        (1, 1_000_000, 8, "▏"),
-        (9, 16, 1, "▌"),
-        (18, 32, 2, "█▏"),
+        (10, 10, 8, "▒▒▒▒▒▒▒▒"),
+        (5, 10, 8, "▒▒▒▒"),
+        (1, 1_000_000, 8, "▒"),
     ],
 )
 def test_a_bar_is_as_long_as_its_share(value: float, largest: float, width: int, shown: str) -> None:
-    assert bar(value, largest, width) == shown
+    assert bar(value, largest, width, "▒") == shown
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import StatusLine
+from kvchat.ui.widgets.strip import ReuseStrip, counts_of
 from kvchat.ui.widgets.transcript import Transcript
 from kvchat.ui.words import miss_words
 
@@ -60,7 +61,10 @@ class ChatScreen(Screen[None]):
                 yield ConversationList(id="conversations")
             with Vertical(id="middle"):
                 yield Static(id="title", classes="head")
-                yield Transcript()
+                transcript = Transcript()
+                with Horizontal(id="reading"):
+                    yield ReuseStrip(transcript)
+                    yield transcript
                 yield self._prompt
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
@@ -383,6 +387,8 @@ class ChatScreen(Screen[None]):
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
+        spans = self._turns.spans.get(self._session.current.id, ())
+        self.query_one(ReuseStrip).show(counts_of(spans, self._session.current))
 
     def _refresh_all(self) -> None:
         self._refresh_figures()

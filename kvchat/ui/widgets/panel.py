@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from textual.content import Content
 from textual.widgets import Static
 
-from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TurnStats
+from kvchat.contract import CacheMode, EvictionPolicy, Fate, ModelFacts, PoolState, TurnStats
 from kvchat.text import clean, megabytes
-from kvchat.ui.words import BITS
+from kvchat.ui.words import BITS, FATES
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),
@@ -34,8 +34,7 @@ WHEN_FULL = {
     EvictionPolicy.SINKS: "approximate",
     EvictionPolicy.SNAPKV: "approximate",
 }
-REUSED, READ = "▒", "█"
-"""Of the bars that show a turn's reused and read tokens side by side."""
+(REUSED, REUSED_STYLE), (READ, READ_STYLE) = FATES[Fate.REUSED], FATES[Fate.READ]
 MEMORY = {"weights": "▓", "this KV": "█", "other KV": "▒", "free": "░"}
 MEMORY_STYLES = {
     "weights": "$text-secondary",
@@ -45,7 +44,6 @@ MEMORY_STYLES = {
 }
 TURNS_SHOWN = 8
 TTFT_CELLS = 18
-BARS = " ▏▎▍▌▋▊▉█"
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32
 ENOUGH_TOKENS = 64
@@ -112,12 +110,11 @@ def big_letters(word: str) -> tuple[str, str, str]:
     return first, second, third
 
 
-def bar(value: float, largest: float, width: int) -> str:
-    """A bar in eighths of a cell; anything above nothing is at least a sliver."""
+def bar(value: float, largest: float, width: int, glyph: str) -> str:
+    """A bar of whole cells; anything above nothing is one at least."""
     if value <= 0 or largest <= 0:
         return ""
-    eighths = max(1, round(value / largest * width * 8))
-    return BARS[8] * (eighths // 8) + BARS[eighths % 8].strip()
+    return glyph * max(1, round(value / largest * width))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -175,14 +172,16 @@ def turn_lines(state: PanelState) -> list[Content]:
     """What this turn reused, read and wrote, and how fast."""
     turn = state.turn
     counts = {"reused": turn.reused, "read": turn.read, "written": turn.written}
-    styles = {"reused": "$text-success", "read": "$text-warning", "written": "$text-primary"}
     largest = max(counts.values())
-    width = INNER_WIDTH - 20
-    lines = [row(name, f"{n:,}", bar(n, largest, width), styles[name]) for name, n in counts.items()]
+    lines = [
+        row(name, f"{count:,}", bar(count, largest, INNER_WIDTH - 20, glyph), colour)
+        for (name, count), (glyph, colour) in zip(counts.items(), FATES.values(), strict=False)
+    ]
     if turn.restored:
         lines.append(row("restored", f"{turn.restored:,}", "from disk"))
     if turn.evicted:
-        lines.append(row("evicted", f"{turn.evicted:,}", "context full", "$text-error"))
+        glyph, colour = FATES[Fate.EVICTED]
+        lines.append(row("evicted", f"{turn.evicted:,}", f"{glyph} context full", colour))
     lines += [
         row("TTFT", seconds(turn.ttft_s)),
         row("prefill", rate(turn.prefill_tok_s), "tok/s"),
@@ -222,8 +221,8 @@ def ttft_lines(state: PanelState) -> list[Content]:
         return []
     legend = Content.assemble(
         ("\nTTFT by turn  ", "bold $text-accent"),
-        (f"{REUSED} reused ", "$text-success"),
-        (f"{READ} read", "$text-warning"),
+        (f"{REUSED} reused ", REUSED_STYLE),
+        (f"{READ} read", READ_STYLE),
     )
     longest = max(turn.ttft_s for turn in state.turns[-TURNS_SHOWN:])
     numbered = list(enumerate(state.turns, start=1))[-TURNS_SHOWN:]
@@ -237,8 +236,8 @@ def ttft_bar(number: int, turn: TurnStats, longest: float) -> Content:
     reused, read = shares(parts, cells) if cells > 1 else (0, 1)
     return Content.assemble(
         (f"{number:>3} ", "$text-muted"),
-        (REUSED * reused, "$text-success"),
-        (READ * read, "$text-warning"),
+        (REUSED * reused, REUSED_STYLE),
+        (READ * read, READ_STYLE),
         " " * (TTFT_CELLS - reused - read),
         (f"{turn.ttft_s:>8.2f} s", "bold"),
     )

@@ -72,6 +72,7 @@ class UserMessage(VerticalGroup):
     def __init__(self, text: str, number: int) -> None:
         """`number` counts the questions of the conversation from 1."""
         super().__init__(classes="message user")
+        self.place = -1
         self._text = text
         self._number = number
 
@@ -85,6 +86,7 @@ class AnswerMessage(VerticalGroup):
 
     def __init__(self, who: str, text: str = "", note: str = "") -> None:
         super().__init__(classes="message answer")
+        self.place = -1
         self._who = who
         self._text = markdown_of(text)
         self._note = note
@@ -198,12 +200,15 @@ class Transcript(VerticalScroll):
     async def ask(self, text: str, number: int) -> None:
         """Shows a message of the user, the `number`-th question."""
         await self.query(".welcome").remove()
-        await self.mount(UserMessage(text, number))
+        asked = UserMessage(text, number)
+        asked.place = self._next_place()
+        await self.mount(asked)
         self.anchor()
 
     async def begin_answer(self, who: str) -> None:
         """Opens the answer that will stream."""
         self.streaming = AnswerMessage(who, note="reading …")
+        self.streaming.place = self._next_place()
         await self.mount(self.streaming)
         self.anchor()
 
@@ -229,13 +234,19 @@ class Transcript(VerticalScroll):
             await below.remove()
         await self.mount(Notice(text, error=error))
 
+    def _next_place(self) -> int:
+        """Of a message that comes after all that are there."""
+        placed = (child.place for child in self.children if isinstance(child, UserMessage | AnswerMessage))
+        return max(placed, default=-1) + 1
+
     def _widget(self, place: int) -> Widget:
         message = self._messages[place]
-        widget: Widget
+        widget: UserMessage | AnswerMessage
         if message.role == "user":
             number = sum(m.role == "user" for m in self._messages[: place + 1])
             widget = UserMessage(message.text, number)
         else:
             note = answer_note(message.stats, message.finish_reason)
             widget = AnswerMessage(self._who, message.text, note)
+        widget.place = place
         return widget.set_class(place < self._left_out, "left-out")
