@@ -75,7 +75,14 @@ COMMANDS = (
         "fork",
         "NUMBER",
     ),
-    Command("why", "Why", "Why the last turn read something again.", "f6", "why"),
+    Command(
+        "map",
+        "Cache map",
+        "The cache of this conversation as a picture: whose tokens, how stored, what they cost.",
+        "f5",
+        "cache map",
+    ),
+    Command("why", "Why", "Why the last turn read something again.", "f6", "cache why"),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
         "policy",
@@ -101,7 +108,14 @@ COMMANDS = (
     Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit"),
 )
 
-ALIASES = {"quit": "exit", "bye": "exit", "?": "help", "retry": "regen", "resume": "sessions"}
+ALIASES = {
+    "quit": "exit",
+    "bye": "exit",
+    "?": "help",
+    "retry": "regen",
+    "resume": "sessions",
+    "why": "cache why",
+}
 
 
 def bindings() -> list[BindingType]:
@@ -123,10 +137,15 @@ def bindings() -> list[BindingType]:
 
 def parse_slash(text: str) -> tuple[Command, str] | None:
     """The command that `/word argument` names, with its argument; None for other text."""
-    word, _, argument = text.strip().removeprefix("/").partition(" ")
-    word = ALIASES.get(word, word)
-    command = next((c for c in COMMANDS if c.slash == word), None)
-    return (command, argument.strip()) if command else None
+    said = text.strip().removeprefix("/")
+    first, _, after_first = said.partition(" ")
+    second, _, after_second = after_first.strip().partition(" ")
+    # `/cache map` is a command of its own, and `map` no argument of `/cache`
+    for words, argument in ((f"{first} {second}", after_second), (ALIASES.get(first, first), after_first)):
+        command = next((c for c in COMMANDS if c.slash == words), None)
+        if command:
+            return command, argument.strip()
+    return None
 
 
 def key_label(key: str) -> str:

@@ -8,6 +8,8 @@ from threading import Condition
 from kvchat.contract import (
     Ask,
     CacheAct,
+    CacheBlock,
+    CacheMap,
     CacheMode,
     Converted,
     Died,
@@ -16,7 +18,9 @@ from kvchat.contract import (
     Fate,
     FinishReason,
     Fork,
+    Inspect,
     KVPrecision,
+    LayerGroup,
     Loading,
     Miss,
     ModelFacts,
@@ -117,6 +121,8 @@ class ScriptedEngine:
         self._held: dict[str, WarmCache] = {}
         self._budget = BUDGET
         self._price = Quote("", 0, 0, 0, 0.1, None, PREVIEW)
+        self.map: CacheMap | None = None
+        """What it answers when somebody looks into a cache; None tells of the tokens it holds."""
         self._later: list[CacheAct] = []
         """Acts that wait for the end of the turn under way, or for the engine."""
         self._lives = 0
@@ -311,6 +317,8 @@ class ScriptedEngine:
         match act:
             case Ask(key):
                 return replace(self._price, key=key)
+            case Inspect(request):
+                return self.map or map_of(request, self._held.get(request.conversation))
             case SetBudget(size):
                 self._budget = size
             case Fork(parent, child) if parent in self._held:
@@ -380,6 +388,19 @@ def spans_of(request: TurnRequest, reused: int, written: int = 0) -> tuple[Span,
         parts = ((Fate.REUSED, kept), (Fate.UNCACHED if off else Fate.READ, tokens - kept))
         spans += [Span(place, fate, count) for fate, count in parts if count]
     return (*spans, Span(len(request.messages), Fate.WRITTEN, written))
+
+
+def map_of(request: TurnRequest, held: WarmCache | None) -> CacheMap:
+    """A block for each message of a cache in memory."""
+    blocks, start = list[CacheBlock](), 0
+    for place, message in enumerate(request.messages if held else ()):
+        count = len(message.text.split()) + 4
+        size = count * FACTS.kv_bytes_per_token
+        whose = (place, message.role, message.text)
+        blocks.append(CacheBlock(start, count, *whose, True, False, FACTS.kv_dtype, size))
+        start += count
+    size = start * FACTS.kv_bytes_per_token
+    return CacheMap(request.conversation, tuple(blocks), (LayerGroup("full", 30, 0, size),), size, 0)
 
 
 def stats_of(

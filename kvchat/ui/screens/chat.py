@@ -18,10 +18,12 @@ from kvchat.text import clean, one_line
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash
 from kvchat.ui.desk import CacheDesk
+from kvchat.ui.listening import tell
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.turns import Turns
+from kvchat.ui.views import Views
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
@@ -87,6 +89,7 @@ class ChatScreen(Screen[None]):
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
+        self._views = Views(self.app, self._session, self._turns, self._desk)
         self._begun = True
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
@@ -115,6 +118,7 @@ class ChatScreen(Screen[None]):
             await self._turns.on_status(message.status)
         with self._telling():
             self._desk.on_status(message.status)
+        tell(self.app.screen_stack, message.status)
         with self._telling():
             self._refresh_all()
 
@@ -123,6 +127,7 @@ class ChatScreen(Screen[None]):
         was_answering = self._turns.answering
         with self._telling():
             await self._turns.on_event(message.event)
+        tell(self.app.screen_stack, message.event)
         with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
@@ -276,6 +281,10 @@ class ChatScreen(Screen[None]):
         figures = self._turns.figures
         why = miss_words(figures.last_miss, figures.state.turn.reuse_note)
         self.app.push_screen(Explanation("Why was something read again?", why))
+
+    def action_map(self) -> None:
+        """Shows the cache token by token."""
+        self._views.map()
 
     def action_caches(self) -> None:
         """Shows every cache."""

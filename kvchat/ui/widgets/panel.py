@@ -180,8 +180,7 @@ def turn_lines(state: PanelState) -> list[Content]:
     if turn.restored:
         lines.append(row("restored", f"{turn.restored:,}", "from disk"))
     if turn.evicted:
-        glyph, colour = FATES[Fate.EVICTED]
-        lines.append(row("evicted", f"{turn.evicted:,}", f"{glyph} context full", colour))
+        lines.append(row("evicted", f"{turn.evicted:,}", "context full", FATES[Fate.EVICTED][1]))
     lines += [
         row("TTFT", seconds(turn.ttft_s)),
         row("prefill", rate(turn.prefill_tok_s), "tok/s"),
