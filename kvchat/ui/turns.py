@@ -160,6 +160,11 @@ class Turns:
         self.figures.asked()
         self._bridge.run_turn(request)
 
+    def reuse(self) -> tuple[tuple[Span, ...], int]:
+        """What the last turn did with every message, and the tokens of the answer under way."""
+        written = self.figures.state.turn.written if self._pending_here() else 0
+        return self.spans.get(self._session.current.id, ()), written
+
     def stop(self) -> bool:
         """Stops the answer under way; False if there is none."""
         if self.answering:

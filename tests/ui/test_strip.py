@@ -118,3 +118,9 @@ async def test_the_strip_scrolls_with_the_messages() -> None:
         assert "█" not in drawn(chat)[0]
         chat.transcript.scroll_home(animate=False)
         await chat.until(lambda: "█" in drawn(chat)[0], "the question came into view")
+
+
+def test_an_answer_under_way_is_written_so_far() -> None:
+    spans = (Span(0, Fate.READ, 4), Span(1, Fate.READ, 3))
+    assert counts_of(spans, conversation("user"), written=7)[1] == {Fate.READ: 3, Fate.WRITTEN: 7}
+    assert counts_of((), conversation("user"), written=7) == [{}, {}]

@@ -396,8 +396,8 @@ class ChatScreen(Screen[None]):
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
-        spans = self._turns.spans.get(self._session.current.id, ())
-        self.query_one(ReuseStrip).show(counts_of(spans, self._session.current))
+        spans, written = self._turns.reuse()
+        self.query_one(ReuseStrip).show(counts_of(spans, self._session.current, written))
 
     def _refresh_all(self) -> None:
         self._refresh_figures()

@@ -31,11 +31,17 @@ def prompt_places(conversation: Conversation) -> list[int | None]:
     return places
 
 
-def counts_of(spans: Sequence[Span], conversation: Conversation) -> list[Counts]:
-    """What was done with every message on the screen; the answer that is being written comes last."""
+def counts_of(spans: Sequence[Span], conversation: Conversation, written: int = 0) -> list[Counts]:
+    """What was done with every message on the screen.
+
+    Args:
+        written: tokens so far of the answer that is being written; it stands in the last of `spans`.
+    """
     told: dict[int, dict[Fate, int]] = {}
     for span in spans:
         told.setdefault(span.message, {})[span.fate] = span.tokens
+    if written and spans:
+        told[spans[-1].message][Fate.WRITTEN] = written
     places = prompt_places(conversation)
     last = places[-1] if places and places[-1] is not None else -1
     return [told.get(-1 if place is None else place, {}) for place in (*places, last + 1)]
@@ -91,14 +97,19 @@ class ReuseStrip(Widget):
 
     def _lines(self) -> list[Fate | None]:
         """What to draw on each line of the screen."""
-        top, height = self._transcript.region.y, self.size.height
+        height = self.size.height
         lines: list[Fate | None] = [None] * height
         for message, counts in self._messages():
-            region = message.region
-            for line, fate in enumerate(column(counts, region.height), start=region.y - top):
+            first = self._first_line(message)
+            for line, fate in enumerate(column(counts, message.virtual_region.height), start=first):
                 if 0 <= line < height:
                     lines[line] = fate
         return lines
+
+    def _first_line(self, message: Widget) -> int:
+        """Where a message begins; from what a layout leaves, since the screen's own map is older."""
+        transcript = self._transcript
+        return message.virtual_region.y - round(transcript.scroll_y) + transcript.gutter.top
 
     def _messages(self) -> list[tuple[Widget, Counts]]:
         """The mounted messages, with what was done to them."""
@@ -115,6 +126,6 @@ class ReuseStrip(Widget):
         beside = (
             counts
             for message, counts in self._messages()
-            if message.region.y <= event.screen_y < message.region.bottom
+            if 0 <= event.y - self._first_line(message) < message.virtual_region.height
         )
         self.tooltip = fate_words(next(beside, {})) or None
