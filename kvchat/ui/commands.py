@@ -83,6 +83,14 @@ COMMANDS = (
         "cache map",
     ),
     Command("why", "Why", "Why the last turn read something again.", "f6", "cache why"),
+    Command(
+        "compare",
+        "Compare",
+        "The same question with the cache and without, side by side: the prompt's, or the last one.",
+        "f7",
+        "cache compare",
+        "QUESTION",
+    ),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
         "policy",

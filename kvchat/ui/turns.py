@@ -77,8 +77,8 @@ class Turns:
                 await self._show_evicted(evicted)
             self._append(pending.text)
 
-    async def send(self, text: str) -> None:
-        """Saves and shows the user's message, and asks the engine.
+    async def send(self, text: str) -> TurnRequest:
+        """Saves and shows the user's message, and asks the engine; returns what it was asked.
 
         Raises:
             KvchatError: another answer is under way.
@@ -90,6 +90,7 @@ class Turns:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
         await self._run(request)
+        return request
 
     async def undo(self) -> str:
         """Takes the last question back; returns its text.

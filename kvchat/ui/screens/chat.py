@@ -89,7 +89,7 @@ class ChatScreen(Screen[None]):
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
-        self._views = Views(self.app, self._session, self._turns, self._desk)
+        self._views = Views(self.app, self._session, self._bridge, self._turns, self._desk)
         self._begun = True
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
@@ -285,6 +285,18 @@ class ChatScreen(Screen[None]):
     def action_map(self) -> None:
         """Shows the cache token by token."""
         self._views.map()
+
+    async def action_compare(self, text: str = "") -> None:
+        """Answers with and without the cache, side by side; takes what stands in the prompt."""
+        typed = "" if text else self._prompt.text
+        self._prompt.text = self._prompt.text.removeprefix(typed)
+        self._save_draft()
+        try:
+            await self._views.race(text or typed.strip())
+        except KvchatError as error:
+            self._prompt.give_back(typed)
+            self._say(str(error))
+        self._refresh_all()
 
     def action_caches(self) -> None:
         """Shows every cache."""
