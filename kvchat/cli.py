@@ -65,6 +65,7 @@ def cli() -> None:
 @cli.command()
 @model_options
 @chat_options
+@click.option("--tour", is_flag=True, hidden=True)
 @click.pass_context
 def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
     """Open the chat."""
@@ -99,6 +100,8 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         given["kv_disk"],
     )
     app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
+    if given["tour"]:
+        app.begin_with("tour")
     app.run()
     options.log_file.unlink(missing_ok=True)
     with suppress(KvchatError):  # the next chat tries again
@@ -108,6 +111,17 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
     conversation = opened().current
     if conversation.messages and not given["private"]:
         click.echo(f"Continue with: kvchat -r {conversation.id}")
+
+
+@cli.command()
+@model_options
+@click.pass_context
+def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+    """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
+
+    Works offline once the model is here; nothing of it is kept.
+    """
+    ctx.invoke(chat, tour=True, **given)
 
 
 @cli.command()

@@ -91,6 +91,7 @@ COMMANDS = (
         "cache compare",
         "QUESTION",
     ),
+    Command("tour", "Tour", "Eight things a KV cache does, done and measured, in three minutes.", "", "tour"),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
         "policy",

@@ -71,6 +71,8 @@ class CacheDesk:
         """None while no engine is ready."""
         self._caches = caches
         self._budget: SetBudget | None = None
+        self.converted: Converted | None = None
+        """What came of the last change of precision."""
         self._opened = ""
         """Key of the price that was asked when the open conversation was opened."""
 
@@ -87,6 +89,7 @@ class CacheDesk:
             case Quote():
                 self._on_quote(status)
             case Converted():
+                self.converted = status
                 self._say(converted_words(status))
             case Refused():
                 self._say(status.reason)

@@ -224,13 +224,17 @@ class Turns:
                 self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
-                self.warm.clear()
-                self.pool = None
-                self.figures.lost()
-                self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
+                self.lost("the engine is not running" if self._bridge.gave_up else "starting again …")
                 again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
+
+    def lost(self, status: str) -> None:
+        """There is no engine any more, and with it went every cache in memory."""
+        self.warm.clear()
+        self.pool = None
+        self.figures.lost()
+        self.status = status
 
     async def _show_evicted(self, event: Evicted) -> None:
         self.figures.evicted(event)

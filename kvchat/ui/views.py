@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from textual.app import App
 
-from kvchat.contract import CacheMode, Inspect, TurnRequest, Warm
+from kvchat.contract import CacheMode, EvictionPolicy, Inspect, KVPrecision, TurnRequest, Warm
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.ui.bridge import EngineBridge
@@ -16,6 +16,7 @@ from kvchat.ui.desk import CacheDesk
 from kvchat.ui.race import UNCACHED_TOKENS, without_cache
 from kvchat.ui.screens.map import MapScreen
 from kvchat.ui.screens.race import RaceScreen
+from kvchat.ui.tour import Guide
 from kvchat.ui.turns import Turns
 
 SEEDS = 1 << 31
@@ -32,6 +33,7 @@ class Views:
         self._session = session
         self._turns = turns
         self._desk = desk
+        self._guide: Guide | None = None
 
     def map(self) -> None:
         """The cache of the open conversation, token by token."""
@@ -65,6 +67,27 @@ class Views:
         screen.begin(cached, without_cache(cached, secrets.token_hex(8), f"{scratch}-off"))
         if again:
             self._bridge.run_turn(again)
+
+    def tour(self) -> Guide:
+        """Sets the conversations aside and opens an empty one for the tour.
+
+        Raises:
+            KvchatError: an answer is under way.
+        """
+        self._session.aside()
+        self._session.configure(
+            mode=CacheMode.ON, system_prompt="", kv=KVPrecision.AUTO, policy=EvictionPolicy.TURNS
+        )
+        self._guide = Guide(self._session, self._bridge, self._turns, self._desk)
+        return self._guide
+
+    def end_tour(self) -> None:
+        """Brings the conversations back; of the tour nothing stays."""
+        self._turns.stop()
+        if self._guide:
+            self._guide.restore_budget()
+        self._guide = None
+        self._turns.forget(self._session.back())
 
     async def _ask(self, text: str) -> TurnRequest:
         """Asks in the open conversation, with a seed that the run without a cache can have too."""

@@ -24,6 +24,7 @@ from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.turns import Turns
 from kvchat.ui.views import Views
+from kvchat.ui.widgets.card import TourCard
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
@@ -51,6 +52,8 @@ class ChatScreen(Screen[None]):
         self._begun = False
         """Whether the session is open; until then there is nothing to act on."""
         self._model = model
+        self.first_command = ""
+        """What is done as soon as the session is open."""
         self._bridge = EngineBridge(factory, self)
         self._prompt = Prompt()
         self._draft_timer: Timer | None = None
@@ -94,6 +97,8 @@ class ChatScreen(Screen[None]):
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
         self.set_interval(PANEL_EVERY_S, self._refresh_while_answering)
+        if self.first_command:
+            await self.run_action(self.first_command)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Commands wait until the session is open."""
@@ -285,6 +290,24 @@ class ChatScreen(Screen[None]):
     def action_map(self) -> None:
         """Shows the cache token by token."""
         self._views.map()
+
+    async def action_tour(self) -> None:
+        """Begins the tour, in a conversation that is not saved."""
+        with self._telling():
+            if self.query(TourCard):
+                return
+            self._save_draft()
+            guide = self._views.tour()
+            await self._opened()
+            await self.query_one("#middle").mount(TourCard(guide, self._refresh_all), before=self._prompt)
+
+    @on(TourCard.Ended)
+    async def _tour_ended(self) -> None:
+        await self.query(TourCard).remove()
+        with self._telling():
+            self._views.end_tour()
+            await self._opened()
+            self._prompt.focus()
 
     async def action_compare(self, text: str = "") -> None:
         """Answers with and without the cache, side by side; takes what stands in the prompt."""
