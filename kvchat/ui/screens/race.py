@@ -39,14 +39,14 @@ class Column(Vertical):
     def compose(self) -> ComposeResult:
         yield Static(self._title)
         yield Static(classes="figures")
-        with VerticalScroll(can_focus=False) as scroll:
-            scroll.anchor()
+        with VerticalScroll(can_focus=False):
             yield Static(classes="text")
 
     def show(self, figures: str, text: str) -> None:
         """Draws both."""
         self.query_one(".figures", Static).update(Content.assemble((figures, "$text-muted")))
         self.query_one(".text", Static).update(Content(clean(text)))
+        self.query_one(VerticalScroll).scroll_end(animate=False)
 
 
 class RaceScreen(Listener, ModalScreen[None]):

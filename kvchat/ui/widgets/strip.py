@@ -75,19 +75,14 @@ class ReuseStrip(Widget):
         self._column: list[Fate | None] = []
 
     def on_mount(self) -> None:
-        """Follows the transcript."""
-        for attribute in ("scroll_y", "virtual_size", "size"):
-            self.watch(self._transcript, attribute, self._follow, init=False)
+        """Follows every layout of the screen: scrolling and growing are some, too."""
+        self.screen.screen_layout_refresh_signal.subscribe(self, lambda _screen: self._redraw())
 
     def show(self, counts: Sequence[Counts]) -> None:
         """Draws other figures: one entry for each message of the conversation, by its place."""
         if list(counts) != list(self._counts):
             self._counts = counts
-            self._follow()
-
-    def _follow(self) -> None:
-        # the messages have their new places only after the layout that is under way
-        self.call_after_refresh(self._redraw)
+            self._redraw()
 
     def _redraw(self) -> None:
         column = self._lines()
@@ -101,15 +96,14 @@ class ReuseStrip(Widget):
         lines: list[Fate | None] = [None] * height
         for message, counts in self._messages():
             first = self._first_line(message)
-            for line, fate in enumerate(column(counts, message.virtual_region.height), start=first):
+            for line, fate in enumerate(column(counts, message.region.height), start=first):
                 if 0 <= line < height:
                     lines[line] = fate
         return lines
 
     def _first_line(self, message: Widget) -> int:
-        """Where a message begins; from what a layout leaves, since the screen's own map is older."""
-        transcript = self._transcript
-        return message.virtual_region.y - round(transcript.scroll_y) + transcript.gutter.top
+        """The line beside which a message begins."""
+        return message.region.y - self.region.y
 
     def _messages(self) -> list[tuple[Widget, Counts]]:
         """The mounted messages, with what was done to them."""
@@ -126,6 +120,6 @@ class ReuseStrip(Widget):
         beside = (
             counts
             for message, counts in self._messages()
-            if 0 <= event.y - self._first_line(message) < message.virtual_region.height
+            if 0 <= event.y - self._first_line(message) < message.region.height
         )
         self.tooltip = fate_words(next(beside, {})) or None
