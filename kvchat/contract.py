@@ -228,6 +228,8 @@ class Miss:
     """The prompt's text from there on, shortened."""
     message: int | None = None
     """The message it stands in: 0 is the system prompt and the template's own words, 1 the first message."""
+    before: str = ""
+    """The text right before it, which both have."""
 
 
 class CacheEventKind(StrEnum):

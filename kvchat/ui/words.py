@@ -84,10 +84,16 @@ def miss_words(miss: Miss | None, note: str = "") -> Content:
         place = "the system prompt" if miss.message == 0 else f"message {miss.message}"
         lines += [
             Content(f"\nFirst difference: token {miss.token:,}, in {place}:"),
-            Content.assemble(("cached  ", "$text-muted"), (visible(miss.was), "$text-error")),
-            Content.assemble(("now     ", "$text-muted"), (visible(miss.now), "$text-success")),
+            in_place("cached  ", miss.before, miss.was, "$text-error strike"),
+            in_place("now     ", miss.before, miss.now, "$text-success bold"),
         ]
     return Content("\n").join(lines)
+
+
+def in_place(label: str, before: str, text: str, style: str) -> Content:
+    """A piece of text after what stands before it."""
+    lead = visible(before) if before else ""
+    return Content.assemble((f"{label}{lead}", "$text-muted"), (visible(text), style))
 
 
 def visible(text: str) -> str:
