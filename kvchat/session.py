@@ -315,9 +315,9 @@ class Session:
         if events:
             self._store.add_events(events)
 
-    def events(self) -> list[CacheEvent]:
-        """The timeline of the open conversation's cache, oldest first."""
-        return self._store.events(self.current.id)
+    def events(self, conversation: str = "") -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first; of the open one's without a name."""
+        return self._store.events(conversation or self.current.id)
 
     def request_as_if(self, **changes: object) -> TurnRequest:
         """What the next turn would ask, with some of its fields changed; to ask its price."""

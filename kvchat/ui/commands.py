@@ -84,6 +84,13 @@ COMMANDS = (
     ),
     Command("why", "Why", "Why the last turn read something again.", "f6", "cache why"),
     Command(
+        "timeline",
+        "Cache timeline",
+        "Everything that happened to the cache of this conversation, drawn in order.",
+        "",
+        "cache timeline",
+    ),
+    Command(
         "compare",
         "Compare",
         "The same question with the cache and without, side by side: the prompt's, or the last one.",

@@ -117,6 +117,16 @@ class CacheDesk:
         act = partial(self._session.configure, system_prompt=text)
         self._priced("New system prompt", self._next(messages=messages), act)
 
+    def edit(self, question: int, act: Act) -> None:
+        """Lets a question be edited: what comes after it is on another branch then."""
+        if self._model is None or self._session.pending:
+            act()
+            return
+        current = self._session.current
+        place = next(index for index, message in enumerate(current.messages) if message.id == question)
+        messages = replace(current, messages=current.messages[: place + 1]).prompt()
+        self._priced("Asked anew in that place", self._next(messages=messages), act)
+
     def precision(self, name: str) -> None:
         """Stores keys and values in another precision; what is cached is converted.
 

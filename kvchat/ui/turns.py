@@ -124,6 +124,14 @@ class Turns:
         self.editing = question.id
         return len(questions) - questions.index(question)
 
+    def question_id(self, number: str) -> int:
+        """Id of a question; of the last one without a number.
+
+        Raises:
+            KvchatError: there is no such question.
+        """
+        return self._question(number).id
+
     def answer_to(self, number: str) -> int:
         """Id of the answer to a question; of the question itself where there is none.
 

@@ -4,6 +4,7 @@ It knows which session, turns and desk they look at; what they draw is theirs.
 """
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 
 from textual.app import App
@@ -14,8 +15,10 @@ from kvchat.session import Session
 from kvchat.ui.bridge import EngineBridge
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.race import UNCACHED_TOKENS, without_cache
+from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.map import MapScreen
 from kvchat.ui.screens.race import RaceScreen
+from kvchat.ui.screens.timeline import TimelineScreen
 from kvchat.ui.tour import Guide
 from kvchat.ui.turns import Turns
 
@@ -39,6 +42,17 @@ class Views:
         """The cache of the open conversation, token by token."""
         request = self._session.request_as_if() if self._session.current.messages else None
         self._app.push_screen(MapScreen(request, lambda asked: self._desk.act(Inspect(asked)), self._title))
+
+    def timeline(self, conversation: str = "") -> None:
+        """Everything that happened to a cache; that of the open conversation without a name."""
+        title = self._title(conversation or self._session.current.id)
+        self._app.push_screen(TimelineScreen(title, self._session.events(conversation)))
+
+    def caches(self, ask_budget: Callable[[], None]) -> None:
+        """Every cache, and what can be done to it."""
+        summaries = self._session.conversations()
+        screen = CachesScreen(summaries, self._turns.pool, self._desk.act, ask_budget, self.timeline)
+        self._app.push_screen(screen)
 
     async def race(self, text: str) -> None:
         """The same prompt with and without a cache; a new question is asked, and its answer kept.

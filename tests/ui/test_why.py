@@ -91,7 +91,9 @@ async def test_of_a_turn_before_the_program_started_its_note_is_told() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 async def test_a_hostile_difference_is_harmless_and_stays_on_its_line(text: str) -> None:
-    engine = ScriptedEngine().answers("Fine", reuse_note=text, miss=Miss(text, 7, 0.1, 40, text, text, 1, text))
+    engine = ScriptedEngine().answers(
+        "Fine", reuse_note=text, miss=Miss(text, 7, 0.1, 40, text, text, 1, text)
+    )
     async with running(engine) as chat:
         await chat.ask("Go")
         explained = await why(chat)

@@ -260,10 +260,7 @@ class ChatScreen(Screen[None]):
     def action_edit(self, number: str = "") -> None:
         """Takes a question into the prompt; what is sent then replaces it."""
         with self._telling():
-            back = self._turns.edit(number)
-            self._prompt.recall(back)
-            self._prompt.focus()
-            self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
+            self._desk.edit(self._turns.question_id(number), lambda: self._edit(number))
 
     async def action_continue(self) -> None:
         """Lets the model go on with the last answer."""
@@ -324,10 +321,12 @@ class ChatScreen(Screen[None]):
     def action_caches(self) -> None:
         """Shows every cache."""
         with self._telling():
-            summaries = self._session.conversations()
-            self.app.push_screen(
-                CachesScreen(summaries, self._turns.pool, self._desk.act, self.action_budget)
-            )
+            self._views.caches(self.action_budget)
+
+    def action_timeline(self) -> None:
+        """Shows what happened to the cache of this conversation."""
+        with self._telling():
+            self._views.timeline()
 
     def action_policy(self, name: str = "") -> None:
         """Chooses what is dropped when the context is full."""
@@ -392,6 +391,11 @@ class ChatScreen(Screen[None]):
             if was_open:
                 await self._opened()
             self._refresh_all()
+
+    def _edit(self, number: str) -> None:
+        self._prompt.recall(self._turns.edit(number))
+        self._prompt.focus()
+        self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
 
     def _stop_in(self, conversation: str) -> None:
         """Stops the answer under way if it belongs to that conversation."""
