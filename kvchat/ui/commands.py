@@ -191,6 +191,9 @@ asks before it quits.
 model once; *written* ones were generated. *TTFT* is the time to the first text. A KV cache grows with every \
 token by 2 (keys and values) × layers × KV heads × head dim × bytes of a number.
 
+**Reading the strip.** Beside every message stands what the last turn did with its tokens: ▒ reused, █ read, \
+▓ written, × evicted, · never cached. With the mouse over it, it tells the numbers.
+
 **The three modes.** `on` keeps the cache across turns: a turn reads its new tokens only. `turn` throws it \
 away after each answer: the next turn reads everything once. `off` never makes one: every single token reads \
 everything again. Press F4 and send a message to feel the difference.

@@ -13,6 +13,7 @@ from kvchat.ui.widgets.grid import (
     GONE,
     ON_DISK,
     OUT_OF_SIGHT,
+    SAVED,
     SHARED,
     SINK,
     STATE,
@@ -57,13 +58,14 @@ def test_a_cell_looks_like_what_it_holds(changes: dict[str, object], layer: Laye
 
 
 def test_sinks_and_what_is_shared_have_a_mark() -> None:
-    assert mark_of(BLOCK) == " "
+    assert mark_of(BLOCK) == SAVED
+    assert mark_of(replace(BLOCK, saved=False)) == mark_of(replace(BLOCK, held=False)) == " "
     assert mark_of(replace(BLOCK, sink=True)) == mark_of(replace(BLOCK, sink=True, shared=True)) == SINK
     assert mark_of(replace(BLOCK, shared=True)) == SHARED
 
 
 def test_the_legend_explains_what_can_be_seen_and_nothing_else() -> None:
-    assert legend(whole(BLOCK)) == f"{EXACT} exact"
+    assert legend(whole(BLOCK)) == f"{EXACT} exact   {SAVED} on disk too"
     gone = replace(BLOCK, held=False, saved=False)
     assert legend(whole(replace(BLOCK, sink=True), gone)) == f"{EXACT} exact   {GONE} evicted   {SINK} sink"
     many = (BLOCK, replace(BLOCK, start=900, tokens=900))
@@ -175,9 +177,9 @@ async def test_layers_of_different_kinds_are_rows() -> None:
         await chat.until_visible("4 sliding layers (the latest 512 tokens)")
         rows = chat.app.screen.query_one(CacheGrid).render().plain.splitlines()
         assert [row.split() for row in rows[:3]] == [
-            ["you", "·", "1", EXACT],
-            ["sliding", EXACT],
-            ["recurrent", STATE],
+            ["you", "·", "1", EXACT + SAVED],
+            ["sliding", EXACT + SAVED],
+            ["recurrent", STATE + SAVED],
         ]
 
 

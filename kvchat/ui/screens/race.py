@@ -53,6 +53,7 @@ class RaceScreen(Listener, ModalScreen[None]):
     """Runs the second turn when the first one is over, and draws both."""
 
     BINDINGS = [Binding("escape,f7,q", "leave", "Back")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (28, "-tall")]
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class RaceScreen(Listener, ModalScreen[None]):
             with Horizontal(id="lanes"):
                 for name, style in zip(NAMES, STYLES, strict=True):
                     yield Column(name, style)
-            yield Static("ms per token", classes="note")
+            yield Static("ms per token", id="race-axis", classes="note")
             yield Static(id="race-plot")
             yield Static(id="race-verdict")
             yield Static(Content("Esc back; it stops the run without a cache"), classes="note")

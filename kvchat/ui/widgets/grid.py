@@ -30,7 +30,7 @@ ROLE_STYLES = {
     "": "$text-error",
 }
 EXACT, EIGHT_BITS, FOUR_BITS, ON_DISK, GONE, OUT_OF_SIGHT, STATE = "█", "▓", "▒", "◌", "×", "╌", "≈"
-SINK, SHARED = "◆", "+"
+SINK, SHARED, SAVED, CURSOR = "◆", "+", "·", "◀"
 LEGEND = {
     EXACT: "exact",
     EIGHT_BITS: "8 bits",
@@ -39,6 +39,7 @@ LEGEND = {
     GONE: "evicted",
     SINK: "sink",
     SHARED: "shared",
+    SAVED: "on disk too",
 }
 LAYER_LEGEND = {OUT_OF_SIGHT: "out of the window", STATE: "one state for all"}
 STATEFUL = {"recurrent", "convolution"}
@@ -95,8 +96,10 @@ def glyph_of(block: CacheBlock, layer: LayerGroup, tokens: int) -> str:
 
 
 def mark_of(block: CacheBlock) -> str:
-    """What else there is to see of a block."""
-    return SINK if block.sink else SHARED if block.shared else " "
+    """What else there is to see of a block: the rarest of it."""
+    if block.sink or block.shared:
+        return SINK if block.sink else SHARED
+    return SAVED if block.saved and block.held else " "
 
 
 def legend(told: CacheMap) -> str:
@@ -201,9 +204,10 @@ class CacheGrid(Widget, can_focus=True):
         assert self._map is not None
         block = self._map.blocks[index]
         style = ROLE_STYLES.get(block.role, "")
+        glyph = glyph_of(block, layer, tokens)
         if index == self.cursor:
-            style = f"{style} reverse bold"
-        return glyph_of(block, layer, tokens) + mark_of(block), style
+            return glyph + CURSOR, f"bold {style}"
+        return glyph + mark_of(block), style
 
     def _line_of(self, index: int) -> int:
         return next((n for n, line in enumerate(self._lines) if index in line.cells), 0)

@@ -107,7 +107,8 @@ class ReuseStrip(Widget):
 
     def _messages(self) -> list[tuple[Widget, Counts]]:
         """The mounted messages, with what was done to them."""
-        placed = [(widget, getattr(widget, "place", -1)) for widget in self._transcript.query(".message")]
+        messages = [child for child in self._transcript.children if child.has_class("message")]
+        placed = [(message, getattr(message, "place", -1)) for message in messages]
         return [(w, self._counts[place]) for w, place in placed if 0 <= place < len(self._counts)]
 
     def render(self) -> Content:
