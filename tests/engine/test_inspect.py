@@ -188,9 +188,7 @@ def test_without_a_cache_there_are_layers_and_a_reason_and_no_blocks(loaded: Loa
 def test_layers_of_each_kind_are_a_row_with_their_bytes() -> None:
     chat = tiny_chat()
     torch.manual_seed(0)
-    model = seeded_model(
-        MambaConfig(vocab_size=len(chat), hidden_size=64, num_hidden_layers=3, state_size=8)
-    )
+    model = seeded_model(MambaConfig(vocab_size=len(chat), hidden_size=64, num_hidden_layers=3, state_size=8))
     loaded = assemble(model, chat, "tiny-mamba", precision="fp32")
     engine, reports = reported(loaded)
     talking = talk(engine, loaded)
