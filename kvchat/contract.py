@@ -480,7 +480,15 @@ class Inspect:
     """The next turn as it would be: its messages say whose tokens are whose."""
 
 
-CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask | Inspect
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many tokens are these texts? Answered by `Counted`; nothing happens."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask | Inspect | Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,6 +506,14 @@ class Quote:
     """What the request's eviction policy would drop if the context were full now, and what that costs."""
     refusal: str = ""
     """Why the turn could not be answered at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens of each text that was counted."""
+
+    key: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,7 +594,7 @@ class Refused:
 
 
 TurnEvent = TurnStarted | PrefillProgress | Tokens | Evicted | TurnFinished | TurnFailed
-Report = PoolState | Quote | Converted | CacheMap | Refused
+Report = PoolState | Quote | Counted | Converted | CacheMap | Refused
 Status = Loading | Ready | Died | Report
 
 

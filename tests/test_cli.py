@@ -602,7 +602,7 @@ def test_an_answer_ends_at_the_context(ask: Asking) -> None:
         (("models", "rm", "nothing"), "There is no prepared model 'nothing'"),
         (("sessions", "--data-dir", "{home}/file"), "can't be opened"),
         (("run", "--data-dir", "{home}/file", "Hello"), "can't be opened"),
-        ((), "The chat needs a terminal. `kvchat run PROMPT` works without one."),
+        ((), "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."),
         (("-m", "smollm2-135m-instruct"), "The chat needs a terminal."),
         (("chat", "-c"), "The chat needs a terminal."),
     ],

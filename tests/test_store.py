@@ -45,7 +45,7 @@ TALK = Conversation(
     3,
     "2026-01-02T03:04:05.000006+00:00",
 )
-MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache"]
+MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache", "m004_search_and_presets"]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
     for n, kind in enumerate(CacheEventKind)
@@ -416,7 +416,7 @@ def test_a_fork_in_the_store_has_messages_and_figures_of_its_own(store: Store, p
     store.update_message(reply)
     store.add_events(EVENTS)
     parent = store.load(TALK.id)
-    fork = store.fork(replace(parent, id="forked00", title="Fork"))
+    fork = store.add(replace(parent, id="forked00", title="Fork"))
     assert fork == reopened(path, "forked00")
     copied, answered = fork.messages
     assert (copied.parent_id, answered.parent_id) == (None, copied.id)

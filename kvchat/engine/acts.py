@@ -11,6 +11,8 @@ from kvchat.contract import (
     Ask,
     CacheAct,
     Converted,
+    Count,
+    Counted,
     Drop,
     Fork,
     Inspect,
@@ -69,6 +71,8 @@ def do(
             yield _quote(act, planner)
         case Inspect():
             yield cache_map(act, caches, planner, loaded, disk)
+        case Count(key, texts):
+            yield Counted(key, tuple(map(planner.count, texts)))
 
 
 def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:

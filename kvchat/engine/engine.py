@@ -16,6 +16,7 @@ from kvchat.contract import (
     CacheAct,
     CacheEventKind,
     CacheMode,
+    Count,
     PoolState,
     PromptMessage,
     Refused,
@@ -115,7 +116,8 @@ class LocalEngine:
         except Exception as error:  # as in a turn
             traceback.print_exc()
             self._report(Refused(f"The engine failed: {type(error).__name__}: {error}"))
-        self._report(self.pool())
+        if not isinstance(act, Count):
+            self._report(self.pool())
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache, in memory and on disk."""

@@ -106,6 +106,10 @@ class Planner:
         self._disk = disk
         self.rate = rate
 
+    def count(self, text: str) -> int:
+        """Tokens of a typed text by itself."""
+        return self._renderer.count(text)
+
     def plan(self, request: TurnRequest) -> Plan:
         """Decides a turn; nothing changes.
 

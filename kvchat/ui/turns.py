@@ -28,7 +28,8 @@ from kvchat.session import PendingTurn, Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures
-from kvchat.ui.widgets.transcript import Transcript, answer_note
+from kvchat.ui.widgets.message import answer_note
+from kvchat.ui.widgets.transcript import Transcript
 
 STARTS_AGAIN = "\nIt starts again; /regen asks for the answer once more."
 GAVE_UP = f"\nIt ended {RESTARTS} times in a row before it was ready: it is not started again."
@@ -41,7 +42,8 @@ class Turns:
         self._session = session
         self._bridge = bridge
         self._transcript = transcript
-        self._who = who
+        self.who = who
+        """What the model that answers is called."""
         self.figures = Figures()
         self.status = "starting"
         self.warm: dict[str, WarmCache] = {}
@@ -66,13 +68,13 @@ class Turns:
         pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
         messages = [m for m in conversation.messages if m.id != partial]
-        await self._transcript.show(messages, self._who, conversation.unseen)
+        await self._transcript.show(messages, self.who, conversation.unseen)
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
             if self._started and self._started.turn == pending.turn:
                 self.figures.started(self._started)
-            await self._transcript.begin_answer(self._who)
+            await self._transcript.begin_answer(self.who)
             for evicted in self._evicted:
                 await self._show_evicted(evicted)
             self._append(pending.text)
@@ -85,7 +87,7 @@ class Turns:
         """
         if self.editing is None:
             request = self._session.begin_turn(text)
-            await self._transcript.ask(text, len(self._questions()))
+            await self._transcript.ask(self._session.current.messages)
         else:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
@@ -113,16 +115,15 @@ class Turns:
         await self._run(request)
         self._append(self._session.pending.text if self._session.pending else "")
 
-    def edit(self, number: str) -> int:
-        """Lets the next message replace a question; returns how many questions back that one is.
+    def edit(self, number: str) -> str:
+        """Lets the next message replace a question; returns the text of that one.
 
         Raises:
             KvchatError: there is no such question.
         """
-        questions = self._questions()
         question = self._question(number)
         self.editing = question.id
-        return len(questions) - questions.index(question)
+        return question.text
 
     def question_id(self, number: str) -> int:
         """Id of a question; of the last one without a number.
@@ -165,7 +166,7 @@ class Turns:
 
     async def _run(self, request: TurnRequest) -> None:
         self._evicted.clear()
-        await self._transcript.begin_answer(self._who)
+        await self._transcript.begin_answer(self.who)
         self.figures.asked()
         self._bridge.run_turn(request)
 
@@ -258,8 +259,9 @@ class Turns:
                 if self._transcript.streaming:
                     note = answer_note(event.stats, event.stats.finish_reason)
                     # an answer that was gone on with is longer than what this turn wrote
-                    await self._transcript.streaming.finish(pending.text, note)
+                    self._transcript.streaming.finish(pending.text, note)
                 self._transcript.streaming = None
+                self._transcript.settle(self._session.current.messages)
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:
         text = self.answering.text if self.answering else ""
@@ -274,9 +276,10 @@ class Turns:
         if streaming is None:
             return
         if text:
-            await streaming.finish(text, answer_note(None, "error"))
+            streaming.finish(text, answer_note(None, "error"))
         else:
             await streaming.remove()
+        self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 
     def _note_pool(self, pool: PoolState) -> None:

@@ -13,6 +13,14 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was put into the system's clipboard; the developer's own one stays as it is."""
+    filled: list[str] = []
+    monkeypatch.setattr("kvchat.ui.app.fill_system_clipboard", filled.append)
+    return filled
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _rare_collections() -> Iterator[None]:
     """Every app makes many small objects: looking for garbage among them took a quarter of the time."""

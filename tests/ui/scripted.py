@@ -12,6 +12,8 @@ from kvchat.contract import (
     CacheMap,
     CacheMode,
     Converted,
+    Count,
+    Counted,
     Died,
     Drop,
     Evicted,
@@ -47,6 +49,7 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.ui.desk import OPENED
+from kvchat.ui.reckoner import TYPED
 
 FACTS = ModelFacts(
     name="scripted",
@@ -137,6 +140,9 @@ class ScriptedEngine:
         self.openings: list[Ask] = []
         """Prices of going on with the conversations that were opened."""
         self.tells_openings = False
+        self.typed: list[Ask | Count] = []
+        """Tokens and prices of what stands in the prompt."""
+        self.tells_typed = False
         self.answers_acts = True
         """Whether anything comes of an act at all."""
         self.starts = 0
@@ -227,7 +233,11 @@ class ScriptedEngine:
 
     def act(self, act: CacheAct) -> None:
         with self._changed:
-            if isinstance(act, Ask) and act.key.startswith(OPENED):
+            if isinstance(act, Ask | Count) and act.key.startswith(TYPED):
+                self.typed.append(act)  # whoever pauses while typing asks; no test counts it
+                if not self.tells_typed:
+                    return
+            elif isinstance(act, Ask) and act.key.startswith(OPENED):
                 self.openings.append(act)  # nobody asked for it, and no test counts it
                 if not self.tells_openings:
                     return
@@ -315,6 +325,8 @@ class ScriptedEngine:
 
     def _do(self, act: CacheAct) -> Report | None:
         match act:
+            case Count(key, texts):
+                return Counted(key, tuple(len(text.split()) for text in texts))
             case Ask(key):
                 return replace(self._price, key=key)
             case Inspect(request):

@@ -6,7 +6,6 @@ from textual.widgets import Input
 from kvchat import session as conductor
 from kvchat.session import Session
 from kvchat.ui.screens.dialogs import AskLine, Confirm
-from kvchat.ui.widgets.transcript import SHOWN_AT_ONCE, EarlierMessages
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 
@@ -325,36 +324,3 @@ async def test_clearing_stops_no_answer_of_another_conversation() -> None:
         await chat.until_idle()
         await switch_to(chat, "About bread")
         assert chat.answers() == ["Flour.", "Knead and wait."]
-
-
-async def test_only_the_end_of_a_long_conversation_is_mounted_and_earlier_ones_come_on_request() -> None:
-    session = session_over()
-    talk = [(role, f"{role} {n}") for n in range(250) for role in ("user", "assistant")]
-    session.open(saved_conversation(session._store, *talk).id)
-    async with running(session=session) as chat:
-        assert chat.answers()[-1] == "assistant 249"
-        mounted = len(chat.questions()) + len(chat.answers())
-        assert mounted == SHOWN_AT_ONCE
-        await chat.until_visible("assistant 249")
-        chat.transcript.scroll_home(animate=False)
-        await chat.until_visible("earlier messages")
-        await chat.pilot.click(EarlierMessages)
-        await chat.until(lambda: len(chat.questions() + chat.answers()) == 2 * SHOWN_AT_ONCE, "more came")
-        first = 250 - SHOWN_AT_ONCE
-        assert chat.questions() == [f"user {n}" for n in range(first, 250)]
-        assert chat.answers() == [f"assistant {n}" for n in range(first, 250)]
-        left = chat.transcript.query_one(EarlierMessages)
-        assert str(left.content) == f"▲ {500 - 2 * SHOWN_AT_ONCE} earlier messages"
-        await chat.ask("One more")
-        assert len(chat.engine.requests[0].messages) == 501
-
-
-async def test_earlier_messages_end_with_the_first_one() -> None:
-    session = session_over()
-    talk = [(role, f"{role} {n}") for n in range(20) for role in ("user", "assistant")]
-    session.open(saved_conversation(session._store, *talk).id)
-    async with running(session=session) as chat:
-        chat.transcript.show_earlier()
-        await chat.until(lambda: len(chat.questions()) == 20, "all are there")
-        assert not chat.transcript.query(EarlierMessages)
-        assert chat.questions()[0] == "user 0"

@@ -9,6 +9,7 @@ from textual.widgets import Input
 from kvchat.contract import Loading
 from kvchat.text import clean, one_line
 from kvchat.ui.screens.dialogs import AskLine, Confirm
+from kvchat.ui.widgets.markdown import markdown_of
 from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
 from tests.ui.scripted import Fails, ScriptedEngine
 
@@ -110,7 +111,7 @@ async def test_brackets_stay_visible_in_messages_answers_and_titles(visible: str
 
 @pytest.mark.parametrize("visible", ["<think>plan</think>", "<script>alert(1)</script>"])
 async def test_html_stays_visible(visible: str) -> None:
-    engine = ScriptedEngine().answers(f"{visible} inline\n\n", f"{visible}\n\nmore")
+    engine = ScriptedEngine().answers(f"See {visible} inline\n\n", f"{visible}\n\nmore")
     async with running(engine) as chat:
         await chat.ask(visible)
         await chat.until_visible(f"{visible} inline")
@@ -222,5 +223,9 @@ async def test_a_hostile_conversation_opens() -> None:
     talk = [(role, text) for text in HOSTILE.values() for role in ("user", "assistant")]
     session.open(saved_conversation(session._store, *talk).id)
     async with running(session=session) as chat:
-        await chat.until(lambda: len(chat.answers()) == len(HOSTILE), "everything is there")
+        await chat.until(lambda: chat.answers()[-1:] == [markdown_of(HOSTILE["everything"])], "it is there")
         await look_everywhere(chat)
+        for place in range(len(talk)):
+            await chat.transcript.go_to(place, ["end", "[/b]"])
+            await chat.pilot.pause()
+            assert_harmless(chat)

@@ -82,7 +82,7 @@ class ConversationList(OptionList):
         return None if self.highlighted is None else self.get_option_at_index(self.highlighted).id
 
     def _label(self, summary: Summary, warm: WarmCache | None, current: bool) -> Content:
-        title = one_line(summary.title) or "untitled"
+        title = ("✱ " if summary.private else "") + (one_line(summary.title) or "untitled")
         where = "hot" if warm and warm.hot else "disk" if warm and warm.disk_bytes else "cold"
         size = megabytes(warm.bytes) if warm and warm.hot else "on disk" if where == "disk" else ""
         return Content.assemble(
