@@ -124,3 +124,16 @@ def test_an_answer_under_way_is_written_so_far() -> None:
     spans = (Span(0, Fate.READ, 4), Span(1, Fate.READ, 3))
     assert counts_of(spans, conversation("user"), written=7)[1] == {Fate.READ: 3, Fate.WRITTEN: 7}
     assert counts_of((), conversation("user"), written=7) == [{}, {}]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (116, 30), (220, 50)])
+async def test_the_strip_stands_right_beside_the_messages(size: tuple[int, int]) -> None:
+    async with running(size=size) as chat:
+        await chat.ask("Which pass is open?")
+        strip = chat.screen.query_one(ReuseStrip)
+        messages = chat.transcript.query(".message")
+        await chat.until(
+            lambda: {message.region.x - 1 for message in messages} == {strip.region.x},
+            "it stands beside them",
+        )
+        await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is drawn")

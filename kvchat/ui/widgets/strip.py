@@ -85,10 +85,19 @@ class ReuseStrip(Widget):
             self._redraw()
 
     def _redraw(self) -> None:
+        self._stand_beside([message for message, _ in self._messages()])
         column = self._lines()
         if column != self._column:
             self._column = column
             self.refresh()
+
+    def _stand_beside(self, messages: Sequence[Widget]) -> None:
+        """Moves to the column left of the messages: in a wide terminal they don't begin at the edge."""
+        lefts = [message.region.x for message in messages if message.region]
+        if lefts:
+            column = max(0, min(lefts) - 1 - self._transcript.region.x)
+            if self.styles.offset.x.value != column:
+                self.styles.offset = (column, 0)
 
     def _lines(self) -> list[Fate | None]:
         """What to draw on each line of the screen."""
