@@ -134,9 +134,9 @@ class Session:
         """Named system prompts with their sampling."""
         return self._store.presets()
 
-    def save_preset(self, name: str) -> None:
-        """Gives what the open conversation is set to a name."""
-        self._store.save_preset(Preset(name, self.current.system_prompt, self.current.sampling))
+    def save_preset(self, preset: Preset) -> None:
+        """Remembers a way of answering by its name."""
+        self._store.save_preset(preset)
 
     def delete_preset(self, name: str) -> None:
         """Forgets a name."""

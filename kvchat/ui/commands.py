@@ -168,6 +168,13 @@ COMMANDS = (
     ),
     Command("budget", "KV budget", "Memory that all caches may take together.", "", "budget", "SIZE"),
     Command("system", "System prompt", "Set the system prompt of this conversation.", "", "system", "TEXT"),
+    Command(
+        "options",
+        "Chat options",
+        "System prompt and sampling of this conversation on one screen, with named presets.",
+        "ctrl+o",
+        "options",
+    ),
     Command("rename", "Rename", "Give this conversation another title.", "", "rename", "TITLE"),
     Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear"),
     Command("delete", "Delete", "Delete this conversation for good.", "", "delete"),

@@ -8,11 +8,11 @@ from typing import Any
 
 from textual.app import App
 
-FASTEST_S = 1 / 10
+FASTEST_S = 1 / 8
 SLOWEST_S = 1.0
 STILL_S = 0.5
 """The pause where nothing is to move without need."""
-CPU_SHARE = 0.10
+CPU_SHARE = 0.06
 """Of one core, for the whole screen while an answer streams."""
 STILL = "-still"
 """Class of an app in which nothing moves by itself."""

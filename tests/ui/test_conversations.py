@@ -1,11 +1,11 @@
 """Several conversations: the list, switching, renaming, deleting, also while an answer is being written."""
 
 import pytest
-from textual.widgets import Input
 
 from kvchat import session as conductor
 from kvchat.session import Session
-from kvchat.ui.screens.dialogs import AskLine, Confirm
+from kvchat.ui.screens.dialogs import Confirm
+from kvchat.ui.widgets.conversations import TitleField
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 
@@ -103,15 +103,18 @@ async def test_the_list_says_what_is_warm() -> None:
         assert "MB" in chat.listed()[0]
 
 
-async def test_r_renames_in_a_dialog() -> None:
-    async with running(session=two_conversations()) as chat:
+@pytest.mark.parametrize("size", [(60, 20), (116, 30)])
+async def test_r_renames_in_the_place_of_the_title(size: tuple[int, int]) -> None:
+    async with running(session=two_conversations(), size=size) as chat:
         await choose(chat, "About the alps")
         await chat.press("r")
-        await chat.dialog(AskLine)
-        field = chat.app.screen.query_one(Input)
+        field = await title_field(chat)
         assert field.value == "About the alps"
+        row = next(n for n, line in enumerate(chat.visible().splitlines()) if "About the alps" in line)
+        assert field.region.y == row
         field.value = "Mountains"
         await chat.press("enter")
+        assert chat.conversations.has_focus
         await chat.until(lambda: any("Mountains" in line for line in chat.listed()), "the list is renamed")
         assert id_of(chat, "Mountains")
 
@@ -120,10 +123,17 @@ async def test_escape_leaves_the_title_as_it_was() -> None:
     async with running(session=two_conversations()) as chat:
         await choose(chat, "About the alps")
         await chat.press("r")
-        await chat.dialog(AskLine)
+        await title_field(chat)
         await chat.press("x", "escape")
-        await chat.until(lambda: chat.app.screen is chat.screen, "the dialog is gone")
+        await chat.until(lambda: not chat.screen.query(TitleField), "the field is gone")
+        assert chat.conversations.has_focus
         assert id_of(chat, "About the alps")
+
+
+async def title_field(chat: Chat) -> TitleField:
+    """Waits for the field over a title."""
+    await chat.until(lambda: isinstance(chat.app.focused, TitleField), "the title is edited")
+    return chat.screen.query_one(TitleField)
 
 
 @pytest.mark.parametrize("key", ["d", "delete"])

@@ -1,13 +1,17 @@
 """Text that nobody should trust: whatever a model, a user, a file or a log says is shown and does nothing."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.segment import Segment
 from textual.widgets import Input
 
 from kvchat.contract import Loading
+from kvchat.locate import MARKER
 from kvchat.text import clean, one_line
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine, Confirm
 from kvchat.ui.widgets.markdown import markdown_of
 from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
@@ -227,5 +231,31 @@ async def test_a_hostile_conversation_opens() -> None:
         await look_everywhere(chat)
         for place in range(len(talk)):
             await chat.transcript.go_to(place, ["end", "[/b]"])
+            await chat.pilot.pause()
+            assert_harmless(chat)
+
+
+async def test_hostile_settings_and_hostile_names_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCHAT_SYSTEM", f"{MARKUP} {CONTROLS}".replace("\0", ""))
+    made = tmp_path / "models" / "[@click=app.bell]x[\x1b[31m]"
+    made.mkdir(parents=True)
+    (made / MARKER).write_text("{}")
+    shelf = ModelShelf(made.parent, lambda _folder, _name: ScriptedEngine().attach, lambda _name: ["false"])
+    async with running(shelf=shelf, preferences=Preferences(config_file=tmp_path / "c.toml")) as chat:
+        await chat.press("f2")
+        await chat.until_visible("temperature")
+        assert_harmless(chat)
+        await chat.press("escape", "ctrl+l")
+        await chat.until_visible("SmolLM2")
+        await chat.press("end")
+        await chat.until_visible("[@click=app.bell]x[[31m]")
+        assert_harmless(chat)
+        await chat.press("enter")
+        await chat.until(lambda: "[@click=app.bell]x" in chat.status(), "it answers")
+        assert_harmless(chat)
+        for text in (f"/theme {WORST}", f"/model {WORST}"):
+            await chat.send(text)
             await chat.pilot.pause()
             assert_harmless(chat)

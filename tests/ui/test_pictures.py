@@ -4,10 +4,12 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
+from kvchat.catalog import DEFAULT_MODEL
 from kvchat.contract import (
     CacheBlock,
     CacheEvent,
@@ -19,19 +21,26 @@ from kvchat.contract import (
     SetBudget,
     WarmCache,
 )
+from kvchat.locate import MARKER
 from kvchat.session import Session
+from kvchat.staging import Progress
 from kvchat.ui.app import ChatApp
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import Confirm, Explanation, Help
 from kvchat.ui.screens.map import MapScreen
+from kvchat.ui.screens.models import ModelScreen
 from kvchat.ui.screens.race import RaceScreen
+from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.screens.timeline import TimelineScreen
+from kvchat.ui.themes import OWN
 from kvchat.ui.widgets.card import TourCard
 from kvchat.ui.widgets.grid import CURSOR
 from tests.ui.driving import MODEL, Chat, saved_conversation, session_over, still
 from tests.ui.scripted import ScriptedEngine
 
-SIZES = [(150, 44), (100, 30), (60, 20)]
+SIZES = [(200, 60), (100, 30), (60, 20)]
 ANSWER = """\
 Most **high passes** open between late May and June; two stay open all year:
 
@@ -127,6 +136,15 @@ async def pricing(chat: Chat) -> None:
     await chat.dialog(Confirm)
 
 
+def a_model_in(folder: Path) -> Path:
+    """A folder that holds what looks like the default model."""
+    made = folder / "models" / DEFAULT_MODEL
+    made.mkdir(parents=True)
+    (made / MARKER).write_text("{}")
+    (made / "model.safetensors").write_bytes(b"\0" * 640_000)
+    return made.parent
+
+
 async def mapped(chat: Chat) -> None:
     """F5 with a sink, a gap, a fork, two precisions, and a part that is on disk only."""
     await chat.ask("Which pass over the Alps is open in May?")
@@ -185,30 +203,66 @@ def session_with_others() -> Session:
     return session
 
 
+async def completing(chat: Chat) -> None:
+    """A slash word is being typed."""
+    await chat.press("slash", "c")
+    await chat.until_visible("/continue")
+
+
+async def settings(chat: Chat) -> None:
+    """F2, at a setting that the file sets."""
+    await chat.press("f2")
+    await chat.dialog(SettingsScreen)
+    await chat.press(*("down",) * 6)
+
+
+async def models(chat: Chat) -> None:
+    """Ctrl+L, one model here, one being fetched, and the others not."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    chat.screen._models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
+    await chat.press("ctrl+l")
+    await chat.dialog(ModelScreen)
+    await chat.until_visible("26%  downloading")
+
+
+async def listed(chat: Chat) -> None:
+    """Ctrl+S, where the list has to be asked for."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    await chat.press("ctrl+s")
+    if not chat.conversations.has_focus:
+        await chat.press("ctrl+s")
+    await chat.until(lambda: chat.conversations.has_focus, "the list has the focus")
+
+
+async def panelled(chat: Chat) -> None:
+    """F3, where the panel has to be asked for."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    if not chat.shows("#panel"):
+        await chat.press("f3")
+
+
 SCENES = [
-    empty,
-    talk,
-    helped,
-    deleting,
-    missed,
-    evicted,
-    caches,
-    pricing,
-    mapped,
-    raced,
-    touring,
-    told,
+    *(empty, talk, helped, deleting, missed, evicted, caches, pricing),
+    *(completing, settings, models, listed, panelled),
+    *(mapped, raced, touring, told),
 ]
 
 
+@pytest.mark.parametrize("theme", [theme.name for theme in OWN])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.__name__))
-def test_the_screen_looks_as_it_did(scene: Scene, size: tuple[int, int], snap_compare: Compare) -> None:
+def test_the_screen_looks_as_it_did(
+    scene: Scene, size: tuple[int, int], theme: str, snap_compare: Compare, tmp_path: Path
+) -> None:
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):
         engine.answers(*re.findall(r"\s*\S+\s?", answer))
     session = session_with_others()
-    app = still(ChatApp(lambda: session, engine.attach, model=MODEL))
+    file = tmp_path / "config.toml"
+    file.write_text("max-tokens = 256\n")
+    shelf = ModelShelf(a_model_in(tmp_path), lambda _folder, _name: engine.attach, lambda _name: ["false"])
+    preferences = Preferences(theme, config_file=file)
+    app = still(ChatApp(lambda: session, engine.attach, model=MODEL, preferences=preferences, shelf=shelf))
 
     async def play(pilot: Pilot[None]) -> None:
         chat = Chat(app, pilot, session, engine)

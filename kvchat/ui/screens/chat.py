@@ -15,7 +15,7 @@ from textual.widgets import Static, TextArea
 
 from kvchat.catalog import load_cards
 from kvchat.contract import CacheMode, Ready
-from kvchat.conversation import Hit
+from kvchat.conversation import Hit, Preset
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
@@ -31,6 +31,7 @@ from kvchat.ui.reckoner import Reckoner
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import AskLine, Confirm, Explanation, Help
 from kvchat.ui.screens.models import ModelScreen
+from kvchat.ui.screens.options import OptionsScreen, Presets
 from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.themes import NAMES, checked_theme
@@ -256,9 +257,9 @@ class ChatScreen(Screen[None]):
             await self._opened()
             self._prompt.focus()
 
-    @on(ConversationList.RenameAsked)
-    def _rename_asked(self, message: ConversationList.RenameAsked) -> None:
-        self._ask_title(message.conversation)
+    @on(ConversationList.Renamed)
+    def _renamed(self, message: ConversationList.Renamed) -> None:
+        self._rename(message.conversation, message.title)
 
     @on(ConversationList.DeleteAsked)
     def _delete_asked(self, message: ConversationList.DeleteAsked) -> None:
@@ -348,6 +349,20 @@ class ChatScreen(Screen[None]):
         else:
             question = "System prompt of this conversation (empty: the model's own)"
             self.app.push_screen(AskLine(question, self._session.current.system_prompt), self._set_system)
+
+    def action_options(self) -> None:
+        """Shows how this conversation answers."""
+        current, session = self._session.current, self._session
+        presets = Presets(session.presets, session.save_preset, session.delete_preset)
+        self.app.push_screen(OptionsScreen(current.system_prompt, current.sampling, presets), self._use)
+
+    def _use(self, chosen: Preset | None) -> None:
+        if chosen is None:
+            return
+        with self._telling():
+            self._session.configure(sampling=chosen.sampling)
+            if chosen.system_prompt != self._session.current.system_prompt:
+                self._desk.system_prompt(chosen.system_prompt)
 
     def action_rename(self, title: str = "") -> None:
         """Renames the open conversation, or asks for the title."""

@@ -7,6 +7,7 @@ streams in draws only its last block anew.
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -19,7 +20,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
@@ -46,8 +47,9 @@ def markdown_of(text: str) -> str:
     return clean(text).replace("\u2028", "\n").replace("\u2029", "\n")
 
 
+@cache
 def parser() -> MarkdownIt:
-    """Markdown as models write it; raw HTML stays visible as text."""
+    """Markdown as models write it; raw HTML stays visible as text. Made once: that takes a millisecond."""
     return MarkdownIt("gfm-like").disable(["html_block", "html_inline"])
 
 
@@ -146,6 +148,10 @@ class MarkdownText(Widget):
         self._drawn = 0
         """Characters of `source` that are drawn."""
         self._found: re.Pattern[str] | None = None
+        self._base = Style()
+        """Of the widget's own; lines are drawn over it."""
+        self._drawing: tuple[int, Console] | None = None
+        """(width, where Rich draws)."""
 
     def update(self, source: str) -> None:
         """Replaces the text."""
@@ -153,9 +159,16 @@ class MarkdownText(Widget):
         self.refresh(layout=True)
 
     def append(self, text: str) -> None:
-        """Adds text at the end."""
+        """Adds text at the end; only another line lays the screen out anew, which costs the most."""
+        width = self._width
+        before = len(self.lines(width)) if width else -1
+        settled = len(self._settled)
         self.source += text
-        self.refresh(layout=True)
+        now = len(self.lines(width)) if width else 0
+        if now == before:
+            self.refresh(Region(0, settled, self.size.width, now - settled))
+        else:
+            self.refresh(layout=True)
 
     def mark(self, pattern: re.Pattern[str] | None) -> None:
         """Marks what matches, where it stands on one line."""
@@ -164,7 +177,7 @@ class MarkdownText(Widget):
 
     def notify_style_update(self) -> None:
         """Another theme: the lines have other colours."""
-        self._width = 0
+        self._width, self._drawing = 0, None
         super().notify_style_update()
 
     def get_content_width(self, container: Size, viewport: Size) -> int:
@@ -184,13 +197,18 @@ class MarkdownText(Widget):
         """Draws it."""
         self.refresh()
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Some lines; what is the same for all of them is looked up once."""
+        self._base = self.rich_style
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
         """One line, with what is found and what is selected over it."""
-        width = self.size.width
+        width, base = self.size.width, self._base
         lines = self.lines(width)
         if y >= len(lines):
-            return Strip.blank(width, self.rich_style)
-        strip = lines[y].apply_style(self.rich_style).adjust_cell_length(width, self.rich_style)
+            return Strip.blank(width, base)
+        strip = lines[y].apply_style(base).adjust_cell_length(width, base)
         if self._found:
             style = self.get_component_rich_style("markdown--found")
             for match in self._found.finditer(strip.text):
@@ -228,19 +246,23 @@ class MarkdownText(Widget):
 
     def _drawing_on(self, width: int) -> tuple[Console, str]:
         """(where Rich draws, the theme of code)."""
+        if self._drawing is None or self._drawing[0] != width:
+            self._drawing = (width, self._made_console(width))
+        return self._drawing[1], "monokai" if self.app.current_theme.dark else "friendly"
+
+    def _made_console(self, width: int) -> Console:
         styles = {
             style: self.get_component_rich_style(f"markdown--{name}", partial=True)
             for name, rich_names in STYLES.items()
             for style in rich_names
         }
-        console = Console(
+        return Console(
             width=width,
             force_terminal=True,
             color_system="truecolor",
             legacy_windows=False,
             theme=Theme(styles),
         )
-        return console, "monokai" if self.app.current_theme.dark else "friendly"
 
 
 def draw_block(tokens: list[Token], console: Console, code_theme: str) -> list[Strip]:

@@ -317,7 +317,10 @@ class AnswerMessage(MessageBlock):
 
     def say(self, note: str) -> None:
         """Shows something under the answer."""
-        self.query_one(".note", Static).update(Content(clean(note)))
+        shown = self.query_one(".note", Static)
+        # a new text lays the whole screen out anew, and this is called with every token
+        if str(shown.content) != clean(note):
+            shown.update(Content(clean(note)))
 
     def _show_thinking(self) -> None:
         self._thinking.show(inner_thinking(self._stream.thinking), over=not self._stream.open)

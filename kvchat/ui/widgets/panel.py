@@ -371,8 +371,10 @@ class CachePanel(Static):
     def show(self, state: PanelState) -> None:
         """Draws what changed."""
         if state != self._shown:
-            self._shown = state
-            self.update(panel_content(state))
+            before, self._shown = panel_content(self._shown), state
+            content = panel_content(state)
+            # while an answer streams it is drawn often, and a layout of the whole screen costs the most
+            self.update(content, layout=content.plain.count("\n") != before.plain.count("\n"))
 
     def on_mount(self) -> None:
         """Draws the empty state."""

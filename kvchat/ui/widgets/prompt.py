@@ -47,9 +47,7 @@ class Prompt(TextArea):
 
     def __init__(self, completions: Completions) -> None:
         """`completions` is the list that offers commands; it gets the keys that it wants first."""
-        super().__init__(
-            id="prompt", placeholder="Write a message, / for a command, @ for a file", compact=True
-        )
+        super().__init__(id="prompt", placeholder=PLACEHOLDER, compact=True)
         # a cursor that blinks wakes the program twice a second for nothing
         self.cursor_blink = False
         self._completions = completions

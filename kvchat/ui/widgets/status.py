@@ -66,4 +66,5 @@ class StatusLine(Static):
         self._draw()
 
     def _draw(self) -> None:
-        self.update(status_content(*self._shown, self.content_size.width))
+        # it is always one line high
+        self.update(status_content(*self._shown, self.content_size.width), layout=False)

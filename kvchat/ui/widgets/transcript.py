@@ -364,7 +364,8 @@ class Transcript(VerticalScroll, can_focus=False):
 
     def _put_on_top(self, block: MessageBlock) -> None:
         if block.is_attached:
-            self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False)
+            # at once: later it would let go of an end that is followed again meanwhile
+            self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
 
     def _count(self) -> None:
         """Says how many messages are not mounted."""
