@@ -34,6 +34,8 @@ if (
 
 UNSAVED = ""
 """Key of the draft that belongs to no conversation yet."""
+MOST_HITS = 100
+"""Of one search."""
 HISTORY_LENGTH = 300
 """Messages that can be brought back into the prompt."""
 PARTIAL_EVERY_S = 1.0
@@ -124,7 +126,7 @@ class Session:
     def search(self, words: Sequence[str]) -> list[Hit]:
         """Where all these words stand, in every conversation."""
         stores = [self._store, *([self._secret] if self._secret else [])]
-        return [hit for store in stores for hit in store.search(words)]
+        return [hit for store in stores for hit in store.search(words, MOST_HITS)]
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
         """Saves those that aren't here yet; returns how many."""

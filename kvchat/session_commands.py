@@ -10,7 +10,7 @@ import click
 
 from kvchat.flags import data_dir
 from kvchat.paths import find_paths
-from kvchat.text import one_line
+from kvchat.text import clean, one_line
 
 if TYPE_CHECKING:
     from kvchat.store import Store
@@ -34,7 +34,8 @@ def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
         return
     found = open_store(data_dir).summaries()
     if as_json:
-        click.echo(json.dumps([asdict(each) for each in found]))
+        named = [{key: value for key, value in asdict(each).items() if key != "private"} for each in found]
+        click.echo(json.dumps(named))
         return
     for each in found:
         click.echo(
@@ -51,8 +52,10 @@ def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
 @click.pass_obj
 def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: Path | None) -> None:
     """Find words in all conversations."""
+    from kvchat.session import MOST_HITS
+
     each_word = [word for given in words for word in given.split()]
-    hits = open_store(data_dir or above).search(each_word)
+    hits = open_store(data_dir or above).search(each_word, MOST_HITS)
     if as_json:
         click.echo(json.dumps([asdict(hit) for hit in hits]))
         return
@@ -77,7 +80,8 @@ def export(above: Path | None, conversation: str, where: str, ending: str, data_
     store = open_store(data_dir or above)
     found = store.load(store.find(conversation))
     if where == "-":
-        click.echo(FORMATS[ending](found), nl=False)
+        text = FORMATS[ending](found)
+        click.echo(clean(text) if sys.stdout.isatty() else text, nl=False)
     else:
         click.echo(str(write(found, where, Path.cwd())), err=True)
 

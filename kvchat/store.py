@@ -275,7 +275,7 @@ class Store:
                 db.execute("update conversations set updated_at = ? where id = ?", [last, each.id])
         return len(new)
 
-    def search(self, words: Sequence[str], limit: int = 100) -> list[Hit]:
+    def search(self, words: Sequence[str], limit: int) -> list[Hit]:
         """Where all these words stand: in titles first, then in the messages that are shown, latest first."""
         if not words:
             return []

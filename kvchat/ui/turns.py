@@ -278,7 +278,7 @@ class Turns:
         if text:
             streaming.finish(text, answer_note(None, "error"))
         else:
-            await streaming.remove()
+            await self._transcript.drop(streaming)
         self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 

@@ -96,10 +96,11 @@ class Views:
         return self._guide
 
     def end_tour(self) -> None:
-        """Brings the conversations back; of the tour nothing stays."""
+        """Brings the conversations back, if there is a tour; nothing of it stays."""
+        if self._guide is None:
+            return
         self._turns.stop()
-        if self._guide:
-            self._guide.restore_budget()
+        self._guide.restore_budget()
         self._guide = None
         self._turns.forget(self._session.back())
 

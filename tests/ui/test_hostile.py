@@ -13,6 +13,7 @@ from kvchat.text import clean, one_line
 from kvchat.ui.models import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine, Confirm
+from kvchat.ui.widgets.conversations import TitleField
 from kvchat.ui.widgets.markdown import markdown_of
 from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
 from tests.ui.scripted import Fails, ScriptedEngine
@@ -144,9 +145,11 @@ async def test_hostile_titles_are_harmless_wherever_they_stand() -> None:
         chat.conversations.focus()
         for _ in HOSTILE:
             await chat.press("down", "r")
-            await chat.dialog(AskLine)
+            await chat.until(lambda: isinstance(chat.app.focused, TitleField), "the title is edited")
             assert_harmless(chat)
-            await chat.press("escape", "d")
+            await chat.press("escape")
+            await chat.until(lambda: chat.conversations.has_focus, "the list has the focus")
+            await chat.press("d")
             await chat.dialog(Confirm)
             assert_harmless(chat)
             await chat.press("escape")

@@ -20,7 +20,7 @@ BREAD = (("user", "How long does bread rise?"), ("assistant", "An hour; 漢字�
 
 def found(store: Store, words: str) -> list[str]:
     """The role, or `title`, of every hit."""
-    return [hit.role or "title" for hit in store.search(words.split())]
+    return [hit.role or "title" for hit in store.search(words.split(), 100)]
 
 
 def hits(chat: Chat) -> list[str]:
@@ -86,7 +86,8 @@ async def test_an_answer_can_be_found_as_soon_as_it_is_written() -> None:
 
 async def test_ctrl_f_enter_opens_the_conversation_where_the_words_stand() -> None:
     session = session_over()
-    talk = [(role, f"{role} {n}") for n in range(60) for role in ("user", "assistant")]
+    lines = "\n\n".join("line" for _ in range(12))
+    talk = [(role, f"{role} {n}\n\n{lines}") for n in range(60) for role in ("user", "assistant")]
     talk[21] = ("assistant", "Here is the needle, in a haystack.")
     saved_conversation(session._store, *talk, title="Long")
     async with running(session=session) as chat:

@@ -97,6 +97,22 @@ async def test_esc_leaves_the_tour_in_mid_step_and_gives_everything_back() -> No
         assert chat.questions() == ["Bread?", "And rolls?"]
 
 
+async def test_whoever_quits_in_mid_tour_finds_the_own_conversation_again() -> None:
+    engine = ScriptedEngine()
+    async with running(engine) as chat:
+        await chat.ask("Bread?")
+        own, outside = chat.session.current.id, chat.store
+        await chat.send("/tour")
+        await run_step(chat, 0)
+        tour = engine.requests[1].conversation
+        await chat.press("ctrl+q")
+        await chat.until_left()
+        chat.screen.leave()
+        assert chat.session.current.id == own
+        assert chat.store is outside
+        assert tour in engine.forgotten
+
+
 async def test_a_step_that_fails_says_why_and_can_be_tried_again() -> None:
     engine = ScriptedEngine()
     async with running(engine) as chat:

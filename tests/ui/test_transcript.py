@@ -9,7 +9,7 @@ from kvchat.ui import clipboard as system
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
 from kvchat.ui.widgets.transcript import MOUNTED_AT_MOST, SHOWN_AT_ONCE, EarlierMessages, LaterMessages
 from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.ui.scripted import Fails, ScriptedEngine
 from tests.ui.test_hostile import HOSTILE, assert_harmless
 
 CODE = "Two ways:\n\n```python\nprint(1)\n```\n\nor\n\n```sh\nls\n```\n"
@@ -130,6 +130,44 @@ async def test_a_question_asked_while_old_messages_are_read_comes_to_the_end() -
         await chat.until(lambda: chat.answers()[-1] == "ok", "it is written again")
         await chat.until_idle()
         assert places(chat)[-2:] == [200, 201]
+
+
+async def test_an_answer_goes_on_while_older_messages_are_read() -> None:
+    engine = ScriptedEngine()
+    gates = [engine.gate(), engine.gate()]
+    engine.answers("One", gates[0], " two", gates[1], " three")
+    async with running(engine, long_talk(60, lines=3)) as chat:
+        await chat.send("Count")
+        await chat.until_drawn("One")
+        await chat.transcript.go_to(2)
+        assert 121 not in places(chat)
+        gates[0].open()
+        await chat.until_reached(gates[1])
+        await chat.press("end")
+        await chat.until_drawn("One two")
+        assert places(chat)[-1] == 121
+        await chat.transcript.go_to(2)
+        gates[1].open()
+        await chat.until_idle()
+        await chat.press("tab", "end")
+        await chat.until_drawn("One two three")
+        assert places(chat)[-2:] == [120, 121]
+        assert "wrote 3" in chat.notes()[-1]
+
+
+async def test_an_answer_that_fails_while_older_messages_are_read() -> None:
+    engine = ScriptedEngine()
+    gate = engine.gate()
+    engine.answers(gate, Fails("No memory."))
+    async with running(engine, long_talk(60, lines=3)) as chat:
+        await chat.send("Count")
+        await chat.until_reached(gate)
+        await chat.transcript.go_to(2)
+        gate.open()
+        await chat.until_idle()
+        await chat.until_noticed("No memory.")
+        await chat.ask("Again")
+        assert chat.answers()[-1] == "ok"
 
 
 async def test_a_conversation_that_grows_keeps_few_messages_mounted() -> None:

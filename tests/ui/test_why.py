@@ -151,7 +151,7 @@ async def test_what_was_dropped_is_said_above_the_answer_and_dimmed(size: tuple[
         await chat.until_noticed("The context was full: 2 turns left out.")
         await chat.until_reached(gate)
         assert chat.dimmed() == [True] * 4 + [False] * 4
-        above = chat.transcript.children[-2]
+        above = [child for child in chat.transcript.children if child.display][-2]
         assert above.has_class("notice")
         gate.open()
         await chat.until_idle()

@@ -166,6 +166,7 @@ class ChatScreen(Screen[None]):
                 self._models.close()
             self._save_draft()
             with self._telling():
+                self._views.end_tour()
                 self._session.abandon_turn()
         self._bridge.close()
 

@@ -140,7 +140,8 @@ class RaceScreen(Listener, ModalScreen[None]):
 
     def _end(self) -> None:
         self._forget()
-        self.query_one("#race-state", Static).update(Content(KEPT if self._kept else UNCHANGED))
+        outcome = KEPT if self._kept else UNCHANGED
+        self.query_one("#race-state", Static).update(Content("" if self._cached.failure else outcome))
         said = [Content.assemble((line, "bold")) for line in verdict(self._cached, self._uncached)]
         self.query_one("#race-verdict", Static).update(Content("\n").join(said))
         self._draw()

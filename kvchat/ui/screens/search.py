@@ -12,12 +12,13 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from kvchat.conversation import Hit
+from kvchat.session import MOST_HITS
 from kvchat.text import found_pattern, one_line
 from kvchat.ui.widgets.markdown import FOUND
 
 SEARCH_AFTER_S = 0.15
 """After the last key; typing must not wait for the file."""
-BEFORE, EXCERPT = 30, 240
+BEFORE, EXCERPT = 30, 90
 """Characters before the first word that is found, and of the excerpt altogether."""
 EMPTY = "Words that stand in a message or a title, in any order and in any case; parts of words count."
 HINT = "Enter opens · Up and Down choose · Esc back"
@@ -115,6 +116,7 @@ class SearchScreen(ModalScreen[tuple[Hit, list[str]] | None]):
     def _say(self, words: Sequence[str]) -> None:
         count = len(self._hits)
         found = f"{count:,} hit{'s' * (count != 1)}" if count else "Nothing has all of these words."
+        found = f"the latest {found}" if count >= MOST_HITS else found
         self.query_one("#found", Static).update(Content(found if words else EMPTY))
 
     def _open(self, place: int) -> None:

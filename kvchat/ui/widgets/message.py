@@ -256,11 +256,13 @@ class AnswerMessage(MessageBlock):
         """
         super().__init__(place, number, "answer")
         self._who = who
-        self._note = note
+        self._raw = text
         self._stream = ThinkingStream()
         self._answer = markdown_of(self._stream.feed(text) + self._stream.end()) if text else ""
         self._thinking = Thinking()
         self._thinking.unfolded = unfolded
+        self._markdown = MarkdownText(self._answer)
+        self._note = Static(Content(clean(note)), classes="note")
         self._undrawn: list[str] = []
         self._drawing = False
 
@@ -273,12 +275,20 @@ class AnswerMessage(MessageBlock):
     def compose(self) -> ComposeResult:
         yield Static(Content(one_line(self._who)), classes="who")
         yield self._thinking
-        yield MarkdownText(self._answer)
-        yield Static(Content(clean(self._note)), classes="note")
+        yield self._markdown
+        yield self._note
 
     def on_mount(self) -> None:
-        """Draws the line of thinking, where there is any."""
+        """Draws the line of thinking, where there is any, and what came before it was mounted."""
         self._show_thinking()
+        self._draw_soon()
+
+    def again(self) -> "AnswerMessage":
+        """The same answer as another widget, since one that was unmounted can't be mounted again."""
+        unfolded = self._thinking.unfolded
+        block = AnswerMessage(self._who, place=self.place, number=self.number, unfolded=unfolded)
+        block.append(self._raw)
+        return block
 
     @property
     def text(self) -> str:
@@ -287,7 +297,7 @@ class AnswerMessage(MessageBlock):
 
     def highlight(self, words: Sequence[str]) -> None:
         """Marks the words in everything that is drawn of the answer."""
-        self.query_one(MarkdownText).mark(found_pattern(words))
+        self._markdown.mark(found_pattern(words))
 
     def action_unfold(self) -> None:
         """Shows the thinking of this answer, or folds it."""
@@ -299,28 +309,31 @@ class AnswerMessage(MessageBlock):
 
     def append(self, text: str) -> None:
         """Adds streamed text; it is drawn at the next draw."""
+        self._raw += text
         self._undrawn.append(markdown_of(self._stream.feed(text)))
-        if not self._drawing:
-            self._drawing = True
-            self.call_later(self._draw)
+        self._draw_soon()
 
     def finish(self, text: str, note: str) -> None:
         """The answer is over: draws all of it, whatever was drawn so far."""
         self._undrawn.clear()
         self._stream = ThinkingStream()
         self._answer = markdown_of(self._stream.feed(text) + self._stream.end())
-        markdown = self.query_one(MarkdownText)
-        if markdown.source != self._answer:
-            markdown.update(self._answer)
+        if self._markdown.source != self._answer:
+            self._markdown.update(self._answer)
         self._show_thinking()
         self.say(note)
 
     def say(self, note: str) -> None:
         """Shows something under the answer."""
-        shown = self.query_one(".note", Static)
         # a new text lays the whole screen out anew, and this is called with every token
-        if str(shown.content) != clean(note):
-            shown.update(Content(clean(note)))
+        if str(self._note.content) != clean(note):
+            self._note.update(Content(clean(note)))
+
+    def _draw_soon(self) -> None:
+        """While it is not mounted, what comes is kept and nothing is drawn."""
+        if self._undrawn and not self._drawing and self.is_attached:
+            self._drawing = True
+            self.call_later(self._draw)
 
     def _show_thinking(self) -> None:
         self._thinking.show(inner_thinking(self._stream.thinking), over=not self._stream.open)
@@ -336,7 +349,7 @@ class AnswerMessage(MessageBlock):
         if self._stream.thinking:
             self._show_thinking()
         if piece:
-            self.query_one(MarkdownText).append(piece)
+            self._markdown.append(piece)
         # the layout and the painting that this draw causes are over only after the next refresh
         self.call_after_refresh(self._rest, cpu)
 

@@ -104,7 +104,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """Mounts some of the messages that come before."""
         start, stop = max(0, self._window.start - STEP), self._window.stop
         # the answer that streams stands after the last message: that one stays
-        await self._move(start, stop if self.streaming else min(stop, start + MOUNTED_AT_MOST))
+        await self._move(start, stop if self._streams_here else min(stop, start + MOUNTED_AT_MOST))
 
     async def show_later(self) -> None:
         """Mounts some of the messages that come after."""
@@ -124,12 +124,15 @@ class Transcript(VerticalScroll, can_focus=False):
         if place not in self._window:
             start = max(0, place - SHOWN_AT_ONCE // 2)
             await self._show_window(start, start + SHOWN_AT_ONCE)
-        self.release_anchor()
-        block = next(block for block in self._blocks() if block.place == place)
+        block = next((block for block in self._blocks() if block.place == place), None)
+        if block is None:
+            return
         if words:
             block.highlight(words)
         self.screen.set_focus(block, scroll_visible=False)
-        self.call_after_refresh(self._put_on_top, block)
+        # where it stands is known only after a layout
+        self.screen._refresh_layout()
+        self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
 
     def leave_out(self, count: int) -> None:
         """Dims the oldest messages: the model doesn't see them any more."""
@@ -202,12 +205,17 @@ class Transcript(VerticalScroll, can_focus=False):
             if isinstance(child, AnswerMessage | Notice):
                 await child.remove()
 
+    async def drop(self, block: AnswerMessage) -> None:
+        """Takes an answer away of which nothing was written."""
+        if block.is_attached:
+            await block.remove()
+
     async def notice(self, text: str, *, error: bool = False, last: bool = True) -> None:
         """Says something below the last message; of two notices that say the same, the longer one stays.
 
         With `last` false it is said above the answer that streams.
         """
-        if not last and self.streaming:
+        if not last and self._streams_here:
             await self.mount(Notice(text, error=error), before=self.streaming)
             return
         said = [child for child in self.children if child is not self._later]
@@ -283,7 +291,7 @@ class Transcript(VerticalScroll, can_focus=False):
         try:
             async with self.batch():
                 await self.remove_children()
-                shown = blocks or [Welcome()]
+                shown = blocks + self._streaming_again() or [Welcome()]
                 await self.mount_all([self._earlier, *shown, self._later])
             self._count()
         finally:
@@ -301,6 +309,7 @@ class Transcript(VerticalScroll, can_focus=False):
             before = [self._block(place) for place in range(start, self._window.start)]
             after = [self._block(place) for place in range(self._window.stop, stop)]
             self._window = range(start, stop)
+            after += self._streaming_again()
             self._count()
             async with self.batch():
                 await self.remove_children(list(self._outside()))
@@ -328,6 +337,17 @@ class Transcript(VerticalScroll, can_focus=False):
                 yield child
         if places and streaming is None and self._window.stop < len(self._messages):
             yield from (child for child in children if isinstance(child, Notice))
+
+    @property
+    def _streams_here(self) -> bool:
+        return self.streaming is not None and self.streaming.is_attached
+
+    def _streaming_again(self) -> list[MessageBlock]:
+        """The answer that streams, where the window comes to the end and it isn't mounted."""
+        if self.streaming is None or self._streams_here or self._window.stop < len(self._messages):
+            return []
+        self.streaming = self.streaming.again()
+        return [self.streaming]
 
     async def _drop_oldest(self) -> None:
         """Unmounts the oldest messages of a conversation that grows while its end is followed."""
@@ -361,11 +381,6 @@ class Transcript(VerticalScroll, can_focus=False):
             self.scroll_to(y=max(top, bottom) if region.height > self.size.height else top, animate=False)
         elif step > 0 and bottom > self.scroll_y:
             self.scroll_to(y=min(top, bottom), animate=False)
-
-    def _put_on_top(self, block: MessageBlock) -> None:
-        if block.is_attached:
-            # at once: later it would let go of an end that is followed again meanwhile
-            self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
 
     def _count(self) -> None:
         """Says how many messages are not mounted."""
