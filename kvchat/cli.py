@@ -73,6 +73,7 @@ def cli() -> None:
 @cli.command()
 @model_options
 @chat_options
+@click.option("--tour", is_flag=True, hidden=True)
 @screen_options
 @click.option("--plain", is_flag=True, help="Line by line, without a screen: for screen readers.")
 @click.pass_context
@@ -127,6 +128,8 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
         app = ChatApp(
             opened, engine_of(folder, name), model=shown_name(name), preferences=preferences, shelf=shelf
         )
+        if given["tour"]:
+            app.begin_with("tour")
         app.run()
         code = app.return_code or 0
     options.log_file.unlink(missing_ok=True)
@@ -137,6 +140,18 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
     conversation = opened().current
     if conversation.messages and not given["private"]:
         click.echo(f"Continue with: kvchat -r {conversation.id}")
+
+
+@cli.command()
+@model_options
+@screen_options
+@click.pass_context
+def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+    """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
+
+    Works offline once the model is here; nothing of it is kept.
+    """
+    ctx.invoke(chat, tour=True, **given)
 
 
 @cli.command()

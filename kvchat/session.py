@@ -110,6 +110,8 @@ class Session:
         self.defaults = defaults
         self.current = self._blank()
         self.pending: PendingTurn | None = None
+        self._outside: tuple[Store, str] | None = None
+        """The file, and the conversation that was open, while they are left alone."""
 
     def conversations(self) -> list[Summary]:
         """Saved conversations and private ones, the last used first."""
@@ -175,6 +177,31 @@ class Session:
         """Opens the conversation used last, or an empty one."""
         latest = next(iter(self.conversations()), None)
         return self.open(latest.id) if latest else self.new()
+
+    def aside(self) -> None:
+        """Leaves the file alone until `back`: conversations from here on are in memory only.
+
+        Raises:
+            KvchatError: an answer is still under way.
+        """
+        from kvchat.store import Store
+
+        self._refuse_what_cannot_be_changed()
+        self._outside = (self._store, self.current.id if self._saved() else "")
+        self._store = Store(None)
+        self.new()
+
+    def back(self) -> str:
+        """Goes back to the file and the conversation that was open; returns the one that is gone now."""
+        gone = self.current.id
+        self.abandon_turn()
+        if self._outside:
+            (self._store, before), self._outside = self._outside, None
+            if self._store_of(before).exists(before):
+                self.open(before)
+            else:
+                self.new()
+        return gone
 
     def rename(self, conversation: str, title: str) -> None:
         """Gives a conversation another title; an empty one changes nothing."""
@@ -343,9 +370,10 @@ class Session:
         if events:
             self._store.add_events(events)
 
-    def events(self) -> list[CacheEvent]:
-        """The timeline of the open conversation's cache, oldest first."""
-        return self._here.events(self.current.id)
+    def events(self, conversation: str = "") -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first; of the open one's without a name."""
+        wanted = conversation or self.current.id
+        return self._store_of(wanted).events(wanted)
 
     def request_as_if(self, **changes: object) -> TurnRequest:
         """What the next turn would ask, with some of its fields changed; to ask its price."""

@@ -15,6 +15,7 @@ from kvchat.contract import (
     Counted,
     Drop,
     Fork,
+    Inspect,
     KVPrecision,
     Pin,
     Quote,
@@ -27,6 +28,7 @@ from kvchat.contract import (
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier
 from kvchat.engine.forward import forward_pass
+from kvchat.engine.inspect import cache_map
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.plan import Planner
 from kvchat.errors import KvchatError
@@ -67,6 +69,8 @@ def do(
             yield _set_precision(conversation, kv, caches, loaded)
         case Ask():
             yield _quote(act, planner)
+        case Inspect():
+            yield cache_map(act, caches, planner, loaded, disk)
         case Count(key, texts):
             yield Counted(key, tuple(map(planner.count, texts)))
 

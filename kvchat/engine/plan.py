@@ -317,7 +317,8 @@ class Planner:
             cause = self._cause(request, kept, messages, left_out, token)
         else:
             cause = explain.CHANGED_SINCE_SAVED if token < len(held) else explain.NOT_KEPT
-        return Miss(cause, again, price, token, was, now, message)
+        before = explain.text_before(rendered, token, self._renderer.decode)
+        return Miss(cause, again, price, token, was, now, message, before)
 
     def _cause(
         self, request: TurnRequest, kept: Kept, messages: Sequence[PromptMessage], left_out: int, token: int

@@ -56,6 +56,10 @@ class ChatApp(App[None]):
         self._chat = ChatScreen(open_session, factory, model, self.preferences, shelf)
         self._interrupted_at = 0.0
 
+    def begin_with(self, command: str) -> None:
+        """A command that is run as soon as the chat is there."""
+        self._chat.first_command = command
+
     def get_default_screen(self) -> Screen[None]:
         """The chat is the only screen there is; dialogs open over it."""
         return self._chat

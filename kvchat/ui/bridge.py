@@ -61,6 +61,10 @@ class EngineBridge:
 
         Thread(target=follow, daemon=True, name="engine-switch").start()
 
+    def restart(self) -> None:
+        """Ends the engine as if the program ended, and starts it again; returns at once."""
+        self.switch(self._factory)
+
     def run_turn(self, request: TurnRequest) -> None:
         """Runs a turn; its events arrive as `TurnProgress`."""
         Thread(target=self._relay, args=(request,), daemon=True, name="turn").start()
@@ -89,6 +93,7 @@ class EngineBridge:
 
     def _made(self, factory: EngineFactory) -> StartableEngine:
         """An engine of which nothing is heard any more once another one was made."""
+        self._factory = factory
         self._engines += 1
         number = self._engines
 

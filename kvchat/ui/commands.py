@@ -125,7 +125,30 @@ COMMANDS = (
         "",
         "private",
     ),
-    Command("why", "Why", "Why the last turn read something again.", "f6", "why"),
+    Command(
+        "map",
+        "Cache map",
+        "The cache of this conversation as a picture: whose tokens, how stored, what they cost.",
+        "f5",
+        "cache map",
+    ),
+    Command("why", "Why", "Why the last turn read something again.", "f6", "cache why"),
+    Command(
+        "timeline",
+        "Cache timeline",
+        "Everything that happened to the cache of this conversation, drawn in order.",
+        "",
+        "cache timeline",
+    ),
+    Command(
+        "compare",
+        "Compare",
+        "The same question with the cache and without, side by side: the prompt's, or the last one.",
+        "f7",
+        "cache compare",
+        "QUESTION",
+    ),
+    Command("tour", "Tour", "Eight things a KV cache does, done and measured, in three minutes.", "", "tour"),
     Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
     Command(
         "policy",
@@ -166,6 +189,7 @@ ALIASES = {
     "?": "help",
     "retry": "regen",
     "resume": "sessions",
+    "why": "cache why",
 }
 
 
@@ -197,10 +221,15 @@ def remapped(keys: Mapping[str, str]) -> tuple[Command, ...]:
 
 def parse_slash(text: str) -> tuple[Command, str] | None:
     """The command that `/word argument` names, with its argument; None for other text."""
-    word, _, argument = text.strip().removeprefix("/").partition(" ")
-    word = ALIASES.get(word, word)
-    command = next((c for c in COMMANDS if c.slash == word), None)
-    return (command, argument.strip()) if command else None
+    said = text.strip().removeprefix("/")
+    first, _, after_first = said.partition(" ")
+    second, _, after_second = after_first.strip().partition(" ")
+    # `/cache map` is a command of its own, and `map` no argument of `/cache`
+    for words, argument in ((f"{first} {second}", after_second), (ALIASES.get(first, first), after_first)):
+        command = next((c for c in COMMANDS if c.slash == words), None)
+        if command:
+            return command, argument.strip()
+    return None
 
 
 def key_label(key: str) -> str:
@@ -239,6 +268,9 @@ what is folded, Esc goes back. Page Up and Page Down scroll, Home goes to the fi
 **Reading the panel.** *reused* tokens were in the cache and cost nothing; *read* tokens went through the \
 model once; *written* ones were generated. *TTFT* is the time to the first text. A KV cache grows with every \
 token by 2 (keys and values) × layers × KV heads × head dim × bytes of a number.
+
+**Reading the strip.** Beside every message stands what the last turn did with its tokens: ▒ reused, █ read, \
+▓ written, × evicted, · never cached. With the mouse over it, it tells the numbers.
 
 **The three modes.** `on` keeps the cache across turns: a turn reads its new tokens only. `turn` throws it \
 away after each answer: the next turn reads everything once. `off` never makes one: every single token reads \

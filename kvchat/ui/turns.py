@@ -12,6 +12,7 @@ from kvchat.contract import (
     PoolState,
     PrefillProgress,
     Ready,
+    Span,
     Status,
     Tokens,
     TurnEvent,
@@ -50,6 +51,8 @@ class Turns:
         self._started: TurnStarted | None = None
         self._evicted: list[Evicted] = []
         """In the turn under way."""
+        self.spans: dict[str, tuple[Span, ...]] = {}
+        """Conversation → what its last turn did with every message."""
         self.editing: int | None = None
         """The question that the next message replaces."""
 
@@ -76,8 +79,8 @@ class Turns:
                 await self._show_evicted(evicted)
             self._append(pending.text)
 
-    async def send(self, text: str) -> None:
-        """Saves and shows the user's message, and asks the engine.
+    async def send(self, text: str) -> TurnRequest:
+        """Saves and shows the user's message, and asks the engine; returns what it was asked.
 
         Raises:
             KvchatError: another answer is under way.
@@ -89,6 +92,7 @@ class Turns:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
         await self._run(request)
+        return request
 
     async def undo(self) -> str:
         """Takes the last question back; returns its text.
@@ -120,6 +124,14 @@ class Turns:
         question = self._question(number)
         self.editing = question.id
         return question.text
+
+    def question_id(self, number: str) -> int:
+        """Id of a question; of the last one without a number.
+
+        Raises:
+            KvchatError: there is no such question.
+        """
+        return self._question(number).id
 
     def answer_to(self, number: str) -> int:
         """Id of the answer to a question; of the question itself where there is none.
@@ -158,6 +170,11 @@ class Turns:
         self.figures.asked()
         self._bridge.run_turn(request)
 
+    def reuse(self) -> tuple[tuple[Span, ...], int]:
+        """What the last turn did with every message, and the tokens of the answer under way."""
+        written = self.figures.state.turn.written if self._pending_here() else 0
+        return self.spans.get(self._session.current.id, ()), written
+
     def stop(self) -> bool:
         """Stops the answer under way; False if there is none."""
         if self.answering:
@@ -183,6 +200,7 @@ class Turns:
         match event:
             case TurnStarted():
                 self._started = event
+                self.spans[pending.conversation] = event.spans
                 if here:
                     self.figures.started(event)
             case Evicted():
@@ -198,6 +216,7 @@ class Turns:
                 # shown first: where it can't be saved, it can still be read
                 self._session.keep_partial(event)
             case TurnFinished():
+                self.spans[pending.conversation] = event.spans
                 await self._finish(event, pending, here=here)
             case TurnFailed():
                 await self._fail(event, here=here)

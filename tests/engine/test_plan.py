@@ -186,6 +186,7 @@ def assert_shows_the_difference(
     shown = explain.SHOWN_TOKENS
     assert miss.was == renderer.decode(held[token : token + shown])
     assert miss.now == renderer.decode(prompt[token : token + shown])
+    assert miss.before == renderer.decode(prompt[max(0, token - explain.SHOWN_BEFORE) : token])
     assert miss.was != miss.now or token == len(held)
 
 

@@ -23,6 +23,7 @@ from kvchat.ui.archive import Archive
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import bindings, parse_slash, remapped
 from kvchat.ui.desk import CacheDesk
+from kvchat.ui.listening import tell
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.models import ModelDesk, ModelShelf, switch_price
 from kvchat.ui.preferences import Preferences
@@ -36,6 +37,8 @@ from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.themes import NAMES, checked_theme
 from kvchat.ui.tuning import Tuning
 from kvchat.ui.turns import Turns
+from kvchat.ui.views import Views
+from kvchat.ui.widgets.card import TourCard
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.keyline import KeyLine
@@ -44,6 +47,7 @@ from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.reckoning import ReckoningLine
 from kvchat.ui.widgets.status import StatusLine
+from kvchat.ui.widgets.strip import ReuseStrip, counts_of
 from kvchat.ui.widgets.transcript import Transcript
 from kvchat.ui.widgets.welcome import Welcome
 from kvchat.ui.words import miss_words
@@ -84,6 +88,8 @@ class ChatScreen(Screen[None]):
         self._begun = False
         """Whether the session is open; until then there is nothing to act on."""
         self._model = model
+        self.first_command = ""
+        """What is done as soon as the session is open."""
         self._bridge = EngineBridge(factory, self)
         self._completions = Completions(self._words)
         self._prompt = Prompt(self._completions)
@@ -102,7 +108,10 @@ class ChatScreen(Screen[None]):
                 yield ConversationList(id="conversations")
             with Vertical(id="middle"):
                 yield Static(id="title", classes="head")
-                yield Transcript()
+                transcript = Transcript()
+                with Horizontal(id="reading"):
+                    yield ReuseStrip(transcript)
+                    yield transcript
                 yield self._completions
                 yield self._prompt
                 yield ReckoningLine()
@@ -127,6 +136,7 @@ class ChatScreen(Screen[None]):
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
+        self._views = Views(self.app, self._session, self._bridge, self._turns, self._desk)
         self._archive = Archive(self._session, self._say)
         self._reckoner = Reckoner(self._session, self._bridge, self.query_one(ReckoningLine).show, Path.cwd())
         if self._shelf:
@@ -137,6 +147,8 @@ class ChatScreen(Screen[None]):
         self._prompt.set_history(self._session.history())
         self._bridge.start()
         await self._opened(typed=self._prompt.text)
+        if self.first_command:
+            await self.run_action(self.first_command)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Commands wait until the session is open."""
@@ -154,6 +166,7 @@ class ChatScreen(Screen[None]):
                 self._models.close()
             self._save_draft()
             with self._telling():
+                self._views.end_tour()
                 self._session.abandon_turn()
         self._bridge.close()
 
@@ -167,6 +180,7 @@ class ChatScreen(Screen[None]):
             await self._turns.on_status(message.status)
         with self._telling():
             self._desk.on_status(message.status)
+        tell(self.app.screen_stack, message.status)
         with self._telling():
             self._refresh_all()
 
@@ -175,6 +189,7 @@ class ChatScreen(Screen[None]):
         was_answering = self._turns.answering
         with self._telling():
             await self._turns.on_event(message.event)
+        tell(self.app.screen_stack, message.event)
         with self._telling():
             if was_answering and not self._turns.answering:
                 self._refresh_all()
@@ -367,9 +382,7 @@ class ChatScreen(Screen[None]):
     def action_edit(self, number: str = "") -> None:
         """Takes a question into the prompt; what is sent then replaces it."""
         with self._telling():
-            self._prompt.show_instead(self._turns.edit(number))
-            self._prompt.focus()
-            self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
+            self._desk.edit(self._turns.question_id(number), lambda: self._edit(number))
 
     async def action_continue(self) -> None:
         """Lets the model go on with the last answer."""
@@ -450,13 +463,49 @@ class ChatScreen(Screen[None]):
         why = miss_words(figures.last_miss, figures.state.turn.reuse_note)
         self.app.push_screen(Explanation("Why was something read again?", why))
 
+    def action_map(self) -> None:
+        """Shows the cache token by token."""
+        self._views.map()
+
+    async def action_tour(self) -> None:
+        """Begins the tour, in a conversation that is not saved."""
+        with self._telling():
+            if self.query(TourCard):
+                return
+            self._save_draft()
+            guide = self._views.tour()
+            await self._opened()
+            await self.query_one("#middle").mount(TourCard(guide, self._refresh_all), before=self._prompt)
+
+    @on(TourCard.Ended)
+    async def _tour_ended(self) -> None:
+        await self.query(TourCard).remove()
+        with self._telling():
+            self._views.end_tour()
+            await self._opened()
+            self._prompt.focus()
+
+    async def action_compare(self, text: str = "") -> None:
+        """Answers with and without the cache, side by side; takes what stands in the prompt."""
+        typed = "" if text else self._prompt.text
+        self._prompt.text = self._prompt.text.removeprefix(typed)
+        self._save_draft()
+        try:
+            await self._views.race(text or typed.strip())
+        except KvchatError as error:
+            self._prompt.give_back(typed)
+            self._say(str(error))
+        self._refresh_all()
+
     def action_caches(self) -> None:
         """Shows every cache."""
         with self._telling():
-            summaries = self._session.conversations()
-            self.app.push_screen(
-                CachesScreen(summaries, self._turns.pool, self._desk.act, self.action_budget)
-            )
+            self._views.caches(self.action_budget)
+
+    def action_timeline(self) -> None:
+        """Shows what happened to the cache of this conversation."""
+        with self._telling():
+            self._views.timeline()
 
     def action_policy(self, name: str = "") -> None:
         """Chooses what is dropped when the context is full."""
@@ -540,6 +589,11 @@ class ChatScreen(Screen[None]):
                 await self._opened()
             self._refresh_all()
 
+    def _edit(self, number: str) -> None:
+        self._prompt.show_instead(self._turns.edit(number))
+        self._prompt.focus()
+        self._say("Enter asks it in the old one's place, which stays as another branch; Esc leaves it.")
+
     def _stop_in(self, conversation: str) -> None:
         """Stops the answer under way if it belongs to that conversation."""
         answering = self._turns.answering
@@ -585,6 +639,8 @@ class ChatScreen(Screen[None]):
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
+        spans, written = self._turns.reuse()
+        self.query_one(ReuseStrip).show(counts_of(spans, self._session.current, written))
         for welcome in self.query(Welcome):
             welcome.ready = state.model is not None
 
