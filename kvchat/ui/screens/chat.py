@@ -68,8 +68,6 @@ class ChatScreen(Screen[None]):
 
     BINDINGS = bindings()
     AUTO_FOCUS = "#prompt"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide"), (170, "-vast")]
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (26, "-tall")]
 
     def __init__(
         self,
