@@ -58,7 +58,7 @@ RECKON_AFTER_S = 0.3
 """The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
-PANEL_EVERY_S = 0.5
+PANEL_EVERY_S = 1.0
 """The figures are drawn this often at most while an answer streams."""
 
 
