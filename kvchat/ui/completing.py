@@ -76,7 +76,7 @@ def _arguments(text: str, typed: str, arguments: Mapping[str, Sequence[str]]) ->
         return []
     command, _ = parsed
     words = arguments.get(command.name, command.choices)
-    found = [word for word in words if word.startswith(typed)]
-    if found == [typed]:
-        return []
-    return [Completion(f"/{command.slash} {word}", word) for word in found]
+    found = [Completion(f"/{command.slash} {word}", word) for word in words if word.startswith(typed)]
+    # `/cache map` is a command of its own
+    found += [_completion(c) for c in COMMANDS if c.slash.startswith(text.removeprefix("/"))]
+    return [] if [f.text for f in found] == [text] else found

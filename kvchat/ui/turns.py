@@ -261,7 +261,7 @@ class Turns:
                     # an answer that was gone on with is longer than what this turn wrote
                     self._transcript.streaming.finish(pending.text, note)
                 self._transcript.streaming = None
-                self._transcript.settle(self._session.current.messages)
+                await self._transcript.settle(self._session.current.messages)
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:
         text = self.answering.text if self.answering else ""
@@ -279,7 +279,7 @@ class Turns:
             streaming.finish(text, answer_note(None, "error"))
         else:
             await self._transcript.drop(streaming)
-        self._transcript.settle(self._session.current.messages)
+        await self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 
     def _note_pool(self, pool: PoolState) -> None:

@@ -1,5 +1,7 @@
 """Reading a conversation: a window over many messages, walking over them by key, and taking text out."""
 
+from asyncio import gather
+
 import pyperclip
 import pytest
 from textual.widgets import Static
@@ -129,6 +131,20 @@ async def test_a_question_asked_while_old_messages_are_read_comes_to_the_end() -
         await chat.send("/regen")
         await chat.until(lambda: chat.answers()[-1] == "ok", "it is written again")
         await chat.until_idle()
+        assert places(chat)[-2:] == [200, 201]
+
+
+async def test_scrolling_jumping_and_asking_at_once_mix_nothing_up() -> None:
+    async with running(session=long_talk(100, lines=4)) as chat:
+        await chat.until_visible("assistant 99, line 3")
+        transcript = chat.transcript
+        for _ in range(3):
+            await transcript.go_to(50)
+            await gather(transcript.show_earlier(), transcript.show_end(), transcript.show_later())
+            await gather(transcript.show_earlier(), transcript.go_to(7), transcript.notice("Said."))
+            await chat.pilot.pause()
+            assert places(chat) == list(range(places(chat)[0], places(chat)[-1] + 1))
+        await chat.ask("Still there?")
         assert places(chat)[-2:] == [200, 201]
 
 

@@ -4,7 +4,9 @@ Of a long conversation only the messages around what is read are mounted; others
 near them, whether by mouse or by key.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 from textual.containers import VerticalScroll
 from textual.content import Content
@@ -17,12 +19,26 @@ from kvchat.text import clean
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
 from kvchat.ui.widgets.welcome import Welcome
 
+P = ParamSpec("P")
 SHOWN_AT_ONCE = 12
 """Messages mounted when a conversation opens."""
 STEP = 4
 """Messages mounted when the view comes near the edge of what is mounted."""
 MOUNTED_AT_MOST = 40
 """Every mounted message takes part in every layout."""
+
+
+def one_at_a_time(
+    change: Callable[Concatenate["Transcript", P], Awaitable[None]],
+) -> Callable[Concatenate["Transcript", P], Coroutine[Any, Any, None]]:
+    """A change of what is mounted waits for the one before it: keys, turns and scrolling all make some."""
+
+    @wraps(change)
+    async def locked(transcript: "Transcript", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        async with transcript.lock:
+            await change(transcript, *args, **kwargs)
+
+    return locked
 
 
 class Notice(Static):
@@ -83,6 +99,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """Follows the end from the start."""
         self.anchor()
 
+    @one_at_a_time
     async def show(self, messages: Sequence[Message], who: str, left_out: int = 0) -> None:
         """Replaces everything by a conversation; the `left_out` oldest messages are dimmed."""
         self.streaming = None
@@ -92,7 +109,8 @@ class Transcript(VerticalScroll, can_focus=False):
         await self._show_window(len(messages) - SHOWN_AT_ONCE, len(messages))
         self.anchor()
 
-    def settle(self, messages: Sequence[Message]) -> None:
+    @one_at_a_time
+    async def settle(self, messages: Sequence[Message]) -> None:
         """These are the messages now that a turn is over: what streamed is one of them."""
         at_end = self._window.stop == len(self._messages)
         self._learn(messages)
@@ -100,23 +118,27 @@ class Transcript(VerticalScroll, can_focus=False):
             self._window = range(min(self._window.start, len(messages)), len(messages))
         self._count()
 
+    @one_at_a_time
     async def show_earlier(self) -> None:
         """Mounts some of the messages that come before."""
         start, stop = max(0, self._window.start - STEP), self._window.stop
         # the answer that streams stands after the last message: that one stays
         await self._move(start, stop if self._streams_here else min(stop, start + MOUNTED_AT_MOST))
 
+    @one_at_a_time
     async def show_later(self) -> None:
         """Mounts some of the messages that come after."""
         stop = min(len(self._messages), self._window.stop + STEP)
         await self._move(max(self._window.start, stop - MOUNTED_AT_MOST), stop)
 
+    @one_at_a_time
     async def show_end(self) -> None:
         """Mounts the last messages, where the view is elsewhere, and follows the end."""
         if self._window.stop < len(self._messages):
             await self._show_window(len(self._messages) - SHOWN_AT_ONCE, len(self._messages))
         self.anchor()
 
+    @one_at_a_time
     async def go_to(self, place: int, words: Sequence[str] = ()) -> None:
         """Shows a message, with the focus on it and these words marked in it."""
         if not 0 <= place < len(self._messages):
@@ -172,6 +194,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """Scrolls a page up (-1) or down (1)."""
         (self.scroll_page_up if pages < 0 else self.scroll_page_down)()
 
+    @one_at_a_time
     async def ask(self, messages: Sequence[Message]) -> None:
         """Shows the last of these, a message of the user that was just sent."""
         await self.query(".welcome").remove()
@@ -182,6 +205,7 @@ class Transcript(VerticalScroll, can_focus=False):
         await self._drop_oldest()
         self.anchor()
 
+    @one_at_a_time
     async def begin_answer(self, who: str) -> None:
         """Opens the answer that will stream."""
         await self.show_end()
@@ -193,6 +217,7 @@ class Transcript(VerticalScroll, can_focus=False):
         await self.mount(self.streaming, before=self._later)
         self.anchor()
 
+    @one_at_a_time
     async def drop_answers_after_last_question(self) -> None:
         """Takes the last answer away before another one is written in its place."""
         await self.show_end()
@@ -205,11 +230,13 @@ class Transcript(VerticalScroll, can_focus=False):
             if isinstance(child, AnswerMessage | Notice):
                 await child.remove()
 
+    @one_at_a_time
     async def drop(self, block: AnswerMessage) -> None:
         """Takes an answer away of which nothing was written."""
         if block.is_attached:
             await block.remove()
 
+    @one_at_a_time
     async def notice(self, text: str, *, error: bool = False, last: bool = True) -> None:
         """Says something below the last message; of two notices that say the same, the longer one stays.
 
