@@ -134,16 +134,16 @@ def m003_cache(db: Database) -> None:
 
 
 @migrations()
-def m004_drafting(db: Database) -> None:
-    for column in ("drafted_tokens", "accepted_tokens"):
-        db.table("turns").add_column(column, int, not_null_default=0)
-
-
-@migrations()
 def m004_search_and_presets(db: Database) -> None:
     db.create_table("presets", {"name": str, "system_prompt": str, "sampling": str}, pk="name")
     # trigrams find parts of words, and words of scripts that are written without spaces
     db.table("messages").enable_fts(["text"], create_triggers=True, tokenize="trigram")
+
+
+@migrations()
+def m005_drafting(db: Database) -> None:
+    for column in ("drafted_tokens", "accepted_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
 
 
 class Store:

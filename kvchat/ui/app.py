@@ -34,6 +34,9 @@ class ChatApp(App[None]):
 
     TITLE = "kvchat"
     CSS_PATH = "kvchat.tcss"
+    # of every screen: dialogs are denser where there is less room
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide"), (170, "-vast")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (26, "-tall")]
     BINDINGS = [Binding("ctrl+c", "interrupt", show=False, priority=True)]
 
     def __init__(

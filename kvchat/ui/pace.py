@@ -8,7 +8,7 @@ from typing import Any
 
 from textual.app import App
 
-FASTEST_S = 1 / 8
+FASTEST_S = 1 / 5
 SLOWEST_S = 1.0
 STILL_S = 0.5
 """The pause where nothing is to move without need."""

@@ -222,7 +222,7 @@ async def models(chat: Chat) -> None:
     chat.screen._models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
     await chat.press("ctrl+l")
     await chat.dialog(ModelScreen)
-    await chat.until_visible("26%  downloading")
+    await chat.until_visible("26%")
 
 
 async def listed(chat: Chat) -> None:

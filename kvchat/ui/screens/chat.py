@@ -58,7 +58,7 @@ RECKON_AFTER_S = 0.3
 """The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
-PANEL_EVERY_S = 0.5
+PANEL_EVERY_S = 1.0
 """The figures are drawn this often at most while an answer streams."""
 
 
@@ -70,8 +70,6 @@ class ChatScreen(Screen[None]):
 
     BINDINGS = bindings()
     AUTO_FOCUS = "#prompt"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide"), (170, "-vast")]
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (26, "-tall")]
 
     def __init__(
         self,

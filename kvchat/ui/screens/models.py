@@ -17,7 +17,7 @@ from kvchat.text import megabytes, one_line
 from kvchat.ui.models import ModelChoice, ModelDesk
 
 HINT = "Enter lets it answer, or fetches it · C cancels a download · Esc back"
-FILLED, EMPTY, BAR_CELLS = "█", "░", 24
+FILLED, EMPTY, BAR_CELLS = "█", "░", 16
 
 
 def facts_line(choice: ModelChoice) -> str:
