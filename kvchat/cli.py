@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -22,17 +23,24 @@ from kvchat import settings
 from kvchat.cache_commands import cache as cache_commands
 from kvchat.cache_commands import collect_garbage
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
+from kvchat.config_commands import config as config_commands
+from kvchat.config_file import read_config
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
+from kvchat.doctor import doctor
 from kvchat.errors import KvchatError
-from kvchat.flags import PRECISIONS, chat_options, data_dir, model_options
+from kvchat.flags import chat_options, data_dir, model_options, screen_options
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
-from kvchat.text import megabytes, one_line
+from kvchat.session_commands import sessions as session_commands
+from kvchat.text import megabytes
 
 if TYPE_CHECKING:
     from kvchat.engine.load import LoadedModel
     from kvchat.session import Session
+    from kvchat.ui.bridge import EngineFactory
+    from kvchat.ui.preferences import Preferences
 
+AS_LINES = "--progress-json"
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources that override what a resumed conversation was set to."""
 
@@ -65,23 +73,28 @@ def cli() -> None:
 @cli.command()
 @model_options
 @chat_options
+@click.option("--tour", is_flag=True, hidden=True)
+@screen_options
+@click.option("--plain", is_flag=True, help="Line by line, without a screen: for screen readers.")
 @click.pass_context
-def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN401 - click's own
     """Open the chat."""
     from kvchat.diagnose import report_on_signal
     from kvchat.link import EngineOptions, LinkedEngine, allow_spawning
     from kvchat.locate import is_prepared
-    from kvchat.ui.app import ChatApp
 
-    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
-        raise KvchatError("The chat needs a terminal. `kvchat run PROMPT` works without one.")
+    if not plain and not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise KvchatError(
+            "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."
+        )
+    preferences = _preferences(given)
     paths = find_paths(given["data_dir"])
     # opened after the first paint, unless the conversation decides which model it is
     opened = cache(lambda: open_session(ctx, paths))
     resumes = given["resume"] or given["resume_latest"]
     name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
     folder = is_prepared(name, paths.models)
-    if folder is None or lacks_step(folder, given["precision"]):
+    if folder is None or (given["precision"] == "auto" and lacks_step(folder)):
         if code := _pull_as_child(name, given["data_dir"]):
             sys.exit(code)
         folder = is_prepared(name, paths.models)
@@ -99,17 +112,51 @@ def chat(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
         given["kv_budget"],
         None if given["private"] else paths.kv,
         given["kv_disk"],
+        given["draft"],
+        draft_folder(given["draft"], paths),
+        60 * given["unload_after"],
     )
-    app = ChatApp(opened, lambda on_status: LinkedEngine(options, on_status), model=shown_name(name))
-    app.run()
+
+    def engine_of(folder: Path, name: str) -> "EngineFactory":
+        wanted = replace(options, folder=folder, name=name)
+        return lambda on_status: LinkedEngine(wanted, on_status)
+
+    if plain:
+        from kvchat.ui.plain import talk
+
+        code = talk(opened(), engine_of(folder, name), shown_name(name))
+    else:
+        from kvchat.ui.app import ChatApp
+        from kvchat.ui.models import ModelShelf
+
+        shelf = ModelShelf(paths.models, engine_of, lambda wanted: _pull_command(wanted, given["data_dir"]))
+        app = ChatApp(
+            opened, engine_of(folder, name), model=shown_name(name), preferences=preferences, shelf=shelf
+        )
+        if given["tour"]:
+            app.begin_with("tour")
+        app.run()
+        code = app.return_code or 0
     options.log_file.unlink(missing_ok=True)
     with suppress(KvchatError):  # the next chat tries again
         collect_garbage(paths)
-    if app.return_code:
-        sys.exit(app.return_code)
+    if code:
+        sys.exit(code)
     conversation = opened().current
     if conversation.messages and not given["private"]:
         click.echo(f"Continue with: kvchat -r {conversation.id}")
+
+
+@cli.command()
+@model_options
+@screen_options
+@click.pass_context
+def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+    """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
+
+    Works offline once the model is here; nothing of it is kept.
+    """
+    ctx.invoke(chat, tour=True, **given)
 
 
 @cli.command()
@@ -129,16 +176,33 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
     loaded = _load(session.current.model, paths, given)
-    from kvchat.engine.build import open_engine
+    from kvchat.engine.build import load_draft, open_engine
 
     folder = None if given["private"] else paths.kv
-    engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"])
+    draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"])
+    engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"], draft=draft)
     try:
         code = run_turns(session, engine, prompts, as_json=as_json)
     finally:
         engine.close()
         session.note_events(engine.pool().events)
     sys.exit(code)
+
+
+def _preferences(given: Mapping[str, Any]) -> "Preferences":
+    """How the screen is to be, checked.
+
+    Raises:
+        KvchatError: there is no such theme, command or key.
+    """
+    from kvchat.ui.keys import checked_keys
+    from kvchat.ui.preferences import Preferences
+    from kvchat.ui.themes import checked_theme
+
+    file = find_paths().config_file
+    keys = checked_keys(read_config(file).keys)
+    kept = None if given["private"] else file
+    return Preferences(checked_theme(given["theme"]), given["reduced_motion"], keys, kept)
 
 
 def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
@@ -149,7 +213,7 @@ def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
     from kvchat.progress import reported
 
     with reported(name) as report:
-        folder = prepare(name, paths.models, report, precision=given["precision"])
+        folder = prepare(name, paths.models, report)
     return load_model(
         folder,
         name,
@@ -323,11 +387,27 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
     return session
 
 
-def lacks_step(folder: Path, precision: str) -> bool:
-    """Whether a model that was fetched or converted here waits to be compiled, perhaps again."""
-    from kvchat.engine.prepare import wants_step  # the child process of the engine imports this module too
+def lacks_step(folder: Path) -> bool:
+    """Whether a model that was converted here waits to be compiled, perhaps again."""
+    from kvchat.engine.prepare import wants_step
 
-    return wants_step(folder, precision)
+    return wants_step(folder)
+
+
+def draft_folder(draft: str, paths: Paths) -> Path | None:
+    """Where the model lies that guesses ahead; None where none does.
+
+    Raises:
+        KvchatError: it is not here.
+    """
+    from kvchat.locate import is_prepared
+
+    if draft in ("lookup", "off"):
+        return None
+    folder = is_prepared(draft, paths.models)
+    if folder is None:
+        raise KvchatError(f"{draft} is not here yet. `kvchat models pull {draft}` fetches it.")
+    return folder
 
 
 def lasting_name(model: str, models_dir: Path) -> str:
@@ -354,31 +434,14 @@ def shown_name(model: str) -> str:
 
 def _pull_as_child(name: str, data_dir: Path | None) -> int:
     """Fetches and converts in a process of its own: converting imports torch, and the screen must not."""
-    command = [sys.executable, "-m", "kvchat", "models", "pull", name]
-    if data_dir:
-        command += ["--data-dir", str(data_dir)]
-    return subprocess.run(command, check=False).returncode
+    command = _pull_command(name, data_dir)
+    return subprocess.run([word for word in command if word != AS_LINES], check=False).returncode
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True)
-@data_dir
-def sessions(as_json: bool, data_dir: Path | None) -> None:
-    """List the conversations, the last used first."""
-    from dataclasses import asdict
-
-    from kvchat.store import Store
-
-    found = Store(find_paths(data_dir).database).summaries()
-    if as_json:
-        click.echo(json.dumps([asdict(each) for each in found]))
-        return
-    for each in found:
-        click.echo(
-            f"{each.id}  {each.updated_at[:16].replace('T', ' ')}  {each.messages:>4}  {one_line(each.title)}"
-        )
-    if not found:
-        click.echo("No conversations yet. `kvchat` starts one.", err=True)
+def _pull_command(name: str, data_dir: Path | None) -> list[str]:
+    """Fetches a model and prints its progress as JSON, an object a line."""
+    place = ["--data-dir", str(data_dir)] if data_dir else []
+    return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
 
 
 @cli.command(name="paths")
@@ -424,15 +487,16 @@ def list_models(data_dir: Path | None) -> None:
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
+@click.option(AS_LINES, is_flag=True, help="Progress as JSON on stdout, an object a line.")
 @data_dir
-def pull(name: str, data_dir: Path | None) -> None:
+def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
     """Fetch a model and make it ready; does nothing if it is."""
     from kvchat.engine.package import package_folder, refusal_of
     from kvchat.engine.precision import weights_of
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
 
-    with reported(name) as report:
+    with reported(name, as_json=progress_json) as report:
         folder = prepare(name, find_paths(data_dir).models, report)
     if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
         click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
@@ -441,7 +505,7 @@ def pull(name: str, data_dir: Path | None) -> None:
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(settings.PRECISIONS), default="auto", show_default=True)
 @data_dir
 def prepare(name: str, precision: str, data_dir: Path | None) -> None:
     """Compile a model for this CPU; fetches it first if it isn't here.
@@ -463,8 +527,8 @@ def prepare(name: str, precision: str, data_dir: Path | None) -> None:
         f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
     )
     click.echo(
-        f"On {cost.tokens} tokens of prose it is {cost.kl:.4f} nats from the same model in fp32, and finds the "
-        f"same next token most probable after {cost.agreeing:.1%} of them.",
+        f"On {cost.tokens} tokens of prose it is {cost.kl:.2g} nats from the same model in fp32, and finds "
+        f"the same next token most probable after {cost.agreeing:.1%} of them.",
         err=True,
     )
 
@@ -493,7 +557,8 @@ def rm(name: str, data_dir: Path | None) -> None:
     click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
 
 
-cli.add_command(cache_commands)
+for group in (cache_commands, config_commands, doctor, session_commands):
+    cli.add_command(group)
 
 
 def main() -> None:
@@ -502,20 +567,14 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
     try:
-        config = settings.read_config(find_paths().config_file, _setting_names())
+        config = dict(read_config(find_paths().config_file).values)
         defaults = dict.fromkeys(cli.commands, config)
         defaults |= {
-            group.name: dict.fromkeys(group.commands, config)
-            for group in (models, cache_commands)
+            group.name: config | dict.fromkeys(group.commands, config)
+            for group in (models, cache_commands, session_commands)
             if group.name
         }
         cli(prog_name="kvchat", default_map=defaults)
     except KvchatError as error:
         click.echo(f"kvchat: {error}", err=True)
         sys.exit(1)
-
-
-def _setting_names() -> set[str]:
-    """Every flag with an environment variable is a setting of the file too."""
-    parameters = [parameter for command in (chat, run) for parameter in command.params]
-    return {p.name for p in parameters if p.name and p.envvar} - {"resume", "resume_latest"}

@@ -184,6 +184,32 @@ class TurnStats:
     """Of the drafted ones, those that the model would have chosen itself."""
 
 
+class Fate(StrEnum):
+    """What a turn did with a token."""
+
+    REUSED = "reused"
+    """It was in the cache."""
+    READ = "read"
+    """It went through the model and is in the cache now."""
+    WRITTEN = "written"
+    """The model generated it."""
+    EVICTED = "evicted"
+    """The model doesn't see it any more: the context was full."""
+    UNCACHED = "never cached"
+    """Without a cache: read again for every token of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one message that a turn treated alike."""
+
+    message: int
+    """Place in `TurnRequest.messages`; the answer's is one more than the last, unless it goes on with it."""
+    fate: Fate
+    tokens: int
+    """0 where a message was left out as a whole, and nobody counted it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Miss:
     """Why tokens that were read before have to be read again."""
@@ -202,6 +228,8 @@ class Miss:
     """The prompt's text from there on, shortened."""
     message: int | None = None
     """The message it stands in: 0 is the system prompt and the template's own words, 1 the first message."""
+    before: str = ""
+    """The text right before it, which both have."""
 
 
 class CacheEventKind(StrEnum):
@@ -271,6 +299,8 @@ class TurnStarted:
     reuse_note: str
     miss: Miss | None = None
     restored_tokens: int = 0
+    spans: tuple[Span, ...] = ()
+    """What happens to every message, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +372,8 @@ class PoolState:
     disk_cap_bytes: int
     events: tuple[CacheEvent, ...] = ()
     """What happened since the last report."""
+    free_bytes: int = 0
+    """Memory that the system could still give; 0 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +389,8 @@ class TurnFinished:
     pool: PoolState
     left_out: int = 0
     """The oldest messages that are left out from now on; `TurnRequest.left_out` of the next turn."""
+    spans: tuple[Span, ...] = ()
+    """What happened to every message, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +472,23 @@ class Ask:
     request: TurnRequest
 
 
-CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """What does the cache of this conversation hold? Answered by `CacheMap`; nothing happens."""
+
+    request: TurnRequest
+    """The next turn as it would be: its messages say whose tokens are whose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many tokens are these texts? Answered by `Counted`; nothing happens."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask | Inspect | Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +509,14 @@ class Quote:
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens of each text that was counted."""
+
+    key: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Converted:
     """A cache is stored in another precision."""
 
@@ -474,6 +532,61 @@ class Converted:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheBlock:
+    """Tokens in a row that are alike in everything told here."""
+
+    start: int
+    """The first one's place among all tokens that were read."""
+    tokens: int
+    message: int | None
+    """Place in the request's messages; None for tokens that are no part of the conversation any more."""
+    role: str
+    """Of that message; `template` for what the template puts before an answer, empty without a message."""
+    text: str
+    held: bool
+    """In memory; with neither this nor `saved`, it was evicted."""
+    saved: bool
+    """On disk."""
+    precision: str
+    """How keys and values of these tokens are stored."""
+    bytes: int
+    """Of these tokens in all layers that keep keys and values, in memory, without growth slack."""
+    sink: bool = False
+    """One of the first tokens, which attention leans on and no policy drops."""
+    shared: bool = False
+    """In memory that another conversation uses too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers of one kind."""
+
+    kind: str
+    """`full`, `sliding`, `chunked`, `recurrent`, `convolution`, `hybrid`."""
+    layers: int
+    window: int
+    """Tokens back that a query sees; 0 where it sees all of them."""
+    bytes: int
+    """In memory, growth slack included; what forks share counts here too."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMap:
+    """A conversation's cache, token by token, as plain values."""
+
+    conversation: str
+    blocks: tuple[CacheBlock, ...]
+    layers: tuple[LayerGroup, ...]
+    bytes: int
+    """In memory, growth slack and the copies of recurrent states included."""
+    disk_bytes: int
+    shared_with: tuple[str, ...] = ()
+    """Conversations that use some of the same memory."""
+    note: str = ""
+    """Why there is nothing to show."""
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A cache act that could not be done."""
 
@@ -481,7 +594,7 @@ class Refused:
 
 
 TurnEvent = TurnStarted | PrefillProgress | Tokens | Evicted | TurnFinished | TurnFailed
-Report = PoolState | Quote | Converted | Refused
+Report = PoolState | Quote | Counted | Converted | CacheMap | Refused
 Status = Loading | Ready | Died | Report
 
 

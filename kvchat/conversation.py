@@ -7,6 +7,7 @@ conversation's `head` says which leaf is shown. It knows no storage and no engin
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvchat.attachments import parse_attachments
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
 
 TITLE_LENGTH = 48
@@ -20,6 +21,7 @@ class Message:
     parent_id: int | None
     role: str
     text: str
+    """Of an answer, what comes after the thinking."""
     created_at: str
     """UTC, ISO 8601."""
     token_ids: tuple[int, ...] = ()
@@ -27,6 +29,13 @@ class Message:
     finish_reason: str | None = None
     """Of an answer; None while it is being written, or where writing it was cut off by a crash."""
     stats: TurnStats | None = None
+    thinking: str = ""
+    """What the model thought before it answered, with its tags."""
+
+    @property
+    def raw(self) -> str:
+        """The whole text, for which `token_ids` stand."""
+        return self.thinking + self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,7 @@ class Conversation:
             if message.role == "user" and prompt and prompt[-1].role == "user":
                 prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
             else:
-                prompt.append(PromptMessage(message.role, message.text, message.token_ids, message.tokenizer))
+                prompt.append(PromptMessage(message.role, message.raw, message.token_ids, message.tokenizer))
         return tuple(prompt)
 
 
@@ -87,11 +96,37 @@ class Summary:
     title: str
     updated_at: str
     messages: int
+    private: bool = False
+    """Whether it is gone when kvchat ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Where searched words stand."""
+
+    conversation: str
+    title: str
+    message: int | None
+    """None where they stand in the title."""
+    role: str
+    text: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A named way of answering."""
+
+    name: str
+    system_prompt: str
+    sampling: Sampling
 
 
 def title_from(text: str) -> str:
-    """A title out of the first message: its first line, cut at a word."""
-    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    """A title out of the first message: its first line, cut at a word; without words, the attached files."""
+    written, attached = parse_attachments(text)
+    written = written if written.strip() else ", ".join(each.name for each in attached)
+    line = next((line for line in written.splitlines() if line.strip()), "").strip()
     if len(line) <= TITLE_LENGTH:
         return line
     return line[:TITLE_LENGTH].rsplit(" ", 1)[0].rstrip(" ,;:") + "…"

@@ -17,8 +17,9 @@ from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any
 
 from kvchat.contract import (
     CacheAct,
@@ -64,6 +65,11 @@ class EngineOptions:
     """Where caches are saved; None saves none."""
     kv_disk: int = 0
     """Bytes that saved caches may take."""
+    draft: str = "lookup"
+    draft_folder: Path | None = None
+    """Of the model that guesses ahead, if one does."""
+    unload_after: float = 0
+    """Idle seconds after which the weights leave memory; 0 keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +254,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
 
 
 def _serve(pipe: Connection, options: EngineOptions) -> None:
-    from kvchat.engine.build import open_engine
+    from kvchat.engine.build import load_draft, open_engine
     from kvchat.engine.load import load_model
     from kvchat.engine.meter import memory_in_use
 
@@ -261,7 +267,9 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         context=options.context,
         device=options.device,
     )
-    engine = open_engine(loaded, options.kv_budget, options.kv_folder, options.kv_disk, pipe.send)
+    draft = load_draft(options.draft, options.draft_folder, options.threads)
+    kv = options.kv_budget, options.kv_folder, options.kv_disk
+    engine = open_engine(loaded, *kv, pipe.send, draft)
     requests: SimpleQueue[TurnRequest | Forget | CacheAct | None] = SimpleQueue()
 
     def receive() -> None:
@@ -277,7 +285,7 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
     Thread(target=receive, daemon=True, name="requests").start()
     pipe.send(Ready(engine.facts, memory_in_use()))
     pipe.send(engine.pool())
-    while (request := requests.get()) is not None:
+    while (request := _next(requests, options.unload_after, loaded.unload)) is not None:
         if isinstance(request, Forget):
             try:
                 engine.forget(request.conversation)
@@ -289,6 +297,16 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         else:
             engine.act(request)
     engine.close()
+
+
+def _next(requests: "SimpleQueue[Any]", patience: float, unload: Callable[[], None]) -> Any:  # noqa: ANN401
+    """The next request; where none comes for so many seconds, the weights go first."""
+    if patience:
+        try:
+            return requests.get(timeout=patience)
+        except Empty:
+            unload()
+    return requests.get()
 
 
 def _redirect_output(log_file: Path) -> None:

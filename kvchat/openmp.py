@@ -8,8 +8,8 @@ late one needs to come back. Here they spin briefly and then sleep.
 import os
 
 SPINS = "20000"
-"""A few tenths of a millisecond: longer than the time between two products of a token, and short against the time
-for which a core is taken away. A thread that sleeps between them costs more than the product."""
+"""A few tenths of a millisecond: longer than the time between two products of a token, and short against the
+time for which a core is taken away. Waking a thread that sleeps costs more than a product."""
 
 
 def wait_politely() -> None:

@@ -1,8 +1,11 @@
-"""Progress of fetching and converting on stderr: a bar with bytes, rate and time left."""
+"""Progress of fetching and converting: a bar on stderr with bytes and rate, or lines for programs."""
 
+import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import (
@@ -44,9 +47,19 @@ class _OnlyForBytes(ProgressColumn):
         return shown if isinstance(shown, Text) else Text(str(shown))
 
 
+LINE_EVERY_S = 0.2
+"""Lines for programs come at most this often within a stage."""
+
+
 @contextmanager
-def reported(name: str) -> Iterator[Report]:
-    """Inside the block, the yielded function draws progress; on a pipe, each stage is one line."""
+def reported(name: str, *, as_json: bool = False) -> Iterator[Report]:
+    """Inside the block, the yielded function draws progress; on a pipe, each stage is one line.
+
+    With `as_json` it prints `{"stage": …, "done": …, "total": …}` on stdout, an object a line.
+    """
+    if as_json:
+        yield _json_lines()
+        return
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _line_per_stage(name)
@@ -72,6 +85,19 @@ def _bar_per_stage(bar: Bar, name: str) -> Report:
             words = f"{name}: {WORDS.get(stage, stage)}"
             tasks[stage] = bar.add_task(words, total=progress.total, bytes=stage in BYTES)
         bar.update(tasks[stage], completed=progress.done, total=progress.total)
+
+    return report
+
+
+def _json_lines() -> Report:
+    last = ("", 0.0)
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.stage != last[0] or now - last[1] >= LINE_EVERY_S:
+            last = (progress.stage, now)
+            print(json.dumps(asdict(progress)), flush=True)  # noqa: T201
 
     return report
 

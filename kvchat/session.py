@@ -23,8 +23,9 @@ from kvchat.contract import (
     TurnRequest,
     TurnStats,
 )
-from kvchat.conversation import Conversation, Message, Summary, title_from
+from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
 from kvchat.errors import KvchatError
+from kvchat.thinking import split_thinking
 
 if (
     TYPE_CHECKING
@@ -33,6 +34,10 @@ if (
 
 UNSAVED = ""
 """Key of the draft that belongs to no conversation yet."""
+MOST_HITS = 100
+"""Of one search."""
+HISTORY_LENGTH = 300
+"""Messages that can be brought back into the prompt."""
 PARTIAL_EVERY_S = 1.0
 """An answer in progress is saved this often, so that a crash loses a second of it at most."""
 
@@ -73,7 +78,7 @@ class PendingTurn:
     @property
     def begun_text(self) -> str:
         """What the answer said before this turn."""
-        return self.begun.text if self.begun else ""
+        return self.begun.raw if self.begun else ""
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -98,17 +103,64 @@ class Session:
 
     def __init__(self, store: "Store", defaults: Defaults) -> None:
         self._store = store
+        self._secret: Store | None = None
+        """In memory; made for the first private conversation."""
+        self._private: set[str] = set()
+        """Ids of private conversations."""
         self.defaults = defaults
         self.current = self._blank()
         self.pending: PendingTurn | None = None
+        self._outside: tuple[Store, str] | None = None
+        """The file, and the conversation that was open, while they are left alone."""
 
     def conversations(self) -> list[Summary]:
-        """Saved conversations, the last used first."""
-        return self._store.summaries()
+        """Saved conversations and private ones, the last used first."""
+        secret = self._secret.summaries() if self._secret else []
+        found = [*self._store.summaries(), *(replace(each, private=True) for each in secret)]
+        return sorted(found, key=lambda each: each.updated_at, reverse=True) if secret else found
+
+    def history(self) -> list[str]:
+        """What the user sent, in this run and before it, the latest last."""
+        return self._store.history(HISTORY_LENGTH)
+
+    def search(self, words: Sequence[str]) -> list[Hit]:
+        """Where all these words stand, in every conversation."""
+        stores = [self._store, *([self._secret] if self._secret else [])]
+        return [hit for store in stores for hit in store.search(words, MOST_HITS)]
+
+    def import_all(self, conversations: Sequence[Conversation]) -> int:
+        """Saves those that aren't here yet; returns how many."""
+        return self._store.import_all(conversations)
+
+    def presets(self) -> list[Preset]:
+        """Named system prompts with their sampling."""
+        return self._store.presets()
+
+    def save_preset(self, preset: Preset) -> None:
+        """Remembers a way of answering by its name."""
+        self._store.save_preset(preset)
+
+    def delete_preset(self, name: str) -> None:
+        """Forgets a name."""
+        self._store.delete_preset(name)
+
+    def is_private(self, conversation: str) -> bool:
+        """Whether nothing of it is written."""
+        return self.defaults.private or conversation in self._private
 
     def new(self) -> Conversation:
         """Opens an empty conversation; it is saved with its first message."""
         self.current = self._blank()
+        return self.current
+
+    def new_private(self) -> Conversation:
+        """Opens an empty conversation of which nothing is ever written; it is gone when kvchat ends."""
+        if self._secret is None:
+            from kvchat.store import Store
+
+            self._secret = Store(None)
+        self.current = self._blank()
+        self._private.add(self.current.id)
         return self.current
 
     def open(self, conversation: str) -> Conversation:
@@ -117,7 +169,8 @@ class Session:
         Raises:
             KvchatError: there is none, or several begin so.
         """
-        self.current = self._store.load(self._store.find(conversation))
+        store = self._store_of(conversation)
+        self.current = store.load(store.find(conversation))
         return self.current
 
     def open_latest(self) -> Conversation:
@@ -125,10 +178,36 @@ class Session:
         latest = next(iter(self.conversations()), None)
         return self.open(latest.id) if latest else self.new()
 
+    def aside(self) -> None:
+        """Leaves the file alone until `back`: conversations from here on are in memory only.
+
+        Raises:
+            KvchatError: an answer is still under way.
+        """
+        from kvchat.store import Store
+
+        self._refuse_what_cannot_be_changed()
+        self._outside = (self._store, self.current.id if self._saved() else "")
+        self._store = Store(None)
+        self.new()
+
+    def back(self) -> str:
+        """Goes back to the file and the conversation that was open; returns the one that is gone now."""
+        gone = self.current.id
+        self.abandon_turn()
+        if self._outside:
+            (self._store, before), self._outside = self._outside, None
+            if self._store_of(before).exists(before):
+                self.open(before)
+            else:
+                self.new()
+        return gone
+
     def rename(self, conversation: str, title: str) -> None:
         """Gives a conversation another title; an empty one changes nothing."""
         if title := " ".join(title.split()):
-            self._store.save_settings(replace(self._store.load(conversation), title=title))
+            store = self._store_of(conversation)
+            store.save_settings(replace(store.load(conversation), title=title))
             if conversation == self.current.id:
                 self.current = replace(self.current, title=title)
 
@@ -136,7 +215,7 @@ class Session:
         """Deletes a conversation for good; an answer under way in it is abandoned."""
         if self.pending and self.pending.conversation == conversation:
             self.pending = None
-        self._store.delete(conversation)
+        self._store_of(conversation).delete(conversation)
         if conversation == self.current.id:
             self.new()
 
@@ -162,7 +241,7 @@ class Session:
         changes = {name: value for name, value in given.items() if value is not None}
         self.current = replace(self.current, **changes)  # type: ignore[arg-type]
         if self._saved():
-            self._store.save_settings(self.current)
+            self._here.save_settings(self.current)
 
     def clear(self) -> None:
         """Empties the open conversation; its old messages stay in the file as another branch.
@@ -182,7 +261,7 @@ class Session:
         self._refuse_what_cannot_be_changed()
         if not self._saved():
             self.current = replace(self.current, title=self.current.title or title_from(text))
-            self._store.create(self.current)
+            self._here.create(self.current)
         self._append(Message(0, self._head_id(), "user", text, ""))
         return self._request()
 
@@ -238,7 +317,7 @@ class Session:
         except KvchatError:
             self.current = before  # the old question stays where the new one can't be saved
             raise
-        self._store.save_settings(self.current)
+        self._here.save_settings(self.current)
         return request
 
     def continue_answer(self) -> TurnRequest:
@@ -250,14 +329,14 @@ class Session:
         """
         self._refuse_what_cannot_be_changed()
         head = self.current.head
-        if head is None or head.role != "assistant" or not head.text:
+        if head is None or head.role != "assistant" or not head.raw:
             raise KvchatError("There is no answer to go on with.")
         if head.finish_reason == FinishReason.STOP:
             raise KvchatError("The model ended this answer itself; ask something.")
         request = self._request()
         pending = self.pending
         assert pending is not None
-        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.text
+        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.raw
         return request
 
     def fork(self, message: int | None = None) -> Conversation:
@@ -280,7 +359,10 @@ class Session:
             messages=messages[:end],
             left_out=self._still_left_out(messages[:end]),
         )
-        self.current = self._store.fork(copy)
+        store = self._here
+        if self.current.id in self._private:
+            self._private.add(copy.id)
+        self.current = store.add(copy)
         return self.current
 
     def note_events(self, events: Sequence[CacheEvent]) -> None:
@@ -288,9 +370,10 @@ class Session:
         if events:
             self._store.add_events(events)
 
-    def events(self) -> list[CacheEvent]:
-        """The timeline of the open conversation's cache, oldest first."""
-        return self._store.events(self.current.id)
+    def events(self, conversation: str = "") -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first; of the open one's without a name."""
+        wanted = conversation or self.current.id
+        return self._store_of(wanted).events(wanted)
 
     def request_as_if(self, **changes: object) -> TurnRequest:
         """What the next turn would ask, with some of its fields changed; to ask its price."""
@@ -318,7 +401,7 @@ class Session:
         self._leave_out(pending.conversation, finished.left_out)
         message = self._save_reply(pending, finished.stats.finish_reason)
         message = replace(message, stats=finished.stats)
-        self._store.update_message(message)
+        self._store_of(pending.conversation).update_message(message)
         self._replace_reply(pending, message)
         return message
 
@@ -339,12 +422,12 @@ class Session:
 
     def draft(self) -> str:
         """The unsent prompt of the open conversation."""
-        return self._store.draft(self._draft_key())
+        return self._here.draft(self._draft_key())
 
     def save_draft(self, text: str) -> None:
         """Remembers the unsent prompt of the open conversation."""
         if text != self.draft():
-            self._store.save_draft(self._draft_key(), text)
+            self._here.save_draft(self._draft_key(), text)
 
     def _blank(self) -> Conversation:
         given = self.defaults
@@ -368,8 +451,8 @@ class Session:
         left_out = self._still_left_out(messages)
         self.current = replace(self.current, messages=messages, left_out=left_out)
         if self._saved():
-            self._store.set_head(self.current.id, messages[-1].id if messages else None)
-            self._store.save_settings(self.current)
+            self._here.set_head(self.current.id, messages[-1].id if messages else None)
+            self._here.save_settings(self.current)
 
     def _still_left_out(self, messages: tuple[Message, ...]) -> int:
         """Messages that stay left out of these; none where that would leave nothing.
@@ -384,14 +467,24 @@ class Session:
         if conversation == self.current.id:
             if count != self.current.left_out:
                 self.current = replace(self.current, left_out=count)
-                self._store.save_settings(self.current)
+                self._here.save_settings(self.current)
         else:
-            other = self._store.load(conversation)
+            store = self._store_of(conversation)
+            other = store.load(conversation)
             if count != other.left_out:
-                self._store.save_settings(replace(other, left_out=count))
+                store.save_settings(replace(other, left_out=count))
+
+    @property
+    def _here(self) -> "Store":
+        """Where the open conversation is."""
+        return self._store_of(self.current.id)
+
+    def _store_of(self, conversation: str) -> "Store":
+        secret = self._secret if conversation in self._private else None
+        return secret or self._store
 
     def _saved(self) -> bool:
-        return self._store.exists(self.current.id)
+        return self._here.exists(self.current.id)
 
     def _draft_key(self) -> str:
         return self.current.id if self._saved() else UNSAVED
@@ -400,7 +493,7 @@ class Session:
         return self.current.head.id if self.current.head else None
 
     def _append(self, message: Message) -> Message:
-        saved = self._store.add_message(self.current.id, message)
+        saved = self._here.add_message(self.current.id, message)
         self.current = replace(self.current, messages=(*self.current.messages, saved))
         return saved
 
@@ -421,13 +514,13 @@ class Session:
             current.policy,
             current.left_out,
             current.created_at,
-            remember=not self.defaults.private,
+            remember=not self.is_private(current.id),
             known_prefill_tok_s=known_rate([m.stats for m in current.messages if m.stats]),
         )
 
     def _pending(self, turn: str) -> PendingTurn | None:
         """The turn under way, if it is that one; a conversation that is gone has none."""
-        if self.pending and not self._store.exists(self.pending.conversation):
+        if self.pending and not self._store_of(self.pending.conversation).exists(self.pending.conversation):
             self.pending = None
         return self.pending if self.pending and self.pending.turn == turn else None
 
@@ -440,22 +533,22 @@ class Session:
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""
-        ids = pending.all_ids
+        thinking, text = split_thinking(pending.text)
+        reply = replace(
+            pending.reply or Message(0, pending.asked, "assistant", "", ""),
+            text=text,
+            thinking=thinking,
+            token_ids=pending.all_ids,
+            tokenizer=pending.tokenizer,
+            finish_reason=finish,
+        )
         if pending.reply is None:
-            blank = Message(0, pending.asked, "assistant", pending.text, "", ids, pending.tokenizer, finish)
-            pending.reply = self._store.add_message(pending.conversation, blank)
-            self._replace_reply(pending, pending.reply)
+            reply = self._store_of(pending.conversation).add_message(pending.conversation, reply)
         else:
-            pending.reply = replace(
-                pending.reply,
-                text=pending.text,
-                token_ids=ids,
-                tokenizer=pending.tokenizer,
-                finish_reason=finish,
-            )
-            self._store.update_message(pending.reply)
-            self._replace_reply(pending, pending.reply)
-        return pending.reply
+            self._store_of(pending.conversation).update_message(reply)
+        pending.reply = reply
+        self._replace_reply(pending, reply)
+        return reply
 
     def _replace_reply(self, pending: PendingTurn, reply: Message) -> None:
         """Shows the reply in the open conversation, if that is the one it belongs to."""

@@ -6,8 +6,9 @@ still true. It knows rows and values; it refuses to know engines and screens.
 """
 
 import json
+import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -26,9 +27,25 @@ from kvchat.contract import (
     Sampling,
     TurnStats,
 )
-from kvchat.conversation import Conversation, Message, Summary, path_to
+from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
 from kvchat.errors import KvchatError
 
+TRIGRAM = 3
+"""Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
+LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
+SEARCH = """
+with recursive found(id) as ({found}),
+path(conversation, title, id, parent_id) as (
+    select c.id, c.title, m.id, m.parent_id from conversations c join messages m on m.id = c.head
+    where c.id in (select conversation from messages where id in (select id from found))
+    union all
+    select path.conversation, path.title, m.id, m.parent_id from path join messages m on m.id = path.parent_id
+)
+select path.conversation, path.title, m.id as message, m.role, m.text, m.created_at
+from path join messages m on m.id = path.id where m.id in (select id from found)
+order by m.created_at desc, m.id desc limit {limit}
+"""
+"""Hits on the way to the head of their conversation: other branches aren't shown, and so can't be opened."""
 BUSY_S = 30.0
 """How long a write waits for another process."""
 
@@ -116,6 +133,19 @@ def m003_cache(db: Database) -> None:
     db.table("cache_events").create_index(["conversation"])
 
 
+@migrations()
+def m004_search_and_presets(db: Database) -> None:
+    db.create_table("presets", {"name": str, "system_prompt": str, "sampling": str}, pk="name")
+    # trigrams find parts of words, and words of scripts that are written without spaces
+    db.table("messages").enable_fts(["text"], create_triggers=True, tokenize="trigram")
+
+
+@migrations()
+def m005_drafting(db: Database) -> None:
+    for column in ("drafted_tokens", "accepted_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
+
+
 class Store:
     """The conversations of one user."""
 
@@ -159,6 +189,15 @@ class Store:
             "order by c.updated_at desc, c.rowid desc"
         )
         return [Summary(**row) for row in rows]
+
+    def history(self, limit: int) -> list[str]:
+        """What the user sent in all conversations, the latest last; of the same words, the latest alone."""
+        rows = self._db.query(
+            "select text from messages where role = 'user' order by created_at desc, id desc limit ?",
+            [2 * limit],
+        )
+        latest = list(dict.fromkeys(row["text"] for row in rows))[:limit]
+        return latest[::-1]
 
     def load(self, conversation: str) -> Conversation:
         """A conversation with the messages up to its head.
@@ -212,19 +251,64 @@ class Store:
                 f"update conversations set {assignments} where id = :id", changed | {"id": conversation.id}
             )
 
-    def fork(self, conversation: Conversation) -> Conversation:
+    def add(self, conversation: Conversation) -> Conversation:
         """Saves a new conversation with copies of these messages; returns it with their new ids."""
         with self._writing() as db:
             _insert(db, conversation)
             parent: int | None = None
             for message in conversation.messages:
                 row = {**_message_row(message), "conversation": conversation.id, "parent_id": parent}
-                row |= {"role": message.role, "thinking": "", "created_at": message.created_at}
+                row |= {"role": message.role, "created_at": message.created_at}
                 parent = cast(int, db.table("messages").insert(row).last_pk)
                 if message.stats:
                     db.table("turns").insert({"message": parent, **asdict(message.stats)})
             _set_head(db, conversation.id, parent)
         return self.load(conversation.id)
+
+    def import_all(self, conversations: Sequence[Conversation]) -> int:
+        """Saves those that aren't here yet, as old as their last message; returns how many."""
+        new = [each for each in conversations if not self.exists(each.id)]
+        for each in new:
+            self.add(each)
+            with self._writing() as db:
+                last = each.messages[-1].created_at if each.messages else each.created_at
+                db.execute("update conversations set updated_at = ? where id = ?", [last, each.id])
+        return len(new)
+
+    def search(self, words: Sequence[str], limit: int) -> list[Hit]:
+        """Where all these words stand: in titles first, then in the messages that are shown, latest first."""
+        if not words:
+            return []
+        likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
+        long = [word for word in words if len(word) >= TRIGRAM]
+        match = {"match": " ".join('"' + word.replace('"', '""') + '"' for word in long)}
+        indexed = "select rowid from messages_fts where messages_fts match :match intersect " if long else ""
+        found = f"{indexed}select id from messages where {_all_like('text', likes)}"
+        if len(long) == len(words):  # the index knows more letters that differ in case only
+            found = indexed.removesuffix(" intersect ")
+        titles = self._db.query(
+            "select id as conversation, title, null as message, '' as role, title as text, created_at "
+            f"from conversations where {_all_like('title', likes)} order by updated_at desc limit {limit}",
+            likes,
+        )
+        messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
+        return [Hit(**row) for row in (*titles, *messages)][:limit]
+
+    def presets(self) -> list[Preset]:
+        """The named ways of answering, by name."""
+        rows = self._db.query("select * from presets order by name")
+        return [Preset(r["name"], r["system_prompt"], Sampling(**json.loads(r["sampling"]))) for r in rows]
+
+    def save_preset(self, preset: Preset) -> None:
+        """Saves a preset, in the place of one with the same name."""
+        row = {"system_prompt": preset.system_prompt, "sampling": json.dumps(asdict(preset.sampling))}
+        with self._writing() as db:
+            db.table("presets").upsert({"name": preset.name, **row}, pk="name")
+
+    def delete_preset(self, name: str) -> None:
+        """Deletes a preset; an unknown one is no error."""
+        with self._writing() as db:
+            db.execute("delete from presets where name = ?", [name])
 
     def add_events(self, events: Sequence[CacheEvent]) -> None:
         """Saves what happened to caches; events of conversations that are not saved are left out."""
@@ -255,7 +339,7 @@ class Store:
             KvchatError: the conversation was deleted meanwhile, perhaps by another process.
         """
         row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
-        row |= {"role": message.role, "thinking": "", "created_at": message.created_at or _now()}
+        row |= {"role": message.role, "created_at": message.created_at or _now()}
         with self._writing() as db:
             if not self.exists(conversation):
                 raise KvchatError(f"The conversation {conversation!r} was deleted.")
@@ -323,6 +407,10 @@ def _open(path: Path | None) -> Database:
     return db
 
 
+def _all_like(column: str, parameters: Iterable[str]) -> str:
+    return " and ".join(f"{column} like :{name} escape '\\'" for name in parameters)
+
+
 def _insert(db: Database, conversation: Conversation) -> None:
     now = conversation.created_at or _now()
     row = {"id": conversation.id, "title": conversation.title, "head": None}
@@ -350,6 +438,7 @@ def _settings(conversation: Conversation) -> dict[str, str | int]:
 def _message_row(message: Message) -> dict[str, Any]:
     return {
         "text": message.text,
+        "thinking": message.thinking,
         "token_ids": json.dumps(message.token_ids),
         "tokenizer": message.tokenizer,
         "finish_reason": message.finish_reason,
@@ -367,6 +456,7 @@ def _message(row: Mapping[str, Any]) -> Message:
         tokenizer=row["tokenizer"],
         finish_reason=row["finish_reason"],
         stats=_stats(row) if row["turn"] is not None else None,
+        thinking=row["thinking"],
     )
 
 

@@ -4,6 +4,8 @@ What is stored stays as it was; only what is shown goes through here.
 """
 
 import math
+import re
+from collections.abc import Sequence
 
 BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 """Marks that reorder what follows on the line."""
@@ -18,6 +20,11 @@ def clean(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` cleaned and on one line, for titles."""
     return " ".join(clean(text).split())
+
+
+def found_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Any of these words, in whatever case."""
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)", re.IGNORECASE)
 
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}

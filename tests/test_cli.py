@@ -19,7 +19,7 @@ import pytest
 
 from kvchat.cli import main
 from kvchat.contract import CacheEvent, CacheEventKind, CacheMode, EvictionPolicy, KVPrecision
-from kvchat.conversation import Conversation
+from kvchat.conversation import Conversation, Message
 from kvchat.engine.load import LoadedModel
 from kvchat.locate import is_prepared
 from kvchat.paths import find_paths
@@ -602,7 +602,7 @@ def test_an_answer_ends_at_the_context(ask: Asking) -> None:
         (("models", "rm", "nothing"), "There is no prepared model 'nothing'"),
         (("sessions", "--data-dir", "{home}/file"), "can't be opened"),
         (("run", "--data-dir", "{home}/file", "Hello"), "can't be opened"),
-        ((), "The chat needs a terminal. `kvchat run PROMPT` works without one."),
+        ((), "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."),
         (("-m", "smollm2-135m-instruct"), "The chat needs a terminal."),
         (("chat", "-c"), "The chat needs a terminal."),
     ],
@@ -785,6 +785,28 @@ def test_sessions_without_any(kvchat: Shell) -> None:
 def test_escapes_in_titles_do_not_reach_the_terminal(kvchat: Shell) -> None:
     save_conversations(kvchat, "\x1b]0;owned\x07\x1b[2JTrip\n\u202eto \x9bthe\rAlps")
     assert kvchat("sessions").out.splitlines()[0].endswith("  ]0;owned[2JTrip to theAlps")
+
+
+def test_sessions_are_exported_imported_and_searched(kvchat: Shell, tmp_path: Path) -> None:
+    (name,) = save_conversations(kvchat, "Trip")
+    with closing(Store(kvchat.data / "kvchat.db")) as store:
+        asked = store.add_message(name, Message(0, None, "user", "Which pass is open?", ""))
+        store.add_message(
+            name, Message(0, asked.id, "assistant", "The Brenner.\x1b[2J", "", finish_reason="stop")
+        )
+    assert kvchat("sessions", "export", name).out.startswith("# Trip\n")
+    assert kvchat("sessions", "export", name, "--format", "html").out.startswith("<!doctype html>")
+    file = tmp_path / "talk.json"
+    assert kvchat("sessions", "export", name, file) == Done(0, "", f"{file}\n")
+    assert "exists already" in kvchat("sessions", "export", name, file).complaint
+    assert kvchat("sessions", "import", file) == Done(0, "", f"{file}: 1 of 1 are new.\n")
+    assert kvchat("sessions", "import", file) == Done(0, "", f"{file}: 0 of 1 are new.\n")
+    hits = json.loads(kvchat("sessions", "search", "brenner", "the", "--json").out)
+    ids = {each["id"] for each in json.loads(kvchat("sessions", "--json").out)}
+    assert {hit["conversation"] for hit in hits} == ids
+    assert "\x1b" not in kvchat("sessions", "search", "brenner").out
+    assert kvchat("sessions", "search", "zzz") == Done(1, "", "")
+    assert "no export that kvchat knows" in kvchat("sessions", "import", __file__).complaint
 
 
 def install(models: Path, name: str) -> Path:

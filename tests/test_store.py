@@ -31,7 +31,14 @@ from kvchat.store import Store
 from tests import samples
 from tests.samples import TOKENIZER
 
-FIGURES = replace(samples.FIGURES, evicted_tokens=7, restored_tokens=9, restore_s=0.025)
+FIGURES = replace(
+    samples.FIGURES,
+    evicted_tokens=7,
+    restored_tokens=9,
+    restore_s=0.025,
+    drafted_tokens=16,
+    accepted_tokens=12,
+)
 SAMPLING = Sampling(0.7, 0.9, 40, 0.05, 1.1, 1234, 99)
 TALK = Conversation(
     "abcd1234",
@@ -45,7 +52,7 @@ TALK = Conversation(
     3,
     "2026-01-02T03:04:05.000006+00:00",
 )
-MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache"]
+MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache", "m004_search_and_presets", "m005_drafting"]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
     for n, kind in enumerate(CacheEventKind)
@@ -315,7 +322,9 @@ values
     (2, 'abcd1234', 1, 'assistant', 'The Brenner.', '', '[1, 2]', '0123456789abcdef', 'stop', '2026-01-03');
 insert into drafts (conversation, text) values ('abcd1234', 'begun');
 """
-OLD_FIGURES = replace(FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0)
+OLD_FIGURES = replace(
+    FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0, drafted_tokens=0, accepted_tokens=0
+)
 """What a file without columns for evictions and restores says of a turn."""
 
 
@@ -362,7 +371,8 @@ def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path
 def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
     with closing(old_file(path, "m003_cache")) as old, old.conn:
         figures = {n: v for n, v in asdict(FIGURES).items() if n in old.table("turns").columns_dict}
-        assert set(asdict(FIGURES)) - set(figures) == {"evicted_tokens", "restored_tokens", "restore_s"}
+        later = {"evicted_tokens", "restored_tokens", "restore_s", "drafted_tokens", "accepted_tokens"}
+        assert set(asdict(FIGURES)) - set(figures) == later
         old.table("turns").insert({"message": 2} | figures)
     for _ in range(2):
         with closing(Store(path)) as migrated:
@@ -416,7 +426,7 @@ def test_a_fork_in_the_store_has_messages_and_figures_of_its_own(store: Store, p
     store.update_message(reply)
     store.add_events(EVENTS)
     parent = store.load(TALK.id)
-    fork = store.fork(replace(parent, id="forked00", title="Fork"))
+    fork = store.add(replace(parent, id="forked00", title="Fork"))
     assert fork == reopened(path, "forked00")
     copied, answered = fork.messages
     assert (copied.parent_id, answered.parent_id) == (None, copied.id)

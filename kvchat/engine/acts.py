@@ -9,8 +9,11 @@ from kvchat.contract import (
     Ask,
     CacheAct,
     Converted,
+    Count,
+    Counted,
     Drop,
     Fork,
+    Inspect,
     KVPrecision,
     Pin,
     Quote,
@@ -22,6 +25,7 @@ from kvchat.contract import (
 )
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier
+from kvchat.engine.inspect import cache_map
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.plan import Planner
 from kvchat.errors import KvchatError
@@ -62,6 +66,10 @@ def do(
             yield _set_precision(conversation, kv, caches, loaded)
         case Ask():
             yield _quote(act, planner)
+        case Inspect():
+            yield cache_map(act, caches, planner, loaded, disk)
+        case Count(key, texts):
+            yield Counted(key, tuple(map(planner.count, texts)))
 
 
 def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:

@@ -10,7 +10,7 @@ from kvchat.contract import Report
 from kvchat.engine.disk import DiskTier
 from kvchat.engine.draft import Drafter, DraftModel, PromptLookup
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
+from kvchat.engine.load import LoadedModel, load_model
 from kvchat.errors import KvchatError
 
 LOOKUP, NO_DRAFT = "lookup", "off"
@@ -48,6 +48,11 @@ def open_engine(
     )
 
 
+def load_draft(draft: str, folder: Path | None, threads: int | None) -> LoadedModel | str:
+    """What `open_engine` takes: the words as they are, or the model in `folder`."""
+    return draft if folder is None else load_model(folder, draft, threads=threads)
+
+
 def _drafters(loaded: LoadedModel, draft: LoadedModel | str) -> Callable[[], Drafter | None]:
     if draft == LOOKUP:
         return PromptLookup
@@ -55,7 +60,7 @@ def _drafters(loaded: LoadedModel, draft: LoadedModel | str) -> Callable[[], Dra
         return lambda: None
     if draft.facts.tokenizer != loaded.facts.tokenizer:
         raise KvchatError(
-            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess its tokens. "
+            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess for it. "
             "Take a model of the same family, or --draft lookup."
         )
     model = DraftModel(draft)  # keeps what it has read from turn to turn

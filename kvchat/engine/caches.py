@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import psutil
+
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.pool import Held, Relief, next_relief, order_of_going
@@ -263,6 +265,7 @@ class Caches:
             sum(shelved.values()),
             self._disk.cap_bytes if self._disk else 0,
             tuple(events),
+            int(psutil.virtual_memory().available),
         )
 
     def _hot(self, name: str, kept: Kept, disk_bytes: int, going: Sequence[str]) -> WarmCache:

@@ -300,9 +300,9 @@ def compile_program(program: torch.export.ExportedProgram, target: Path) -> None
         "cpp.threads": 1,
         "aot_inductor.package_constants_in_so": False,
     }
-    with torch.no_grad(), config_of_export.patch(backed_size_oblivious=True):
-        with inductor_config.patch(options):
-            made = aot_compile(module, inputs, keywords)
+    patches = config_of_export.patch(backed_size_oblivious=True), inductor_config.patch(options)
+    with torch.no_grad(), patches[0], patches[1]:
+        made = aot_compile(module, inputs, keywords)
     library = target / LIBRARY
     for suffix in (".so", ".json"):  # the second says how our own operators are called
         shutil.move(Path(str(made)).with_suffix(suffix), library.with_suffix(suffix))

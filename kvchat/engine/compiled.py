@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,16 +139,25 @@ class CompiledStep:
         self.folder = folder
         self.description = Description.load(folder)
         load_kernels(folder)
-        try:
-            self._weights = load_weights(folder / WEIGHTS)
-            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
-            self._runner.update_constant_buffer(self._weights, False, True, True)  # used where they lie
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-            raise KvchatError(f"The compiled step in {folder} can't be loaded: {error}") from error
+        self._runner: Any = None
+        self._weights: dict[str, torch.Tensor] = {}
+        self._load()
         self.stopped: Callable[[], bool] = lambda: False
         """Looked at between chunks of tokens."""
         self._memories: list[Memory] = []
         self._table = torch.zeros(0)
+
+    def _load(self) -> None:
+        try:
+            self._weights = load_weights(self.folder / WEIGHTS)
+            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(self.folder / LIBRARY), 1)
+            self._runner.update_constant_buffer(self._weights, False, True, True)  # used where they lie
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            raise KvchatError(f"The compiled step in {self.folder} can't be loaded: {error}") from error
+
+    def unload(self) -> None:
+        """Lets go of the weights; the next run loads them again."""
+        self._runner, self._weights = None, {}
 
     def run(
         self, ids: Sequence[int], position: int, row: int, memories: list[Memory], keep: int
@@ -166,6 +176,8 @@ class CompiledStep:
             ValueError: the memory is other than the step was compiled for. The compiled code looks at
                 nothing: it would read and write what belongs to others.
         """
+        if self._runner is None:
+            self._load()
         if memories != self._memories:
             self._check(memories)
             self._memories, self._table = memories, torch.tensor(memories, dtype=torch.int64)

@@ -16,6 +16,7 @@ from kvchat.contract import (
     CacheAct,
     CacheEventKind,
     CacheMode,
+    Count,
     PoolState,
     PromptMessage,
     Refused,
@@ -36,6 +37,7 @@ from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import Meter
 from kvchat.engine.plan import Lent, Plan, Planner, Rate
 from kvchat.engine.render import Renderer
+from kvchat.engine.spans import spans_at_end, spans_at_start
 from kvchat.engine.timeline import Timeline
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
 from kvchat.errors import KvchatError
@@ -122,7 +124,8 @@ class LocalEngine:
         except Exception as error:  # as in a turn
             traceback.print_exc()
             self._report(Refused(f"The engine failed: {type(error).__name__}: {error}"))
-        self._report(self.pool())
+        if not isinstance(act, Count):
+            self._report(self.pool())
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache, in memory and on disk."""
@@ -165,12 +168,13 @@ class LocalEngine:
             plan.note,
             plan.miss,
             meter.restored_tokens,
+            spans_at_start(request, plan, kept.kv),
         )
         turn = Turn(self._tools, request, plan, kept, meter)
         yield from turn.run()
-        yield self._finish(turn)
+        yield self._finish(turn, plan)
 
-    def _finish(self, turn: Turn) -> TurnFinished:
+    def _finish(self, turn: Turn, planned: Plan) -> TurnFinished:
         request, kept, answer, plan = turn.request, turn.kept, turn.answer, turn.plan
         ids = tuple(i for i in answer.ids if i not in self._loaded.end_ids)
         said = PromptMessage("assistant", answer.text, ids, self.facts.tokenizer)
@@ -186,12 +190,13 @@ class LocalEngine:
             kv_bytes=kept.kv.storage_bytes,
             kv_used_bytes=kept.kv.used_bytes,
         )
+        spans = spans_at_end(turn, planned)
         if request.mode is CacheMode.ON:
             self.caches.save(request.conversation)
         else:
             self.caches.discard(request.conversation, explain.WHEN_DISCARDED[request.mode])
         return TurnFinished(
-            request.turn, answer.text, ids, self.facts.tokenizer, stats, self.pool(), plan.left_out
+            request.turn, answer.text, ids, self.facts.tokenizer, stats, self.pool(), plan.left_out, spans
         )
 
     def _take(self, request: TurnRequest, plan: Plan, meter: Meter) -> tuple[Kept, Plan]:

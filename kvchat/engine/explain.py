@@ -28,6 +28,8 @@ NEVER_KEPT = {CacheMode.OFF: CACHE_IS_OFF, CacheMode.TURN: CACHE_PER_TURN}
 
 SHOWN_TOKENS = 6
 """Of each side of a difference."""
+SHOWN_BEFORE = 12
+"""Tokens before a difference, to show where that is."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -69,6 +71,11 @@ def difference_at(cached: Sequence[int], rendered: Rendered, decode: Decode) -> 
     message = sum(end <= token for end in rendered.ends)
     was, now = (decode(list(ids[token : token + SHOWN_TOKENS])) for ids in (cached, rendered.ids))
     return token, message, was, now
+
+
+def text_before(rendered: Rendered, token: int, decode: Decode) -> str:
+    """What stands right before a token of the prompt."""
+    return decode(list(rendered.ids[max(0, token - SHOWN_BEFORE) : token]))
 
 
 def sentence(miss: Miss) -> str:

@@ -98,6 +98,11 @@ class LoadedModel:
         """
         return new_kv(self.shape, kv, DTYPES[self.facts.kv_dtype])
 
+    def unload(self) -> None:
+        """Lets go of the compiled step's weights until the next turn; what transformers holds stays."""
+        if self.step:
+            self.step.unload()
+
     def rotary_frequencies(self) -> torch.Tensor | None:
         """`[rotary_dims / 2]` radians per position; None where no single rotation turns all the keys."""
         frequencies = self.shape.rotary_frequencies

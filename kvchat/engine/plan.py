@@ -106,6 +106,10 @@ class Planner:
         self._disk = disk
         self.rate = rate
 
+    def count(self, text: str) -> int:
+        """Tokens of a typed text by itself."""
+        return self._renderer.count(text)
+
     def plan(self, request: TurnRequest) -> Plan:
         """Decides a turn; nothing changes.
 
@@ -313,7 +317,8 @@ class Planner:
             cause = self._cause(request, kept, messages, left_out, token)
         else:
             cause = explain.CHANGED_SINCE_SAVED if token < len(held) else explain.NOT_KEPT
-        return Miss(cause, again, price, token, was, now, message)
+        before = explain.text_before(rendered, token, self._renderer.decode)
+        return Miss(cause, again, price, token, was, now, message, before)
 
     def _cause(
         self, request: TurnRequest, kept: Kept, messages: Sequence[PromptMessage], left_out: int, token: int

@@ -35,7 +35,7 @@ __all__ = ["is_prepared", "prepare"]
 CONVERTED_WITH = ("transformers", "gguf", "torch")
 
 
-def prepare(model: str, models_dir: Path, report: Report, *, precision: str = "auto") -> Path:
+def prepare(model: str, models_dir: Path, report: Report) -> Path:
     """The folder that holds `model` ready to load; does first what is missing for that.
 
     A model that is converted is also compiled, and compiled again after torch, the CPU or kvchat changed.
@@ -50,20 +50,20 @@ def prepare(model: str, models_dir: Path, report: Report, *, precision: str = "a
     """
     place = recognise(model)
     folder = find_prepared(place, models_dir) or _bring(place, models_dir, report)
-    if wants_step(folder, precision):
+    if wants_step(folder):
         # torch, for nothing if the model only has to be found
         from kvchat.engine.compile import prepare_step
 
         with suppress(KvchatError):  # it works without one, and says why there is none
-            prepare_step(folder, weights_of(folder, precision), report)
+            prepare_step(folder, weights_of(folder, "auto"), report)
     return folder
 
 
-def wants_step(folder: Path, precision: str) -> bool:
+def wants_step(folder: Path) -> bool:
     """Whether a compiled step should be made for a model: one that was converted here, and has none."""
     if not (folder / MARKER).is_file() or not compiler():
         return False
-    weights = weights_of(folder, precision)
+    weights = weights_of(folder, "auto")
     return weights not in EXACT and not is_decided(folder, weights)
 
 

@@ -76,6 +76,11 @@ class Renderer:
         skeleton = self._template(messages, [f"{MARK}{i}{MARK}" for i in range(len(messages))], today)
         return self._ids(messages, texts, rendered, find_texts(rendered, skeleton, texts))
 
+    def count(self, text: str) -> int:
+        """Tokens of a typed text by itself."""
+        pieces = self._as_text(text).split(SPLIT)
+        return sum(len(self._tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, control tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

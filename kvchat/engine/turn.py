@@ -129,13 +129,13 @@ class Turn:
                 logits = self._read([self.answer.ids[-1], *draft], keep=1 + len(draft))
 
     def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> Generator[TurnEvent, None, bool]:
-        """Chooses a token from each row of `logits` for as long as the draft is right; whether the turn ended.
+        """Chooses a token from each row of `logits` while the draft is right; whether the turn ended.
 
         What was read of the draft beyond that is taken back.
         """
         sampler, kv, confirmed = self._sampler, self.kept.kv, 0
         try:
-            for row in logits.split(1):
+            for row in logits[:, None]:
                 token = sampler.choose(row, self._tokens if sampler.reads_context else ())
                 if (yield from self._say(token, len(draft) - confirmed)):
                     return True

@@ -1,4 +1,4 @@
-"""The Textual application: one screen, the palette, and Ctrl-C's three meanings."""
+"""The Textual application: one screen, the palette, colours and keys, and Ctrl-C's three meanings."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -6,15 +6,27 @@ from collections.abc import Awaitable, Callable, Iterable
 from textual.app import App, SystemCommand
 from textual.binding import Binding
 from textual.screen import Screen
+from textual.theme import Theme
 from textual.widgets import Input, TextArea
 
+from kvchat.config_file import write_setting
+from kvchat.errors import KvchatError
 from kvchat.session import Session
+from kvchat.settings import find_setting
+from kvchat.text import clean
 from kvchat.ui.bridge import EngineFactory
+from kvchat.ui.clipboard import fill_system_clipboard
 from kvchat.ui.commands import COMMANDS
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.pace import keep_still
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
+from kvchat.ui.themes import OWN
 
 QUIT_WITHIN_S = 2.0
 """A second Ctrl-C within this time quits."""
+NOT_OFFERED = {"Quit", "Theme", "Keys"}
+"""Textual's own commands that kvchat has one of its own for."""
 
 
 class ChatApp(App[None]):
@@ -22,24 +34,49 @@ class ChatApp(App[None]):
 
     TITLE = "kvchat"
     CSS_PATH = "kvchat.tcss"
+    # of every screen: dialogs are denser where there is less room
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (84, "-medium"), (112, "-wide"), (170, "-vast")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (26, "-tall")]
     BINDINGS = [Binding("ctrl+c", "interrupt", show=False, priority=True)]
 
-    def __init__(self, open_session: Callable[[], Session], factory: EngineFactory, *, model: str) -> None:
+    def __init__(
+        self,
+        open_session: Callable[[], Session],
+        factory: EngineFactory,
+        *,
+        model: str,
+        preferences: Preferences | None = None,
+        shelf: ModelShelf | None = None,
+    ) -> None:
         """`open_session` is called after the first paint: opening the file of conversations takes a while."""
         super().__init__()
-        self._chat = ChatScreen(open_session, factory, model)
+        self.preferences = preferences or Preferences()
+        for theme in OWN:
+            self.register_theme(theme)
+        self.theme = self.preferences.theme
+        self.set_keymap(self.preferences.keys)
+        keep_still(self, self.preferences.reduced_motion or self.animation_level == "none")
+        self._chat = ChatScreen(open_session, factory, model, self.preferences, shelf)
         self._interrupted_at = 0.0
+
+    def begin_with(self, command: str) -> None:
+        """A command that is run as soon as the chat is there."""
+        self._chat.first_command = command
 
     def get_default_screen(self) -> Screen[None]:
         """The chat is the only screen there is; dialogs open over it."""
         return self._chat
+
+    def on_mount(self) -> None:
+        """From here on, a change of theme is the user's, and kept."""
+        self.theme_changed_signal.subscribe(self, self._keep_theme)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: every command, then Textual's own."""
         for command in COMMANDS:
             yield SystemCommand(command.title, command.help, self._runner(command.name))
         for system in super().get_system_commands(screen):
-            if system.title != "Quit":
+            if system.title not in NOT_OFFERED:
                 yield system
 
     def action_interrupt(self) -> None:
@@ -55,9 +92,22 @@ class ChatApp(App[None]):
             self._interrupted_at = time.monotonic()
             self.notify("Ctrl+C again quits.", timeout=QUIT_WITHIN_S, markup=False)
 
+    def copy_to_clipboard(self, text: str) -> None:
+        """Fills the terminal's clipboard and the system's."""
+        super().copy_to_clipboard(clean(text))
+        fill_system_clipboard(clean(text))
+
     def on_unmount(self) -> None:
         """However it ends, nothing unsaved is lost and no process stays."""
         self._chat.leave()
+
+    def _keep_theme(self, theme: Theme) -> None:
+        if self.preferences.config_file is None:
+            return
+        try:
+            write_setting(self.preferences.config_file, find_setting("theme"), theme.name)
+        except KvchatError as error:
+            self.notify(str(error), markup=False)
 
     def _selected_text(self) -> str:
         if isinstance(self.focused, TextArea | Input) and self.focused.selected_text:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Protocol
 
-from textual.message_pump import MessagePump
+from textual.message import Message
 
 from kvchat.contract import CacheAct, Died, Engine, Ready, Status, TurnRequest
 from kvchat.ui.messages import EngineStatus, TurnProgress
@@ -27,18 +27,43 @@ class StartableEngine(Engine, Protocol):
 EngineFactory = Callable[[Callable[[Status], None]], StartableEngine]
 
 
+class Target(Protocol):
+    """Whoever is told; callable from any thread."""
+
+    def post_message(self, message: Message) -> object:
+        """Takes a message."""
+        ...
+
+
 class EngineBridge:
     """Starts the engine, runs turns on it, and starts it again when it died."""
 
-    def __init__(self, factory: EngineFactory, target: MessagePump) -> None:
+    def __init__(self, factory: EngineFactory, target: Target) -> None:
         self._target = target
-        self._engine = factory(self._report)
         self._deaths = 0
         self._closing = False
+        self._engines = 0
+        self._engine = self._made(factory)
 
     def start(self) -> None:
         """Starts loading; returns at once."""
         Thread(target=self._engine.start, daemon=True, name="engine-start").start()
+
+    def switch(self, factory: EngineFactory) -> None:
+        """Ends the engine and starts another one; returns at once. Two models at a time may not fit."""
+        old, self._deaths = self._engine, 0
+        new = self._engine = self._made(factory)
+
+        def follow() -> None:
+            old.close()
+            if not self._closing:
+                new.start()
+
+        Thread(target=follow, daemon=True, name="engine-switch").start()
+
+    def restart(self) -> None:
+        """Ends the engine as if the program ended, and starts it again; returns at once."""
+        self.switch(self._factory)
 
     def run_turn(self, request: TurnRequest) -> None:
         """Runs a turn; its events arrive as `TurnProgress`."""
@@ -65,6 +90,18 @@ class EngineBridge:
     def gave_up(self) -> bool:
         """Whether the engine died too often to be started again."""
         return self._deaths >= RESTARTS
+
+    def _made(self, factory: EngineFactory) -> StartableEngine:
+        """An engine of which nothing is heard any more once another one was made."""
+        self._factory = factory
+        self._engines += 1
+        number = self._engines
+
+        def report(status: Status) -> None:
+            if number == self._engines:
+                self._report(status)
+
+        return factory(report)
 
     def _relay(self, request: TurnRequest) -> None:
         for event in self._engine.turn(request):

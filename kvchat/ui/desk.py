@@ -71,6 +71,8 @@ class CacheDesk:
         """None while no engine is ready."""
         self._caches = caches
         self._budget: SetBudget | None = None
+        self.converted: Converted | None = None
+        """What came of the last change of precision."""
         self._opened = ""
         """Key of the price that was asked when the open conversation was opened."""
 
@@ -87,6 +89,7 @@ class CacheDesk:
             case Quote():
                 self._on_quote(status)
             case Converted():
+                self.converted = status
                 self._say(converted_words(status))
             case Refused():
                 self._say(status.reason)
@@ -113,6 +116,16 @@ class CacheDesk:
         messages = replace(self._session.current, system_prompt=text).prompt()
         act = partial(self._session.configure, system_prompt=text)
         self._priced("New system prompt", self._next(messages=messages), act)
+
+    def edit(self, question: int, act: Act) -> None:
+        """Lets a question be edited: what comes after it is on another branch then."""
+        if self._model is None or self._session.pending:
+            act()
+            return
+        current = self._session.current
+        place = next(index for index, message in enumerate(current.messages) if message.id == question)
+        messages = replace(current, messages=current.messages[: place + 1]).prompt()
+        self._priced("Asked anew in that place", self._next(messages=messages), act)
 
     def precision(self, name: str) -> None:
         """Stores keys and values in another precision; what is cached is converted.

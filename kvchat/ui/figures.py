@@ -39,7 +39,7 @@ class Figures:
 
     def lost(self) -> None:
         """The engine died, and with it every cache."""
-        self.state = replace(self.state, rss_bytes=0, pool=None)
+        self.state = replace(self.state, rss_bytes=0, pool=None, others_bytes=0)
         self._change(kv_tokens=0, kv_bytes=0)
 
     def settings(self, mode: CacheMode, policy: EvictionPolicy) -> None:
@@ -54,11 +54,14 @@ class Figures:
         held = (warm.tokens, warm.bytes) if warm else (0, 0)
         figures = replace(figures, kv_tokens=held[0], kv_bytes=held[1])
         self.last_miss = None
+        for stats in turns:
+            self._note_rate(stats)
         self.state = replace(
             self.state,
             turn=figures,
             step_ms=(),
             by_mode=by_mode,
+            turns=tuple(turns),
         )
 
     def asked(self) -> None:
@@ -96,8 +99,9 @@ class Figures:
 
     def pool(self, pool: PoolState, conversation: str) -> None:
         """What all caches take; that of the open conversation may have changed between turns."""
-        self.state = replace(self.state, pool=pool)
         held = next((c for c in pool.caches if c.conversation == conversation), None)
+        others = max(0, pool.used_bytes - (held.bytes if held else 0))
+        self.state = replace(self.state, pool=pool, others_bytes=others)
         if not self.state.turn.reading:
             self._change(kv_tokens=held.tokens if held else 0, kv_bytes=held.bytes if held else 0)
 
@@ -132,16 +136,20 @@ class Figures:
     def finished(self, event: TurnFinished) -> None:
         """The turn is over: measured figures replace what was counted on the way."""
         stats = event.stats
-        rate = self.state.prefill_rate
-        if stats.prefilled_tokens >= max(ENOUGH_TOKENS, self._largest_prefill) and stats.prefill_tok_s:
-            self._largest_prefill, rate = stats.prefilled_tokens, stats.prefill_tok_s
+        self._note_rate(stats)
         self.state = replace(
             self.state,
             turn=figures_of(stats),
             rss_bytes=stats.rss_bytes,
-            prefill_rate=rate,
             by_mode={**self.state.by_mode, stats.cache_mode: stats},
+            turns=(*self.state.turns, stats),
         )
+
+    def _note_rate(self, stats: TurnStats) -> None:
+        """The prefill rate is that of the largest prefill that was long enough."""
+        if stats.prefilled_tokens >= max(ENOUGH_TOKENS, self._largest_prefill) and stats.prefill_tok_s:
+            self._largest_prefill = stats.prefilled_tokens
+            self.state = replace(self.state, prefill_rate=stats.prefill_tok_s)
 
     def _change(self, **changes: object) -> None:
         self.state = replace(self.state, turn=replace(self.state.turn, **changes))  # type: ignore[arg-type]
@@ -163,4 +171,6 @@ def figures_of(stats: TurnStats) -> TurnFigures:
         evicted=stats.evicted_tokens,
         kv_dtype=stats.kv_dtype,
         limit=stats.context_limit,
+        drafted=stats.drafted_tokens,
+        accepted=stats.accepted_tokens,
     )

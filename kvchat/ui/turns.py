@@ -12,6 +12,7 @@ from kvchat.contract import (
     PoolState,
     PrefillProgress,
     Ready,
+    Span,
     Status,
     Tokens,
     TurnEvent,
@@ -27,7 +28,8 @@ from kvchat.session import PendingTurn, Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures
-from kvchat.ui.widgets.transcript import Transcript, answer_note
+from kvchat.ui.widgets.message import answer_note
+from kvchat.ui.widgets.transcript import Transcript
 
 STARTS_AGAIN = "\nIt starts again; /regen asks for the answer once more."
 GAVE_UP = f"\nIt ended {RESTARTS} times in a row before it was ready: it is not started again."
@@ -40,7 +42,8 @@ class Turns:
         self._session = session
         self._bridge = bridge
         self._transcript = transcript
-        self._who = who
+        self.who = who
+        """What the model that answers is called."""
         self.figures = Figures()
         self.status = "starting"
         self.warm: dict[str, WarmCache] = {}
@@ -48,6 +51,8 @@ class Turns:
         self._started: TurnStarted | None = None
         self._evicted: list[Evicted] = []
         """In the turn under way."""
+        self.spans: dict[str, tuple[Span, ...]] = {}
+        """Conversation → what its last turn did with every message."""
         self.editing: int | None = None
         """The question that the next message replaces."""
 
@@ -63,30 +68,31 @@ class Turns:
         pending = self._pending_here() if answering else None
         partial = pending.reply.id if pending and pending.reply else None
         messages = [m for m in conversation.messages if m.id != partial]
-        await self._transcript.show(messages, self._who, conversation.unseen)
+        await self._transcript.show(messages, self.who, conversation.unseen)
         self.figures.opened(conversation, self.warm.get(conversation.id))
         if pending:
             self.figures.resumed(len(pending.ids))
             if self._started and self._started.turn == pending.turn:
                 self.figures.started(self._started)
-            await self._transcript.begin_answer(self._who)
+            await self._transcript.begin_answer(self.who)
             for evicted in self._evicted:
                 await self._show_evicted(evicted)
             self._append(pending.text)
 
-    async def send(self, text: str) -> None:
-        """Saves and shows the user's message, and asks the engine.
+    async def send(self, text: str) -> TurnRequest:
+        """Saves and shows the user's message, and asks the engine; returns what it was asked.
 
         Raises:
             KvchatError: another answer is under way.
         """
         if self.editing is None:
             request = self._session.begin_turn(text)
-            await self._transcript.ask(text, len(self._questions()))
+            await self._transcript.ask(self._session.current.messages)
         else:
             request = self._session.edit(self.editing, text)
             await self.show_conversation(answering=False)
         await self._run(request)
+        return request
 
     async def undo(self) -> str:
         """Takes the last question back; returns its text.
@@ -109,16 +115,23 @@ class Turns:
         await self._run(request)
         self._append(self._session.pending.text if self._session.pending else "")
 
-    def edit(self, number: str) -> int:
-        """Lets the next message replace a question; returns how many questions back that one is.
+    def edit(self, number: str) -> str:
+        """Lets the next message replace a question; returns the text of that one.
 
         Raises:
             KvchatError: there is no such question.
         """
-        questions = self._questions()
         question = self._question(number)
         self.editing = question.id
-        return len(questions) - questions.index(question)
+        return question.text
+
+    def question_id(self, number: str) -> int:
+        """Id of a question; of the last one without a number.
+
+        Raises:
+            KvchatError: there is no such question.
+        """
+        return self._question(number).id
 
     def answer_to(self, number: str) -> int:
         """Id of the answer to a question; of the question itself where there is none.
@@ -153,9 +166,14 @@ class Turns:
 
     async def _run(self, request: TurnRequest) -> None:
         self._evicted.clear()
-        await self._transcript.begin_answer(self._who)
+        await self._transcript.begin_answer(self.who)
         self.figures.asked()
         self._bridge.run_turn(request)
+
+    def reuse(self) -> tuple[tuple[Span, ...], int]:
+        """What the last turn did with every message, and the tokens of the answer under way."""
+        written = self.figures.state.turn.written if self._pending_here() else 0
+        return self.spans.get(self._session.current.id, ()), written
 
     def stop(self) -> bool:
         """Stops the answer under way; False if there is none."""
@@ -182,6 +200,7 @@ class Turns:
         match event:
             case TurnStarted():
                 self._started = event
+                self.spans[pending.conversation] = event.spans
                 if here:
                     self.figures.started(event)
             case Evicted():
@@ -197,6 +216,7 @@ class Turns:
                 # shown first: where it can't be saved, it can still be read
                 self._session.keep_partial(event)
             case TurnFinished():
+                self.spans[pending.conversation] = event.spans
                 await self._finish(event, pending, here=here)
             case TurnFailed():
                 await self._fail(event, here=here)
@@ -213,13 +233,17 @@ class Turns:
                 self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
-                self.warm.clear()
-                self.pool = None
-                self.figures.lost()
-                self.status = "the engine is not running" if self._bridge.gave_up else "starting again …"
+                self.lost("the engine is not running" if self._bridge.gave_up else "starting again …")
                 again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
+
+    def lost(self, status: str) -> None:
+        """There is no engine any more, and with it went every cache in memory."""
+        self.warm.clear()
+        self.pool = None
+        self.figures.lost()
+        self.status = status
 
     async def _show_evicted(self, event: Evicted) -> None:
         self.figures.evicted(event)
@@ -235,8 +259,9 @@ class Turns:
                 if self._transcript.streaming:
                     note = answer_note(event.stats, event.stats.finish_reason)
                     # an answer that was gone on with is longer than what this turn wrote
-                    await self._transcript.streaming.finish(pending.text, note)
+                    self._transcript.streaming.finish(pending.text, note)
                 self._transcript.streaming = None
+                await self._transcript.settle(self._session.current.messages)
 
     async def _fail(self, event: TurnFailed, *, here: bool) -> None:
         text = self.answering.text if self.answering else ""
@@ -251,9 +276,10 @@ class Turns:
         if streaming is None:
             return
         if text:
-            await streaming.finish(text, answer_note(None, "error"))
+            streaming.finish(text, answer_note(None, "error"))
         else:
-            await streaming.remove()
+            await self._transcript.drop(streaming)
+        await self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 
     def _note_pool(self, pool: PoolState) -> None:

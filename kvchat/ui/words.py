@@ -1,14 +1,23 @@
 """What a cache costs and why, in words. Plain values in, text out; no widgets, no engine."""
 
 import re
+from collections.abc import Mapping
 
 from textual.content import Content
 
-from kvchat.contract import Converted, Miss, Quote
+from kvchat.contract import Converted, Fate, Miss, Quote
 from kvchat.text import clean, megabytes, one_line
 
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 """Of one number; scales of quantised blocks come on top."""
+FATES = {
+    Fate.REUSED: ("▒", "$text-success"),
+    Fate.READ: ("█", "$text-warning"),
+    Fate.WRITTEN: ("▓", "$text-primary"),
+    Fate.EVICTED: ("×", "$text-error"),
+    Fate.UNCACHED: ("·", "$text-muted"),
+}
+"""Glyph and colour of what a turn did with a token, wherever that is drawn."""
 LOST_SPACE = re.compile(r"^ | $|(?<= ) | (?= )")
 """Spaces that the eye would miss: at the ends, and next to each other."""
 
@@ -21,6 +30,11 @@ def about(seconds: float | None) -> str:
 def tokens(count: int) -> str:
     """`1 token`, `1,204 tokens`."""
     return f"{count:,} token{'s' * (count != 1)}"
+
+
+def fate_words(counts: Mapping[Fate, int]) -> str:
+    """`reused 120 · read 4`: what the last turn did with a message."""
+    return " · ".join(f"{fate} {count:,}" if count else fate.value for fate, count in counts.items())
 
 
 def price_words(quote: Quote) -> str:
@@ -70,10 +84,16 @@ def miss_words(miss: Miss | None, note: str = "") -> Content:
         place = "the system prompt" if miss.message == 0 else f"message {miss.message}"
         lines += [
             Content(f"\nFirst difference: token {miss.token:,}, in {place}:"),
-            Content.assemble(("cached  ", "$text-muted"), (visible(miss.was), "$text-error")),
-            Content.assemble(("now     ", "$text-muted"), (visible(miss.now), "$text-success")),
+            in_place("cached  ", miss.before, miss.was, "$text-error strike"),
+            in_place("now     ", miss.before, miss.now, "$text-success bold"),
         ]
     return Content("\n").join(lines)
+
+
+def in_place(label: str, before: str, text: str, style: str) -> Content:
+    """A piece of text after what stands before it."""
+    lead = visible(before) if before else ""
+    return Content.assemble((f"{label}{lead}", "$text-muted"), (visible(text), style))
 
 
 def visible(text: str) -> str:

@@ -17,6 +17,8 @@ from kvchat.contract import (
     Ask,
     CacheEventKind,
     CacheMode,
+    Count,
+    Counted,
     Drop,
     EvictionPolicy,
     Fork,
@@ -184,6 +186,7 @@ def assert_shows_the_difference(
     shown = explain.SHOWN_TOKENS
     assert miss.was == renderer.decode(held[token : token + shown])
     assert miss.now == renderer.decode(prompt[token : token + shown])
+    assert miss.before == renderer.decode(prompt[max(0, token - explain.SHOWN_BEFORE) : token])
     assert miss.was != miss.now or token == len(held)
 
 
@@ -542,6 +545,17 @@ def test_another_date_is_a_miss_that_shows_both(monkeypatch: pytest.MonkeyPatch)
     assert miss.cause == explain.TEMPLATE_REWROTE
     assert_shows_the_difference(miss, held, played, loaded)
     assert (miss.was[0], miss.now[0]) == ("1", "2")
+
+
+def test_texts_are_counted_as_a_prompt_has_them_and_nothing_else_is_reported(loaded: LoadedModel) -> None:
+    at = desk(loaded)
+    typed = sentences(7)
+    at.engine.act(Count("key", ("", typed, "<|im_end|>")))
+    ids = loaded.tokenizer.encode(typed, add_special_tokens=False).ids
+    (counted,) = at.reports
+    assert isinstance(counted, Counted)
+    assert (counted.key, counted.tokens[:2]) == ("key", (0, len(ids)))
+    assert counted.tokens[2] > 1  # typed, it is text and no control token
 
 
 def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:

@@ -5,12 +5,24 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvchat.settings import SETTINGS
+
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the developer's own terminal is set to changes no picture."""
     for name in ("NO_COLOR", "TEXTUAL", "TEXTUAL_THEME", "TEXTUAL_ANIMATIONS"):
         monkeypatch.delenv(name, raising=False)
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was put into the system's clipboard; the developer's own one stays as it is."""
+    filled: list[str] = []
+    monkeypatch.setattr("kvchat.ui.app.fill_system_clipboard", filled.append)
+    return filled
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,15 +12,18 @@ from textual import events
 from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.strip import Strip
-from textual.widgets import Markdown, Static
+from textual.widgets import Static
 
 from kvchat.contract import CacheMode
 from kvchat.conversation import Conversation, Message, title_from
 from kvchat.session import Defaults, Session
 from kvchat.store import Store
 from kvchat.ui.app import ChatApp
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.widgets.conversations import ConversationList
+from kvchat.ui.widgets.markdown import MarkdownText
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.transcript import Notice, Transcript
@@ -128,7 +131,7 @@ class Chat:
 
     def answers(self) -> list[str]:
         """The Markdown of every answer in the transcript."""
-        return [text.source for text in self.transcript.query(".answer > Markdown").results(Markdown)]
+        return [text.source for text in self.transcript.query(".answer > MarkdownText").results(MarkdownText)]
 
     def notes(self) -> list[str]:
         """What stands under every answer."""
@@ -155,7 +158,7 @@ class Chat:
 
     def kept(self) -> list[tuple[str, str, str | None]]:
         """(role, text, finish reason) of the open conversation, from the store."""
-        return [(m.role, m.text, m.finish_reason) for m in self.store.load(self.session.current.id).messages]
+        return [(m.role, m.raw, m.finish_reason) for m in self.store.load(self.session.current.id).messages]
 
     @property
     def left(self) -> bool:
@@ -254,6 +257,8 @@ async def running(
     model: str = MODEL,
     ready: bool = True,
     toasts: bool = False,
+    preferences: Preferences | None = None,
+    shelf: ModelShelf | None = None,
 ) -> AsyncIterator[Chat]:
     """A chat that runs inside the block; its engine is ready unless `ready` is false.
 
@@ -261,7 +266,7 @@ async def running(
     """
     engine = engine or ScriptedEngine()
     session = session or session_over()
-    app = still(ChatApp(lambda: session, engine.attach, model=model))
+    app = still(ChatApp(lambda: session, engine.attach, model=model, preferences=preferences, shelf=shelf))
     with brisk():
         async with app.run_test(size=size, notifications=toasts) as pilot:
             chat = Chat(app, pilot, session, engine)
@@ -273,5 +278,4 @@ async def running(
 def still(app: ChatApp) -> ChatApp:
     """The app without anything that moves by itself."""
     app.animation_level = "none"
-    app._chat._prompt.cursor_blink = False
     return app

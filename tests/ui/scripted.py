@@ -8,14 +8,21 @@ from threading import Condition
 from kvchat.contract import (
     Ask,
     CacheAct,
+    CacheBlock,
+    CacheMap,
     CacheMode,
     Converted,
+    Count,
+    Counted,
     Died,
     Drop,
     Evicted,
+    Fate,
     FinishReason,
     Fork,
+    Inspect,
     KVPrecision,
+    LayerGroup,
     Loading,
     Miss,
     ModelFacts,
@@ -28,6 +35,7 @@ from kvchat.contract import (
     Report,
     SetBudget,
     SetPrecision,
+    Span,
     Spill,
     Status,
     Tokens,
@@ -41,6 +49,7 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.ui.desk import OPENED
+from kvchat.ui.reckoner import TYPED
 
 FACTS = ModelFacts(
     name="scripted",
@@ -115,6 +124,8 @@ class ScriptedEngine:
         self._held: dict[str, WarmCache] = {}
         self._budget = BUDGET
         self._price = Quote("", 0, 0, 0, 0.1, None, PREVIEW)
+        self.map: CacheMap | None = None
+        """What it answers when somebody looks into a cache; None tells of the tokens it holds."""
         self._later: list[CacheAct] = []
         """Acts that wait for the end of the turn under way, or for the engine."""
         self._lives = 0
@@ -129,6 +140,9 @@ class ScriptedEngine:
         self.openings: list[Ask] = []
         """Prices of going on with the conversations that were opened."""
         self.tells_openings = False
+        self.typed: list[Ask | Count] = []
+        """Tokens and prices of what stands in the prompt."""
+        self.tells_typed = False
         self.answers_acts = True
         """Whether anything comes of an act at all."""
         self.starts = 0
@@ -219,7 +233,11 @@ class ScriptedEngine:
 
     def act(self, act: CacheAct) -> None:
         with self._changed:
-            if isinstance(act, Ask) and act.key.startswith(OPENED):
+            if isinstance(act, Ask | Count) and act.key.startswith(TYPED):
+                self.typed.append(act)  # whoever pauses while typing asks; no test counts it
+                if not self.tells_typed:
+                    return
+            elif isinstance(act, Ask) and act.key.startswith(OPENED):
                 self.openings.append(act)  # nobody asked for it, and no test counts it
                 if not self.tells_openings:
                     return
@@ -249,7 +267,14 @@ class ScriptedEngine:
         held = self._held.get(request.conversation) if request.mode is CacheMode.ON else None
         reused = min(held.tokens if held else 0, prompt - 1)
         yield TurnStarted(
-            turn, prompt, reused, prompt - reused, script.reuse_note, script.miss, script.restored
+            turn,
+            prompt,
+            reused,
+            prompt - reused,
+            script.reuse_note,
+            script.miss,
+            script.restored,
+            spans_of(request, reused),
         )
         pieces: list[str] = []
         evicted, left_out = 0, request.left_out
@@ -284,7 +309,9 @@ class ScriptedEngine:
         if request.mode is CacheMode.ON:
             self._held[request.conversation] = warm(request.conversation, stats.kv_tokens)
         ids = tuple(range(1, len(pieces) + 1))
-        return TurnFinished(request.turn, "".join(pieces), ids, FACTS.tokenizer, stats, self.pool(), left_out)
+        spans = spans_of(request, stats.reused_tokens, len(pieces))
+        text = "".join(pieces)
+        return TurnFinished(request.turn, text, ids, FACTS.tokenizer, stats, self.pool(), left_out, spans)
 
     def _catch_up(self) -> None:
         """Does what was asked for meanwhile, as the engine does: in order, the new state after each."""
@@ -298,8 +325,12 @@ class ScriptedEngine:
 
     def _do(self, act: CacheAct) -> Report | None:
         match act:
+            case Count(key, texts):
+                return Counted(key, tuple(len(text.split()) for text in texts))
             case Ask(key):
                 return replace(self._price, key=key)
+            case Inspect(request):
+                return self.map or map_of(request, self._held.get(request.conversation))
             case SetBudget(size):
                 self._budget = size
             case Fork(parent, child) if parent in self._held:
@@ -356,6 +387,32 @@ def warm(conversation: str, tokens: int) -> WarmCache:
 def prompt_tokens(request: TurnRequest) -> int:
     """A word is a token, and every message has four more around it."""
     return sum(len(message.text.split()) + 4 for message in request.messages)
+
+
+def spans_of(request: TurnRequest, reused: int, written: int = 0) -> tuple[Span, ...]:
+    """What is done with every message, by the counts alone."""
+    spans, left = list[Span](), reused
+    off = request.mode is CacheMode.OFF
+    for place, message in enumerate(request.messages):
+        tokens = len(message.text.split()) + 4
+        kept = min(tokens, left)
+        left -= kept
+        parts = ((Fate.REUSED, kept), (Fate.UNCACHED if off else Fate.READ, tokens - kept))
+        spans += [Span(place, fate, count) for fate, count in parts if count]
+    return (*spans, Span(len(request.messages), Fate.WRITTEN, written))
+
+
+def map_of(request: TurnRequest, held: WarmCache | None) -> CacheMap:
+    """A block for each message of a cache in memory."""
+    blocks, start = list[CacheBlock](), 0
+    for place, message in enumerate(request.messages if held else ()):
+        count = len(message.text.split()) + 4
+        size = count * FACTS.kv_bytes_per_token
+        whose = (place, message.role, message.text)
+        blocks.append(CacheBlock(start, count, *whose, True, False, FACTS.kv_dtype, size))
+        start += count
+    size = start * FACTS.kv_bytes_per_token
+    return CacheMap(request.conversation, tuple(blocks), (LayerGroup("full", 30, 0, size),), size, 0)
 
 
 def stats_of(

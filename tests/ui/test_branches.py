@@ -147,7 +147,7 @@ async def test_escape_leaves_the_edit_and_brings_the_draft_back() -> None:
     async with running(session=held_before()) as chat:
         await chat.write("my own")
         await chat.screen.run_action("edit")
-        assert chat.prompt.text == "Two"
+        await chat.until(lambda: chat.prompt.text == "Two", "the question is in the prompt")
         await chat.press("x", "escape")
         assert chat.prompt.text == "my own"
         await chat.press("enter")

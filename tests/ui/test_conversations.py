@@ -1,12 +1,11 @@
 """Several conversations: the list, switching, renaming, deleting, also while an answer is being written."""
 
 import pytest
-from textual.widgets import Input
 
 from kvchat import session as conductor
 from kvchat.session import Session
-from kvchat.ui.screens.dialogs import AskLine, Confirm
-from kvchat.ui.widgets.transcript import SHOWN_AT_ONCE, EarlierMessages
+from kvchat.ui.screens.dialogs import Confirm
+from kvchat.ui.widgets.conversations import TitleField
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 
@@ -104,15 +103,19 @@ async def test_the_list_says_what_is_warm() -> None:
         assert "MB" in chat.listed()[0]
 
 
-async def test_r_renames_in_a_dialog() -> None:
-    async with running(session=two_conversations()) as chat:
+@pytest.mark.parametrize("size", [(60, 20), (116, 30)])
+async def test_r_renames_in_the_place_of_the_title(size: tuple[int, int]) -> None:
+    async with running(session=two_conversations(), size=size) as chat:
         await choose(chat, "About the alps")
         await chat.press("r")
-        await chat.dialog(AskLine)
-        field = chat.app.screen.query_one(Input)
+        field = await title_field(chat)
         assert field.value == "About the alps"
+        titles = [line.split()[1:3] for line in chat.listed()]
+        row = chat.conversations.region.y + titles.index(["About", "the"])
+        await chat.until(lambda: field.region.y == row, "the field stands over the title")
         field.value = "Mountains"
         await chat.press("enter")
+        assert chat.conversations.has_focus
         await chat.until(lambda: any("Mountains" in line for line in chat.listed()), "the list is renamed")
         assert id_of(chat, "Mountains")
 
@@ -121,10 +124,17 @@ async def test_escape_leaves_the_title_as_it_was() -> None:
     async with running(session=two_conversations()) as chat:
         await choose(chat, "About the alps")
         await chat.press("r")
-        await chat.dialog(AskLine)
+        await title_field(chat)
         await chat.press("x", "escape")
-        await chat.until(lambda: chat.app.screen is chat.screen, "the dialog is gone")
+        await chat.until(lambda: not chat.screen.query(TitleField), "the field is gone")
+        assert chat.conversations.has_focus
         assert id_of(chat, "About the alps")
+
+
+async def title_field(chat: Chat) -> TitleField:
+    """Waits for the field over a title."""
+    await chat.until(lambda: isinstance(chat.app.focused, TitleField), "the title is edited")
+    return chat.screen.query_one(TitleField)
 
 
 @pytest.mark.parametrize("key", ["d", "delete"])
@@ -325,36 +335,3 @@ async def test_clearing_stops_no_answer_of_another_conversation() -> None:
         await chat.until_idle()
         await switch_to(chat, "About bread")
         assert chat.answers() == ["Flour.", "Knead and wait."]
-
-
-async def test_only_the_end_of_a_long_conversation_is_mounted_and_earlier_ones_come_on_request() -> None:
-    session = session_over()
-    talk = [(role, f"{role} {n}") for n in range(250) for role in ("user", "assistant")]
-    session.open(saved_conversation(session._store, *talk).id)
-    async with running(session=session) as chat:
-        assert chat.answers()[-1] == "assistant 249"
-        mounted = len(chat.questions()) + len(chat.answers())
-        assert mounted == SHOWN_AT_ONCE
-        await chat.until_visible("assistant 249")
-        chat.transcript.scroll_home(animate=False)
-        await chat.until_visible("earlier messages")
-        await chat.pilot.click(EarlierMessages)
-        await chat.until(lambda: len(chat.questions() + chat.answers()) == 2 * SHOWN_AT_ONCE, "more came")
-        first = 250 - SHOWN_AT_ONCE
-        assert chat.questions() == [f"user {n}" for n in range(first, 250)]
-        assert chat.answers() == [f"assistant {n}" for n in range(first, 250)]
-        left = chat.transcript.query_one(EarlierMessages)
-        assert str(left.content) == f"▲ {500 - 2 * SHOWN_AT_ONCE} earlier messages"
-        await chat.ask("One more")
-        assert len(chat.engine.requests[0].messages) == 501
-
-
-async def test_earlier_messages_end_with_the_first_one() -> None:
-    session = session_over()
-    talk = [(role, f"{role} {n}") for n in range(20) for role in ("user", "assistant")]
-    session.open(saved_conversation(session._store, *talk).id)
-    async with running(session=session) as chat:
-        chat.transcript.show_earlier()
-        await chat.until(lambda: len(chat.questions()) == 20, "all are there")
-        assert not chat.transcript.query(EarlierMessages)
-        assert chat.questions()[0] == "user 0"

@@ -435,3 +435,30 @@ async def test_opening_a_conversation_that_is_all_there_says_nothing() -> None:
         await chat.until(lambda: engine.openings, "the price is asked")
         await chat.pilot.pause()
         assert not any("Going on here" in said for said in chat.said())
+
+
+# --- editing ---------------------------------------------------------------------------------------------
+
+
+async def test_editing_tells_its_price_and_asks_where_that_is_high() -> None:
+    engine = ScriptedEngine().prices(CHEAP)
+    async with running(engine) as chat:
+        await warmed(chat)
+        await chat.ask("And the second?")
+        await chat.send("/edit 1")
+        await chat.until_said("Asked anew in that place: the next turn reads 1,204 tokens, about 0.9 s.")
+        question = chat.session.current.messages[0].text
+        assert [message.text for message in asked(chat).request.messages] == [question]
+        await chat.until(lambda: chat.prompt.text == question, "the question is in the prompt")
+        await chat.press("escape")
+        engine.prices(DEAR, MISS)
+        await chat.send("/edit 1")
+        await chat.dialog(Confirm)
+        assert chat.prompt.text == ""
+        await chat.press("n")
+        await back_to_the_chat(chat)
+        assert chat.prompt.text == ""
+        await chat.send("/edit 1")
+        await chat.dialog(Confirm)
+        await chat.press("y")
+        await chat.until(lambda: chat.prompt.text == question, "the question is in the prompt")

@@ -3,7 +3,9 @@
 import pytest
 
 from kvchat import session as conductor
+from kvchat.contract import PrefillProgress
 from kvchat.ui.bridge import RESTARTS
+from kvchat.ui.screens.settings import SettingsScreen
 from tests.ui.driving import running
 from tests.ui.scripted import NOT_RUNNING, ScriptedEngine
 
@@ -70,6 +72,35 @@ async def test_death_before_the_first_token_keeps_the_question() -> None:
         assert chat.answers() == []
         await chat.send("/regen")
         await chat.until_drawn("ok")
+
+
+async def test_death_while_a_prompt_is_read_keeps_the_question() -> None:
+    engine = ScriptedEngine()
+    gate = engine.gate()
+    engine.answers(PrefillProgress("", 256, 1024), gate, "never")
+    async with running(engine) as chat:
+        await chat.send("A long one")
+        await chat.until_reached(gate)
+        engine.die("The engine was killed (signal 9).")
+        await chat.until_noticed("It starts again; /regen asks")
+        await chat.until_idle()
+        assert chat.questions() == ["A long one"]
+        await chat.send("/regen")
+        await chat.until_drawn("ok")
+
+
+async def test_death_while_a_dialog_is_open_leaves_it_open() -> None:
+    async with running() as chat:
+        await chat.ask("First")
+        await chat.press("f2")
+        await chat.dialog(SettingsScreen)
+        chat.engine.die("Out of memory.")
+        await chat.until_noticed("Out of memory.")
+        assert isinstance(chat.app.screen, SettingsScreen)
+        await chat.press("escape")
+        await chat.until(lambda: "ready" in chat.status(), "the engine is there again")
+        await chat.ask("Second")
+        assert chat.answers()[-1] == "ok"
 
 
 async def test_death_at_rest_makes_every_conversation_cold() -> None:

@@ -1,14 +1,20 @@
 """Text that nobody should trust: whatever a model, a user, a file or a log says is shown and does nothing."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.segment import Segment
 from textual.widgets import Input
 
 from kvchat.contract import Loading
+from kvchat.locate import MARKER
 from kvchat.text import clean, one_line
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine, Confirm
+from kvchat.ui.widgets.conversations import TitleField
+from kvchat.ui.widgets.markdown import markdown_of
 from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
 from tests.ui.scripted import Fails, ScriptedEngine
 
@@ -110,7 +116,7 @@ async def test_brackets_stay_visible_in_messages_answers_and_titles(visible: str
 
 @pytest.mark.parametrize("visible", ["<think>plan</think>", "<script>alert(1)</script>"])
 async def test_html_stays_visible(visible: str) -> None:
-    engine = ScriptedEngine().answers(f"{visible} inline\n\n", f"{visible}\n\nmore")
+    engine = ScriptedEngine().answers(f"See {visible} inline\n\n", f"{visible}\n\nmore")
     async with running(engine) as chat:
         await chat.ask(visible)
         await chat.until_visible(f"{visible} inline")
@@ -139,9 +145,11 @@ async def test_hostile_titles_are_harmless_wherever_they_stand() -> None:
         chat.conversations.focus()
         for _ in HOSTILE:
             await chat.press("down", "r")
-            await chat.dialog(AskLine)
+            await chat.until(lambda: isinstance(chat.app.focused, TitleField), "the title is edited")
             assert_harmless(chat)
-            await chat.press("escape", "d")
+            await chat.press("escape")
+            await chat.until(lambda: chat.conversations.has_focus, "the list has the focus")
+            await chat.press("d")
             await chat.dialog(Confirm)
             assert_harmless(chat)
             await chat.press("escape")
@@ -222,5 +230,35 @@ async def test_a_hostile_conversation_opens() -> None:
     talk = [(role, text) for text in HOSTILE.values() for role in ("user", "assistant")]
     session.open(saved_conversation(session._store, *talk).id)
     async with running(session=session) as chat:
-        await chat.until(lambda: len(chat.answers()) == len(HOSTILE), "everything is there")
+        await chat.until(lambda: chat.answers()[-1:] == [markdown_of(HOSTILE["everything"])], "it is there")
         await look_everywhere(chat)
+        for place in range(len(talk)):
+            await chat.transcript.go_to(place, ["end", "[/b]"])
+            await chat.pilot.pause()
+            assert_harmless(chat)
+
+
+async def test_hostile_settings_and_hostile_names_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCHAT_SYSTEM", f"{MARKUP} {CONTROLS}".replace("\0", ""))
+    made = tmp_path / "models" / "[@click=app.bell]x[\x1b[31m]"
+    made.mkdir(parents=True)
+    (made / MARKER).write_text("{}")
+    shelf = ModelShelf(made.parent, lambda _folder, _name: ScriptedEngine().attach, lambda _name: ["false"])
+    async with running(shelf=shelf, preferences=Preferences(config_file=tmp_path / "c.toml")) as chat:
+        await chat.press("f2")
+        await chat.until_visible("temperature")
+        assert_harmless(chat)
+        await chat.press("escape", "ctrl+l")
+        await chat.until_visible("SmolLM2")
+        await chat.press("end")
+        await chat.until_visible("[@click=app.bell]x[[31m]")
+        assert_harmless(chat)
+        await chat.press("enter")
+        await chat.until(lambda: "[@click=app.bell]x" in chat.status(), "it answers")
+        assert_harmless(chat)
+        for text in (f"/theme {WORST}", f"/model {WORST}"):
+            await chat.send(text)
+            await chat.pilot.pause()
+            assert_harmless(chat)

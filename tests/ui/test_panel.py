@@ -36,13 +36,16 @@ from kvchat.ui.widgets.panel import (
     bar,
     big_letters,
     comparison_lines,
+    duration,
     kv_lines,
+    memory_lines,
     mode_lines,
     panel_content,
     ratio_lines,
-    saving,
     saving_lines,
+    shares,
     sparkline,
+    ttft_lines,
     turn_lines,
 )
 from tests.ui.scripted import FACTS, RSS, stats_of
@@ -110,7 +113,7 @@ def test_a_cache_that_the_turn_threw_away_is_said_to_be_freed() -> None:
 
 def lines_of(state: PanelState) -> dict[str, list[str]]:
     """The panel's rows by their first words."""
-    rows = [line.plain for line in (*turn_lines(state), *kv_lines(state))]
+    rows = [line.plain for line in (*turn_lines(state), *memory_lines(state), *kv_lines(state))]
     return {line[:10].strip(): line[10:].split() for line in rows}
 
 
@@ -159,15 +162,13 @@ def test_without_a_model_there_is_no_formula() -> None:
         (0, 10, 8, ""),
         (5, 0, 8, ""),
         (-1, 10, 8, ""),
-        (10, 10, 8, "████████"),
-        (5, 10, 8, "████"),
-        (1, 1_000_000, 8, "▏"),
-        (9, 16, 1, "▌"),
-        (18, 32, 2, "█▏"),
+        (10, 10, 8, "▒▒▒▒▒▒▒▒"),
+        (5, 10, 8, "▒▒▒▒"),
+        (1, 1_000_000, 8, "▒"),
     ],
 )
 def test_a_bar_is_as_long_as_its_share(value: float, largest: float, width: int, shown: str) -> None:
-    assert bar(value, largest, width) == shown
+    assert bar(value, largest, width, "▒") == shown
 
 
 @pytest.mark.parametrize(
@@ -207,17 +208,86 @@ def test_a_reading_in_progress_comes_before_the_note() -> None:
     assert text(turn_lines(PanelState(turn=turn))).endswith("reading 5 of 10")
 
 
+def test_the_ledger_adds_up_all_turns_and_says_that_seconds_are_an_estimate() -> None:
+    turns = (stats(reused=50), stats(CacheMode.OFF), stats(reused=90))
+    state = PanelState(turn=figures_of(turns[-1]), prefill_rate=100.0, turns=turns)
+    shown = text(saving_lines(state))
+    assert "this turn        90 tok ≈ 0.90 s" in shown
+    assert "all turns       140 tok ≈ 1.40 s" in shown
+    assert "estimate at 100 tok/s" in shown
+    unmeasured = text(saving_lines(replace(state, prefill_rate=0.0)))
+    assert "140" in unmeasured
+    assert "≈" not in unmeasured
+    assert saving_lines(PanelState(turns=(stats(CacheMode.OFF),))) == []
+
+
 @pytest.mark.parametrize(
-    ("reused", "rate", "seconds"), [(0, 500.0, ""), (100, 0.0, ""), (100, 500.0, "≈ 0.20 s")]
+    ("seconds", "words"),
+    [(0.2, "0.20 s"), (31.44, "31.4 s"), (250.0, "250 s"), (720.0, "12 min"), (9000.0, "2.5 h")],
 )
-def test_what_reuse_saved_is_an_estimate_and_says_so(reused: int, rate: float, seconds: str) -> None:
-    state = PanelState(turn=TurnFigures(reused=reused), prefill_rate=rate)
-    assert saving(state)[0] == seconds
-    assert bool(saving_lines(state)) is bool(seconds)
-    if seconds:
-        shown = text(saving_lines(state))
-        assert "≈" in shown
-        assert f"estimate at {rate:,.0f} tok/s" in shown
+def test_a_duration_is_as_exact_as_its_size_deserves(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("parts", "cells", "given"),
+    [
+        ([0, 0], 10, [0, 0]),
+        ([1, 0], 10, [10, 0]),
+        ([1, 1000], 10, [1, 9]),
+        ([1, 1, 1_000_000, 1], 32, [1, 1, 29, 1]),
+        ([1, 1], 1, [0, 0]),
+        ([3, 1], 8, [6, 2]),
+    ],
+)
+def test_cells_are_shared_out_and_nothing_that_is_there_vanishes(
+    parts: list[int], cells: int, given: list[int]
+) -> None:
+    assert shares(parts, cells) == given
+
+
+def test_the_memory_bar_has_a_glyph_for_each_part_and_a_row_with_its_bytes() -> None:
+    pool = replace(POOL, free_bytes=8_000_000_000)
+    state = PanelState(model=FACTS, turn=TurnFigures(kv_bytes=31_000_000), others_bytes=12_000_000, pool=pool)
+    _, filled, *rows = memory_lines(state)
+    assert len(filled.plain) == INNER_WIDTH
+    assert list(dict.fromkeys(filled.plain)) == ["▓", "█", "▒", "░"]
+    assert text(rows).splitlines()[:4] == [
+        "▓ weights  269.0 MB bf16",
+        "█ this KV   31.0 MB bf16",
+        "▒ other KV  12.0 MB ",
+        "░ free      8.00 GB ",
+    ]
+    assert memory_lines(PanelState()) == []
+
+
+def test_bars_of_ttft_are_as_long_as_it_was_and_show_what_was_reused_and_what_read() -> None:
+    turns = (stats(prompt=104), stats(reused=94), replace(stats(reused=52), ttft_s=0.208))
+    legend, *bars = [line.plain for line in ttft_lines(PanelState(turns=turns))]
+    assert "▒ reused" in legend
+    assert "█ read" in legend
+    counted = [(line.count("▒"), line.count("█")) for line in bars]
+    assert counted == [(0, 18), (1, 1), (9, 9)]
+    assert [line.split()[0] for line in bars] == ["1", "2", "3"]
+    assert bars[0].endswith("0.21 s")
+    assert ttft_lines(PanelState()) == []
+    many = [line.plain.split()[0] for line in ttft_lines(PanelState(turns=turns * 5))[1:]]
+    assert many == ["8", "9", "10", "11", "12", "13", "14", "15"]
+
+
+def test_drafting_is_shown_only_where_something_was_drafted() -> None:
+    assert "drafted" not in text(turn_lines(PanelState()))
+    drafting = replace(figures_of(stats()), drafted=16, accepted=12)
+    assert "drafted" in text(turn_lines(PanelState(turn=drafting)))
+    assert "16 75% kept" in text(turn_lines(PanelState(turn=drafting)))
+
+
+def test_the_path_is_shown_with_the_reason_why_it_is_no_faster_one() -> None:
+    model = replace(FACTS, notes=("decode is not compiled: no compiler", "4 layers see 512 tokens"))
+    state = PanelState(model=model)
+    assert "path      eager bf16\ndecode is not compiled: no compiler" in text(turn_lines(state))
+    assert "compiled" not in text(kv_lines(state))
+    assert "4 layers see 512 tokens" in text(kv_lines(state))
 
 
 def test_without_a_finished_turn_nothing_is_compared() -> None:
@@ -276,11 +346,13 @@ def test_no_line_is_wider_than_the_panel(model: ModelFacts, context: int) -> Non
             limit=context,
         ),
         policy=EvictionPolicy.SNAPKV,
-        pool=PoolState((), 999_900_000, 99_990_000_000, 999_900_000, 99_990_000_000),
+        pool=PoolState((), 999_900_000, 99_990_000_000, 999_900_000, 99_990_000_000, (), 99_990_000_000),
         step_ms=(5.0, 3211.0) * KEPT_STEPS,
         rss_bytes=999_900_000,
         prefill_rate=1234.5,
+        others_bytes=999_900_000,
         by_mode={"on": replace(on, decode_tok_s=128.0), "turn": off, "off": off},
+        turns=(replace(on, ttft_s=123.4), off, on) * 40,
     )
     lines = panel_content(state).plain.splitlines()
     assert [line for line in lines if len(line) > INNER_WIDTH] == []

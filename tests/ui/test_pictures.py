@@ -2,20 +2,45 @@
 
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from kvchat.contract import Evicted, Miss, SetBudget, WarmCache
+from kvchat.catalog import DEFAULT_MODEL
+from kvchat.contract import (
+    CacheBlock,
+    CacheEvent,
+    CacheEventKind,
+    CacheMap,
+    Evicted,
+    LayerGroup,
+    Miss,
+    SetBudget,
+    WarmCache,
+)
+from kvchat.locate import MARKER
 from kvchat.session import Session
+from kvchat.staging import Progress
 from kvchat.ui.app import ChatApp
+from kvchat.ui.models import ModelShelf
+from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import Confirm, Explanation, Help
+from kvchat.ui.screens.map import MapScreen
+from kvchat.ui.screens.models import ModelScreen
+from kvchat.ui.screens.race import RaceScreen
+from kvchat.ui.screens.settings import SettingsScreen
+from kvchat.ui.screens.timeline import TimelineScreen
+from kvchat.ui.themes import OWN
+from kvchat.ui.widgets.card import TourCard
+from kvchat.ui.widgets.grid import CURSOR
 from tests.ui.driving import MODEL, Chat, saved_conversation, session_over, still
 from tests.ui.scripted import ScriptedEngine
 
-SIZES = [(150, 44), (100, 30), (60, 20)]
+SIZES = [(200, 60), (100, 30), (60, 20)]
 ANSWER = """\
 Most **high passes** open between late May and June; two stay open all year:
 
@@ -34,7 +59,9 @@ def chains(month: int) -> bool:
 
 > The drive over the Brenner takes about `3 h 10 min`.
 """
-MISS = Miss("system prompt edited", 1100, 2.26, 3, " You are a helpful", " Be brief.\n", 0)
+MISS = Miss(
+    "system prompt edited", 1100, 2.26, 3, " You are a helpful", " Be brief.\n", 0, "<|im_start|>system\n"
+)
 EVICTED = "the 2 oldest messages are left out; what stays is read again: exact"
 AN_EVENING = datetime(2026, 5, 17, 20, 15).timestamp()
 Compare = Callable[..., bool]
@@ -109,6 +136,65 @@ async def pricing(chat: Chat) -> None:
     await chat.dialog(Confirm)
 
 
+def a_model_in(folder: Path) -> Path:
+    """A folder that holds what looks like the default model."""
+    made = folder / "models" / DEFAULT_MODEL
+    made.mkdir(parents=True)
+    (made / MARKER).write_text("{}")
+    (made / "model.safetensors").write_bytes(b"\0" * 640_000)
+    return made.parent
+
+
+async def mapped(chat: Chat) -> None:
+    """F5 with a sink, a gap, a fork, two precisions, and a part that is on disk only."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    held = CacheBlock(0, 4, 0, "user", "Which pass", True, True, "int8", 4 * 11_520, sink=True)
+    places = [(4, 16, 0), (20, 16, 0), (36, 16, 1), (52, 16, 1), (68, 16, 1), (84, 9, 1)]
+    rest = [replace(held, start=s, tokens=n, message=m, bytes=n * 11_520, sink=False) for s, n, m in places]
+    rest = [replace(block, role="assistant" if block.message else "user") for block in rest]
+    rest[0] = replace(rest[0], shared=True)
+    rest[2] = replace(rest[2], held=False, saved=False, bytes=0, precision="")
+    rest[3] = replace(rest[3], held=False, bytes=0)
+    rest[5] = replace(rest[5], precision="bf16", saved=False)
+    layers = (LayerGroup("full", 30, 0, 1_031_000),)
+    name = chat.session.current.id
+    chat.engine.map = CacheMap(name, (held, *rest), layers, 1_031_000, 712_000, ("fork",))
+    await chat.press("f5")
+    await chat.dialog(MapScreen)
+    await chat.until_visible("8 bits")
+    await chat.press("up")
+    await chat.until(lambda: CURSOR in chat.visible(), "the cursor is drawn")
+
+
+async def raced(chat: Chat) -> None:
+    """F7, after both runs."""
+    await chat.send("/cache compare Which pass over the Alps is open in May?")
+    await chat.dialog(RaceScreen)
+    await chat.until_visible("Both wrote the same")
+
+
+async def touring(chat: Chat) -> None:
+    """The tour, after its first step."""
+    await chat.send("/tour")
+    await chat.until(lambda: chat.screen.query(TourCard), "the card is there")
+    await chat.until_visible("Enter runs it")
+    await chat.press("enter")
+    await chat.until_visible("Enter goes on")
+
+
+async def told(chat: Chat) -> None:
+    """The timeline with an event of every kind."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    name = chat.session.current.id
+    events = [
+        CacheEvent(name, kind, 40 * n, 900_000 * n, n / 100, "because" * (n % 3 == 0), AN_EVENING + 61 * n)
+        for n, kind in enumerate(CacheEventKind)
+    ]
+    chat.session.note_events(events)
+    await chat.send("/cache timeline")
+    await chat.dialog(TimelineScreen)
+
+
 def session_with_others() -> Session:
     """An empty conversation, and three older ones in the list."""
     session = session_over()
@@ -117,17 +203,66 @@ def session_with_others() -> Session:
     return session
 
 
-SCENES = [empty, talk, helped, deleting, missed, evicted, caches, pricing]
+async def completing(chat: Chat) -> None:
+    """A slash word is being typed."""
+    await chat.press("slash", "c")
+    await chat.until_visible("/continue")
 
 
+async def settings(chat: Chat) -> None:
+    """F2, at a setting that the file sets."""
+    await chat.press("f2")
+    await chat.dialog(SettingsScreen)
+    await chat.press(*("down",) * 6)
+
+
+async def models(chat: Chat) -> None:
+    """Ctrl+L, one model here, one being fetched, and the others not."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    chat.screen._models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
+    await chat.press("ctrl+l")
+    await chat.dialog(ModelScreen)
+    await chat.until_visible("26%")
+
+
+async def listed(chat: Chat) -> None:
+    """Ctrl+S, where the list has to be asked for."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    await chat.press("ctrl+s")
+    if not chat.conversations.has_focus:
+        await chat.press("ctrl+s")
+    await chat.until(lambda: chat.conversations.has_focus, "the list has the focus")
+
+
+async def panelled(chat: Chat) -> None:
+    """F3, where the panel has to be asked for."""
+    await chat.ask("Which pass over the Alps is open in May?")
+    if not chat.shows("#panel"):
+        await chat.press("f3")
+
+
+SCENES = [
+    *(empty, talk, helped, deleting, missed, evicted, caches, pricing),
+    *(completing, settings, models, listed, panelled),
+    *(mapped, raced, touring, told),
+]
+
+
+@pytest.mark.parametrize("theme", [theme.name for theme in OWN])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.__name__))
-def test_the_screen_looks_as_it_did(scene: Scene, size: tuple[int, int], snap_compare: Compare) -> None:
+def test_the_screen_looks_as_it_did(
+    scene: Scene, size: tuple[int, int], theme: str, snap_compare: Compare, tmp_path: Path
+) -> None:
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):
         engine.answers(*re.findall(r"\s*\S+\s?", answer))
     session = session_with_others()
-    app = still(ChatApp(lambda: session, engine.attach, model=MODEL))
+    file = tmp_path / "config.toml"
+    file.write_text("max-tokens = 256\n")
+    shelf = ModelShelf(a_model_in(tmp_path), lambda _folder, _name: engine.attach, lambda _name: ["false"])
+    preferences = Preferences(theme, config_file=file)
+    app = still(ChatApp(lambda: session, engine.attach, model=MODEL, preferences=preferences, shelf=shelf))
 
     async def play(pilot: Pilot[None]) -> None:
         chat = Chat(app, pilot, session, engine)

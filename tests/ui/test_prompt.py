@@ -3,6 +3,7 @@
 import pytest
 from textual import events
 
+from kvchat.ui.screens.dialogs import Confirm
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 
@@ -109,17 +110,36 @@ async def test_the_own_draft_survives_an_answer_that_ends_while_an_old_message_i
         assert chat.prompt.text == "my own"
 
 
-async def test_history_is_the_one_of_the_open_conversation() -> None:
+async def test_history_goes_across_conversations_and_restarts() -> None:
     session = session_over()
-    saved_conversation(session._store, ("user", "of the other one"), ("assistant", "yes"))
+    saved_conversation(session._store, ("user", "long ago"), ("assistant", "yes"))
     async with running(session=session) as chat:
         await chat.ask("of this one")
         await chat.press("ctrl+n", "up")
-        assert chat.prompt.text == ""
-        session.open(next(s.id for s in session.conversations() if s.title == "of the other one"))
-        await chat.screen._opened()
+        assert chat.prompt.text == "of this one"
         await chat.press("up")
-        assert chat.prompt.text == "of the other one"
+        assert chat.prompt.text == "long ago"
+    async with running(session=session_over(session._store)) as chat:
+        await chat.press("up", "up")
+        assert chat.prompt.text == "long ago"
+
+
+async def test_history_forgets_what_was_deleted_and_has_the_same_words_once() -> None:
+    async with running() as chat:
+        for text in ("twice", "once", "twice"):
+            await chat.ask(text)
+        await chat.press("up", "up")
+        assert chat.prompt.text == "once"
+        await chat.press("up")
+        assert chat.prompt.text == "once"
+        await chat.press("down", "down")
+        await chat.send("/delete")
+        await chat.dialog(Confirm)
+        await chat.press("y")
+        await chat.until(lambda: chat.session.conversations() == [], "it is deleted")
+        await chat.press("up")
+        await chat.pilot.pause()
+        assert chat.prompt.text == ""
 
 
 async def test_keys_typed_right_after_enter_stay_in_the_prompt() -> None:

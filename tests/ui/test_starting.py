@@ -67,5 +67,5 @@ async def test_the_engine_starts_once_and_the_status_says_how_far_it_is() -> Non
         assert chat.prompt.has_focus
         engine.loading.open()
         await chat.until(lambda: "eager bf16" in chat.status(), "the engine is ready")
-        await chat.until_visible("2 × 30 layers × 3 KV heads")
+        await chat.until_visible("eager bf16 · 2 threads")
         assert engine.starts == 1

@@ -1,12 +1,11 @@
 """An answer on its way to the screen: complete, in order, and stopped where the user stops it."""
 
 import pytest
-from textual.widgets import Markdown
-from textual.widgets.markdown import MarkdownBlock
 
 from kvchat import session as conductor
 from kvchat.contract import FinishReason, PrefillProgress
 from kvchat.errors import KvchatError
+from kvchat.ui.widgets.markdown import MarkdownText
 from tests.ui.driving import Chat, running
 from tests.ui.scripted import Fails, ScriptedEngine
 
@@ -19,10 +18,10 @@ PARTS = [PART.replace("{n}", str(n)) for n in range(4)]
 LONG = "".join(PARTS)
 
 
-def blocks(chat: Chat) -> list[tuple[str, str]]:
-    """What the last answer is drawn as: the kind and the source of every block."""
-    found = chat.transcript.query(Markdown).last().query(MarkdownBlock)
-    return [(type(block).__name__, str(block.content)) for block in found]
+def blocks(chat: Chat) -> list[str]:
+    """What the last answer is drawn as, line by line."""
+    text = chat.transcript.query(MarkdownText).last()
+    return [strip.text.rstrip() for strip in text.lines(text.size.width)]
 
 
 async def test_the_engine_is_asked_and_its_answer_stands_on_the_screen() -> None:
@@ -89,6 +88,7 @@ async def test_an_answer_drawn_piece_by_piece_looks_as_one_drawn_at_once(parts: 
         await chat.until_idle()
         streamed = blocks(chat)
         await chat.screen._opened()
+        await chat.until(lambda: chat.transcript.query(MarkdownText).last().size.width, "it is laid out")
         assert len(streamed) > 1 or "```" in parts[0]
         assert blocks(chat) == streamed
 

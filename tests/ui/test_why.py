@@ -11,7 +11,7 @@ from tests.ui.scripted import ScriptedEngine
 from tests.ui.test_branches import SIZES, held_before
 from tests.ui.test_hostile import HOSTILE, WORST, assert_harmless
 
-MISS = Miss("system prompt edited", 1100, 2.26, 3, " You are", "Be brief\n", 0)
+MISS = Miss("system prompt edited", 1100, 2.26, 3, " You are", "Be brief\n", 0, "system\n")
 NOTHING = "Nothing was read again"
 
 
@@ -34,8 +34,8 @@ async def test_f6_tells_the_cause_the_price_and_the_place(size: tuple[int, int])
             "Read again: 1,100 tokens, about 2.3 s.",
             "",
             "First difference: token 3, in the system prompt:",
-            "cached  ␣You are",
-            "now     Be brief⏎",
+            "cached  system⏎␣You are",
+            "now     system⏎Be brief⏎",
         ]
         for line in explained.splitlines():
             await chat.until_visible(line)
@@ -91,7 +91,9 @@ async def test_of_a_turn_before_the_program_started_its_note_is_told() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 async def test_a_hostile_difference_is_harmless_and_stays_on_its_line(text: str) -> None:
-    engine = ScriptedEngine().answers("Fine", reuse_note=text, miss=Miss(text, 7, 0.1, 40, text, text, 1))
+    engine = ScriptedEngine().answers(
+        "Fine", reuse_note=text, miss=Miss(text, 7, 0.1, 40, text, text, 1, text)
+    )
     async with running(engine) as chat:
         await chat.ask("Go")
         explained = await why(chat)
@@ -149,7 +151,7 @@ async def test_what_was_dropped_is_said_above_the_answer_and_dimmed(size: tuple[
         await chat.until_noticed("The context was full: 2 turns left out.")
         await chat.until_reached(gate)
         assert chat.dimmed() == [True] * 4 + [False] * 4
-        above = chat.transcript.children[-2]
+        above = [child for child in chat.transcript.children if child.display][-2]
         assert above.has_class("notice")
         gate.open()
         await chat.until_idle()

@@ -30,7 +30,7 @@ COLUMNS = {
 }
 """Cells of each; in a narrow terminal the last ones come by scrolling."""
 NUMBERS = {"memory", "disk", "tokens", "used"}
-HINT = "P pin · E out of memory · W into memory · D drop · B budget · Esc back"
+HINT = "P pin · E out of memory · W into memory · D drop · B budget · T timeline · Esc back"
 FILLED, EMPTY, BAR_CELLS = "█", "░", 20
 
 
@@ -84,6 +84,7 @@ class CachesScreen(ModalScreen[None]):
         Binding("w", "warm", "Into memory"),
         Binding("d,delete", "drop", "Drop"),
         Binding("b", "budget", "Budget"),
+        Binding("t", "timeline", "Timeline"),
     ]
 
     def __init__(
@@ -92,12 +93,14 @@ class CachesScreen(ModalScreen[None]):
         pool: PoolState | None,
         act: Callable[[CacheAct], None],
         ask_budget: Callable[[], None],
+        show_timeline: Callable[[str], None],
     ) -> None:
         super().__init__()
         self._summaries = list(summaries)
         self._pool = pool
         self._act = act
         self._ask_budget = ask_budget
+        self._show_timeline = show_timeline
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog caches"):
@@ -150,6 +153,11 @@ class CachesScreen(ModalScreen[None]):
         """Frees a cache in memory and on disk; the text stays."""
         if chosen := self._chosen():
             self._act(Drop(chosen))
+
+    def action_timeline(self) -> None:
+        """Shows what happened to a cache."""
+        if chosen := self._chosen():
+            self._show_timeline(chosen)
 
     def action_budget(self) -> None:
         """Asks for another budget."""

@@ -1,5 +1,7 @@
 """Small questions over the chat: a line of text, a yes or no, and the help."""
 
+from collections.abc import Sequence
+
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical, VerticalScroll
@@ -8,7 +10,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Markdown, Static
 
 from kvchat.text import clean, one_line
-from kvchat.ui.commands import help_markdown
+from kvchat.ui.commands import COMMANDS, Command, help_markdown
 
 
 class AskLine(ModalScreen[str | None]):
@@ -74,6 +76,11 @@ class Help(ModalScreen[None]):
 
     BINDINGS = [Binding("escape,f1,q", "dismiss(None)", "Close")]
 
+    def __init__(self, commands: Sequence[Command] = COMMANDS) -> None:
+        """`commands` carry the keys that the user gave them."""
+        super().__init__()
+        self._text = help_markdown(commands)
+
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog help"):
-            yield Markdown(help_markdown(), open_links=False)
+            yield Markdown(self._text, open_links=False)

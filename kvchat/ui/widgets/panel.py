@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from textual.content import Content
 from textual.widgets import Static
 
-from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TurnStats
+from kvchat.contract import CacheMode, EvictionPolicy, Fate, ModelFacts, PoolState, TurnStats
 from kvchat.text import clean, megabytes
-from kvchat.ui.words import BITS
+from kvchat.ui.words import BITS, FATES
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),
@@ -34,7 +34,16 @@ WHEN_FULL = {
     EvictionPolicy.SINKS: "approximate",
     EvictionPolicy.SNAPKV: "approximate",
 }
-BARS = " ▏▎▍▌▋▊▉█"
+(REUSED, REUSED_STYLE), (READ, READ_STYLE) = FATES[Fate.REUSED], FATES[Fate.READ]
+MEMORY = {"weights": "▓", "this KV": "█", "other KV": "▒", "free": "░"}
+MEMORY_STYLES = {
+    "weights": "$text-secondary",
+    "this KV": "$text-success",
+    "other KV": "$text-warning",
+    "free": "$text-muted",
+}
+TURNS_SHOWN = 8
+TTFT_CELLS = 18
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32
 ENOUGH_TOKENS = 64
@@ -63,6 +72,8 @@ class TurnFigures:
     """Empty before the first turn: as the model computes."""
     limit: int = 0
     """Tokens that fit; 0 before the first turn."""
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def context(self) -> int:
@@ -84,8 +95,12 @@ class PanelState:
     """Tokens a second, from the largest prefill measured so far; 0 where none was long enough."""
     policy: EvictionPolicy = EvictionPolicy.TURNS
     pool: PoolState | None = None
+    others_bytes: int = 0
+    """What the caches of all other conversations take in memory."""
     by_mode: Mapping[str, TurnStats] = field(default_factory=dict)
     """The last turn's figures in each mode."""
+    turns: tuple[TurnStats, ...] = ()
+    """Every finished turn of the conversation, oldest first."""
 
 
 def big_letters(word: str) -> tuple[str, str, str]:
@@ -95,12 +110,11 @@ def big_letters(word: str) -> tuple[str, str, str]:
     return first, second, third
 
 
-def bar(value: float, largest: float, width: int) -> str:
-    """A bar in eighths of a cell; anything above nothing is at least a sliver."""
+def bar(value: float, largest: float, width: int, glyph: str) -> str:
+    """A bar of whole cells; anything above nothing is one at least."""
     if value <= 0 or largest <= 0:
         return ""
-    eighths = max(1, round(value / largest * width * 8))
-    return BARS[8] * (eighths // 8) + BARS[eighths % 8].strip()
+    return glyph * max(1, round(value / largest * width))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -110,12 +124,25 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(SPARKS[min(7, int(value / top * 7.999))] for value in shown) if top > 0 else ""
 
 
-def saving(state: PanelState) -> tuple[str, str]:
-    """(seconds saved by not reading the reused tokens again, how that is known)."""
-    if not state.turn.reused or not state.prefill_rate:
-        return "", ""
-    seconds = state.turn.reused / state.prefill_rate
-    return f"≈ {seconds:.2f} s", f"estimate at {state.prefill_rate:,.0f} tok/s"
+def shares(parts: Sequence[int], cells: int) -> list[int]:
+    """So many cells divided among the parts; each that is not nothing has one at least."""
+    total = sum(parts)
+    if not total or cells < sum(part > 0 for part in parts):
+        return [0] * len(parts)
+    given = [max(1, part * cells // total) if part else 0 for part in parts]
+    while (over := sum(given) - cells) != 0:
+        largest = max(range(len(parts)), key=lambda i: given[i] if over > 0 else parts[i])
+        given[largest] -= 1 if over > 0 else over
+    return given
+
+
+def duration(seconds: float) -> str:
+    """`0.20 s`, `31.4 s`, `250 s`, `12 min`, `2.5 h`."""
+    if seconds >= 6000:
+        return f"{seconds / 3600:,.1f} h"
+    if seconds >= 600:
+        return f"{seconds / 60:,.0f} min"
+    return f"{seconds:.{2 if seconds < 10 else 1 if seconds < 100 else 0}f} s"
 
 
 def heading(words: str) -> Content:
@@ -145,22 +172,27 @@ def turn_lines(state: PanelState) -> list[Content]:
     """What this turn reused, read and wrote, and how fast."""
     turn = state.turn
     counts = {"reused": turn.reused, "read": turn.read, "written": turn.written}
-    styles = {"reused": "$text-success", "read": "$text-warning", "written": "$text-primary"}
     largest = max(counts.values())
-    width = INNER_WIDTH - 20
-    lines = [row(name, f"{n:,}", bar(n, largest, width), styles[name]) for name, n in counts.items()]
+    lines = [
+        row(name, f"{count:,}", bar(count, largest, INNER_WIDTH - 20, glyph), colour)
+        for (name, count), (glyph, colour) in zip(counts.items(), FATES.values(), strict=False)
+    ]
     if turn.restored:
         lines.append(row("restored", f"{turn.restored:,}", "from disk"))
     if turn.evicted:
-        lines.append(row("evicted", f"{turn.evicted:,}", "context full", "$text-error"))
+        lines.append(row("evicted", f"{turn.evicted:,}", "context full", FATES[Fate.EVICTED][1]))
     lines += [
         row("TTFT", seconds(turn.ttft_s)),
         row("prefill", rate(turn.prefill_tok_s), "tok/s"),
         row("decode", rate(turn.decode_tok_s), "tok/s"),
     ]
-    latest = f"{state.step_ms[-1]:.0f}" if state.step_ms else "–"
+    latest = f"{state.step_ms[-1]:.1f}" if state.step_ms else "–"
     lines.append(row("ms/token", latest))
     lines.append(Content.assemble((sparkline(state.step_ms, INNER_WIDTH), "$text-accent")))
+    if turn.drafted:
+        kept = f"{turn.accepted / turn.drafted:.0%} kept"
+        lines.append(row("drafted", f"{turn.drafted:,}", kept))
+    lines += path_lines(state.model)
     note = turn.reading or clean(turn.reuse_note)
     return [
         heading("this turn"),
@@ -169,8 +201,73 @@ def turn_lines(state: PanelState) -> list[Content]:
     ]
 
 
+def path_lines(model: ModelFacts | None) -> list[Content]:
+    """Which code decodes and, where it is not the fastest, why."""
+    if model is None:
+        return []
+    line = Content.assemble((f"{'path':<10}", "$text-muted"), (clean(model.path), "bold"))
+    return [line, *(Content.assemble((clean(note), "$text-muted")) for note in path_notes(model))]
+
+
+def path_notes(model: ModelFacts) -> list[str]:
+    """What the engine says about its path, among what it says about the model."""
+    return [note for note in model.notes if "compiled" in note]
+
+
+def ttft_lines(state: PanelState) -> list[Content]:
+    """TTFT of the latest turns as bars, each divided as its prompt was: reused, and read."""
+    if not state.turns:
+        return []
+    legend = Content.assemble(
+        ("\nTTFT by turn  ", "bold $text-accent"),
+        (f"{REUSED} reused ", REUSED_STYLE),
+        (f"{READ} read", READ_STYLE),
+    )
+    longest = max(turn.ttft_s for turn in state.turns[-TURNS_SHOWN:])
+    numbered = list(enumerate(state.turns, start=1))[-TURNS_SHOWN:]
+    return [legend, *(ttft_bar(number, turn, longest) for number, turn in numbered)]
+
+
+def ttft_bar(number: int, turn: TurnStats, longest: float) -> Content:
+    """One turn: as long as its TTFT."""
+    cells = max(1, round(turn.ttft_s / longest * TTFT_CELLS)) if longest > 0 else 1
+    parts = (turn.reused_tokens, turn.prefilled_tokens)
+    reused, read = shares(parts, cells) if cells > 1 else (0, 1)
+    return Content.assemble(
+        (f"{number:>3} ", "$text-muted"),
+        (REUSED * reused, REUSED_STYLE),
+        (READ * read, READ_STYLE),
+        " " * (TTFT_CELLS - reused - read),
+        (f"{turn.ttft_s:>8.2f} s", "bold"),
+    )
+
+
+def memory_lines(state: PanelState) -> list[Content]:
+    """Weights, this cache, the other ones and what is free: one bar, and bytes."""
+    if (model := state.model) is None:
+        return []
+    free = state.pool.free_bytes if state.pool else 0
+    sizes = dict(
+        zip(MEMORY, (model.weights_bytes, state.turn.kv_bytes, state.others_bytes, free), strict=True)
+    )
+    cells = dict(zip(MEMORY, shares(list(sizes.values()), INNER_WIDTH), strict=True))
+    filled = Content.assemble(*((MEMORY[name] * cells[name], MEMORY_STYLES[name]) for name in MEMORY))
+    rest = {"weights": model.weights_dtype, "this KV": state.turn.kv_dtype or model.kv_dtype}
+    rows = [
+        Content.assemble(
+            (f"{MEMORY[name]} ", MEMORY_STYLES[name]),
+            (f"{name:<8}", "$text-muted"),
+            (f"{megabytes(size) if size or name != 'free' else '–':>9}", "bold"),
+            (f" {rest.get(name, '')}", "$text-muted"),
+        )
+        for name, size in sizes.items()
+    ]
+    process = row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–")
+    return [heading("memory"), filled, *rows, process, *pool_rows(state.pool)]
+
+
 def kv_lines(state: PanelState) -> list[Content]:
-    """The formula with this model's numbers, and the memory around it."""
+    """The formula with this model's numbers, and how full the context is."""
     if (model := state.model) is None:
         return []
     tokens = state.turn.kv_tokens
@@ -188,12 +285,13 @@ def kv_lines(state: PanelState) -> list[Content]:
         Content.assemble((formula, "$text-muted")),
         row("used", megabytes(used), freed),
         row("allocated", megabytes(state.turn.kv_bytes)),
-        row("weights", megabytes(model.weights_bytes), model.weights_dtype),
-        row("process", megabytes(state.rss_bytes) if state.rss_bytes else "–"),
-        *pool_rows(state.pool),
         row("context", f"{state.turn.context:,}", f"of {limit:,}"),
         row("when full", state.policy.value, WHEN_FULL[state.policy]),
-        *(Content.assemble((clean(note), "$text-muted")) for note in model.notes),
+        *(
+            Content.assemble((clean(note), "$text-muted"))
+            for note in model.notes
+            if note not in path_notes(model)
+        ),
     ]
 
 
@@ -208,16 +306,17 @@ def pool_rows(pool: PoolState | None) -> list[Content]:
 
 
 def saving_lines(state: PanelState) -> list[Content]:
-    """What reuse was worth in this turn."""
-    saved, how = saving(state)
-    if not saved:
+    """The ledger: tokens that were not read again, and what that was worth."""
+    ledger = {"this turn": state.turn.reused, "all turns": sum(turn.reused_tokens for turn in state.turns)}
+    if not any(ledger.values()):
         return []
-    return [
-        heading("saved by reuse"),
-        row("tokens", f"{state.turn.reused:,}", "not re-read"),
-        row("time", saved),
-        Content.assemble((how, "$text-muted")),
+    measured = state.prefill_rate
+    how = f"estimate at {measured:,.0f} tok/s" if measured else "no reading rate measured yet"
+    rows = [
+        row(name, f"{count:,}", f"tok ≈ {duration(count / measured)}" if measured else "tok")
+        for name, count in ledger.items()
     ]
+    return [heading("saved by reuse"), *rows, Content.assemble((how, "$text-muted"))]
 
 
 def comparison_lines(state: PanelState) -> list[Content]:
@@ -250,7 +349,15 @@ def ratio_lines(by_mode: Mapping[str, TurnStats]) -> list[Content]:
 
 def panel_content(state: PanelState) -> Content:
     """All lines of the panel."""
-    parts = (mode_lines, turn_lines, kv_lines, saving_lines, comparison_lines)
+    parts = (
+        mode_lines,
+        turn_lines,
+        ttft_lines,
+        memory_lines,
+        kv_lines,
+        saving_lines,
+        comparison_lines,
+    )
     return Content("\n").join([line for part in parts for line in part(state)])
 
 
@@ -264,8 +371,10 @@ class CachePanel(Static):
     def show(self, state: PanelState) -> None:
         """Draws what changed."""
         if state != self._shown:
-            self._shown = state
-            self.update(panel_content(state))
+            before, self._shown = panel_content(self._shown), state
+            content = panel_content(state)
+            # while an answer streams it is drawn often, and a layout of the whole screen costs the most
+            self.update(content, layout=content.plain.count("\n") != before.plain.count("\n"))
 
     def on_mount(self) -> None:
         """Draws the empty state."""

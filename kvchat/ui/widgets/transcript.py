@@ -1,134 +1,44 @@
-"""The conversation as it is read: messages, the answer that is streaming, and notices in between.
+"""The conversation as it is read: a window over its messages, the answer that is streaming, and notices.
 
-Whatever a model or a user wrote is untrusted: it is cleaned of control characters, never parsed as markup,
-and its raw HTML is shown as text.
+Of a long conversation only the messages around what is read are mounted; others come when the view comes
+near them, whether by mouse or by key.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
-from markdown_it import MarkdownIt
-from textual import events
-from textual.app import ComposeResult
-from textual.containers import VerticalGroup, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Markdown, Static
+from textual.widgets import Static
 
-from kvchat.contract import FinishReason, TurnStats
 from kvchat.conversation import Message
-from kvchat.text import clean, one_line
-from kvchat.ui.pace import pause_after
+from kvchat.errors import KvchatError
+from kvchat.text import clean
+from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
+from kvchat.ui.widgets.welcome import Welcome
 
-SHOWN_AT_ONCE = 30
-"""Messages mounted when a conversation opens; earlier ones come when they are asked for."""
-ENDINGS = {
-    FinishReason.CANCELLED: "stopped",
-    FinishReason.LENGTH: "cut at the longest answer allowed (--max-tokens)",
-    FinishReason.CONTEXT: "cut where the context is full",
-    FinishReason.ERROR: "cut off by an error",
-}
-WELCOME = """\
-Write a message below: the model answers on this machine, and this conversation keeps its KV cache.
-
-The panel on the right shows what each turn reused, what it had to read, and what that took. \
-Press F4 to turn the cache off and feel what it is worth; F1 shows every key.
-"""
+P = ParamSpec("P")
+SHOWN_AT_ONCE = 12
+"""Messages mounted when a conversation opens."""
+STEP = 4
+"""Messages mounted when the view comes near the edge of what is mounted."""
+MOUNTED_AT_MOST = 40
+"""Every mounted message takes part in every layout."""
 
 
-def markdown_of(text: str) -> str:
-    """An answer as Markdown to draw: cleaned, with one kind of line end.
+def one_at_a_time(
+    change: Callable[Concatenate["Transcript", P], Awaitable[None]],
+) -> Callable[Concatenate["Transcript", P], Coroutine[Any, Any, None]]:
+    """A change of what is mounted waits for the one before it: keys, turns and scrolling all make some."""
 
-    Textual counts lines by `str.splitlines`, its parser by `\\n`; where they part, a stream is drawn twice.
-    """
-    return clean(text).replace("\u2028", "\n").replace("\u2029", "\n")
+    @wraps(change)
+    async def locked(transcript: "Transcript", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        async with transcript.lock:
+            await change(transcript, *args, **kwargs)
 
-
-def parser() -> MarkdownIt:
-    """Markdown as models write it; raw HTML stays visible as text."""
-    return MarkdownIt("gfm-like").disable(["html_block", "html_inline"])
-
-
-def answer_note(stats: TurnStats | None, finish: str | None) -> str:
-    """What stands under an answer: its figures, and how it ended if not by itself."""
-    parts = []
-    if stats:
-        parts = [
-            f"reused {stats.reused_tokens:,}",
-            f"read {stats.prefilled_tokens:,}",
-            f"wrote {stats.generated_tokens:,}",
-            f"TTFT {stats.ttft_s:.2f} s",
-            f"{stats.decode_tok_s:.1f} tok/s",
-            f"cache {stats.cache_mode}",
-        ]
-        parts += [stats.reuse_note] if stats.reuse_note else []
-    ending = "cut off by a crash" if finish is None else ENDINGS.get(FinishReason(finish), "")
-    return " · ".join([*parts, ending] if ending else parts)
-
-
-class UserMessage(VerticalGroup):
-    """What the user wrote, as it was written."""
-
-    def __init__(self, text: str, number: int) -> None:
-        """`number` counts the questions of the conversation from 1."""
-        super().__init__(classes="message user")
-        self._text = text
-        self._number = number
-
-    def compose(self) -> ComposeResult:
-        yield Static(f"you · {self._number}", classes="who", markup=False)
-        yield Static(Content(clean(self._text)), classes="text")
-
-
-class AnswerMessage(VerticalGroup):
-    """An answer: Markdown, drawn while it streams as often as that stays cheap."""
-
-    def __init__(self, who: str, text: str = "", note: str = "") -> None:
-        super().__init__(classes="message answer")
-        self._who = who
-        self._text = markdown_of(text)
-        self._note = note
-        self._undrawn: list[str] = []
-        self._drawing = False
-
-    def compose(self) -> ComposeResult:
-        yield Static(Content(one_line(self._who)), classes="who")
-        yield Markdown(self._text or None, parser_factory=parser, open_links=False)
-        yield Static(Content(clean(self._note)), classes="note")
-
-    def append(self, text: str) -> None:
-        """Adds streamed text; it is drawn at the next draw."""
-        self._undrawn.append(markdown_of(text))
-        if not self._drawing:
-            self._drawing = True
-            self.call_later(self._draw)
-
-    async def finish(self, text: str, note: str) -> None:
-        """The answer is over: draws all of it, whatever was drawn so far."""
-        self._undrawn.clear()
-        self._text = markdown_of(text)
-        markdown = self.query_one(Markdown)
-        if markdown.source != self._text:
-            await markdown.update(self._text)
-        self.say(note)
-
-    def say(self, note: str) -> None:
-        """Shows something under the answer."""
-        self.query_one(".note", Static).update(Content(clean(note)))
-
-    async def _draw(self) -> None:
-        if not self._undrawn or not self.is_attached:
-            self._drawing = False
-            return
-        piece = "".join(self._undrawn)
-        self._undrawn.clear()
-        cpu = time.process_time()
-        await self.query_one(Markdown).append(piece)
-        # the layout and the painting that this draw causes are over only after the next refresh
-        self.call_after_refresh(self._rest, cpu)
-
-    def _rest(self, cpu_before: float) -> None:
-        self.set_timer(pause_after(time.process_time() - cpu_before), self._draw)
+    return locked
 
 
 class Notice(Static):
@@ -139,103 +49,367 @@ class Notice(Static):
         self.text = text
 
 
-class EarlierMessages(Static):
-    """Stands for the messages that are not mounted; a click brings some of them."""
+class Unmounted(Static):
+    """Stands for the messages before or after the mounted ones, until they are mounted."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__(Content(f"▲ {count} earlier messages"), classes="earlier")
+    ARROW = ""
+    WORD = ""
 
-    def on_click(self, event: events.Click) -> None:
-        """Brings earlier messages."""
-        event.stop()
-        self.query_ancestor(Transcript).show_earlier()
+    def __init__(self) -> None:
+        super().__init__(classes="earlier", markup=False)
+
+    def count(self, messages: int) -> None:
+        """Says how many there are; of none, nothing."""
+        self.display = messages > 0
+        self.update(Content(f"{self.ARROW} {messages:,} {self.WORD} message{'s' * (messages != 1)}"))
 
 
-class Transcript(VerticalScroll):
+class EarlierMessages(Unmounted):
+    """Those before."""
+
+    ARROW, WORD = "▲", "earlier"
+
+
+class LaterMessages(Unmounted):
+    """Those after."""
+
+    ARROW, WORD = "▼", "later"
+
+
+class Transcript(VerticalScroll, can_focus=False):
     """The open conversation. Follows the end unless the user scrolled up."""
 
     def __init__(self) -> None:
         super().__init__(id="transcript")
-        self._earlier = 0
-        """Messages that come before the mounted ones."""
         self._messages: list[Message] = []
+        self._numbers: list[int] = []
+        """For each message, the number of the question that it is or answers."""
+        self._window = range(0)
+        """Places of the mounted messages; the streaming answer comes after the last one."""
         self._left_out = 0
+        self._who = ""
+        self._moving = False
+        """Whether messages are being mounted and unmounted."""
+        self._earlier, self._later = EarlierMessages(), LaterMessages()
+        self.unfolded = False
+        """Whether the thinking of answers is shown."""
         self.streaming: AnswerMessage | None = None
 
     def on_mount(self) -> None:
         """Follows the end from the start."""
         self.anchor()
 
+    @one_at_a_time
     async def show(self, messages: Sequence[Message], who: str, left_out: int = 0) -> None:
         """Replaces everything by a conversation; the `left_out` oldest messages are dimmed."""
         self.streaming = None
         self._who = who
-        self._messages = list(messages)
         self._left_out = left_out
-        self._earlier = max(0, len(messages) - SHOWN_AT_ONCE)
-        widgets = [self._widget(place) for place in range(self._earlier, len(messages))]
-        if self._earlier:
-            widgets.insert(0, EarlierMessages(self._earlier))
-        async with self.batch():
-            await self.remove_children()
-            await self.mount_all(widgets or [Static(Content(WELCOME), classes="welcome")])
+        self._learn(messages)
+        await self._show_window(len(messages) - SHOWN_AT_ONCE, len(messages))
         self.anchor()
 
-    def show_earlier(self) -> None:
+    @one_at_a_time
+    async def settle(self, messages: Sequence[Message]) -> None:
+        """These are the messages now that a turn is over: what streamed is one of them."""
+        at_end = self._window.stop == len(self._messages)
+        self._learn(messages)
+        if at_end:
+            self._window = range(min(self._window.start, len(messages)), len(messages))
+        self._count()
+
+    @one_at_a_time
+    async def show_earlier(self) -> None:
         """Mounts some of the messages that come before."""
-        end, self._earlier = self._earlier, max(0, self._earlier - SHOWN_AT_ONCE)
-        self.query(EarlierMessages).remove()
-        widgets: list[Widget] = [EarlierMessages(self._earlier)] if self._earlier else []
-        self.mount_all([*widgets, *(self._widget(p) for p in range(self._earlier, end))], before=0)
+        start, stop = max(0, self._window.start - STEP), self._window.stop
+        # the answer that streams stands after the last message: that one stays
+        await self._move(start, stop if self._streams_here else min(stop, start + MOUNTED_AT_MOST))
+
+    @one_at_a_time
+    async def show_later(self) -> None:
+        """Mounts some of the messages that come after."""
+        stop = min(len(self._messages), self._window.stop + STEP)
+        await self._move(max(self._window.start, stop - MOUNTED_AT_MOST), stop)
+
+    @one_at_a_time
+    async def show_end(self) -> None:
+        """Mounts the last messages, where the view is elsewhere, and follows the end."""
+        if self._window.stop < len(self._messages):
+            await self._show_window(len(self._messages) - SHOWN_AT_ONCE, len(self._messages))
+        self.anchor()
+
+    @one_at_a_time
+    async def go_to(self, place: int, words: Sequence[str] = ()) -> None:
+        """Shows a message, with the focus on it and these words marked in it."""
+        if not 0 <= place < len(self._messages):
+            return
+        if place not in self._window:
+            start = max(0, place - SHOWN_AT_ONCE // 2)
+            await self._show_window(start, start + SHOWN_AT_ONCE)
+        block = next((block for block in self._blocks() if block.place == place), None)
+        if block is None:
+            return
+        if words:
+            block.highlight(words)
+        self.screen.set_focus(block, scroll_visible=False)
+        # where it stands is known only after a layout
+        self.screen._refresh_layout()
+        self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
 
     def leave_out(self, count: int) -> None:
         """Dims the oldest messages: the model doesn't see them any more."""
         self._left_out = max(count, self._left_out)
-        shown = list(self.query(".message"))
-        for widget in shown[: max(0, self._left_out - self._earlier)]:
-            widget.add_class("left-out")
+        for block in self._blocks():
+            block.set_class(block.place < self._left_out, "left-out")
 
-    async def ask(self, text: str, number: int) -> None:
-        """Shows a message of the user, the `number`-th question."""
+    def unfold_thinking(self, unfolded: bool) -> None:
+        """Shows or folds what the model thought before its answers."""
+        self.unfolded = unfolded
+        for answer in self.query(AnswerMessage):
+            answer.unfold(unfolded)
+
+    def focus_last(self) -> bool:
+        """Gives the focus to the last message that can be seen; False where there is none."""
+        bottom = self.scroll_y + self.size.height
+        seen = [block for block in self._blocks() if block.virtual_region.y < bottom]
+        if seen:
+            self.screen.set_focus(seen[-1], scroll_visible=False)
+        return bool(seen)
+
+    @property
+    def chosen(self) -> MessageBlock:
+        """The message that has the focus, else the last answer.
+
+        Raises:
+            KvchatError: there is neither.
+        """
+        blocks = self._blocks()
+        answers = [block for block in blocks if isinstance(block, AnswerMessage)]
+        focused = [block for block in blocks if block.has_focus]
+        if not focused + answers:
+            raise KvchatError("There is no answer to copy yet.")
+        return (focused or answers)[-1]
+
+    def scroll_page(self, pages: int) -> None:
+        """Scrolls a page up (-1) or down (1)."""
+        (self.scroll_page_up if pages < 0 else self.scroll_page_down)()
+
+    @one_at_a_time
+    async def ask(self, messages: Sequence[Message]) -> None:
+        """Shows the last of these, a message of the user that was just sent."""
         await self.query(".welcome").remove()
-        await self.mount(UserMessage(text, number))
+        await self.show_end()
+        self._learn(messages)
+        self._window = range(self._window.start, len(messages))
+        await self.mount(self._block(len(messages) - 1), before=self._later)
+        await self._drop_oldest()
         self.anchor()
 
+    @one_at_a_time
     async def begin_answer(self, who: str) -> None:
         """Opens the answer that will stream."""
-        self.streaming = AnswerMessage(who, note="reading …")
-        await self.mount(self.streaming)
+        await self.show_end()
+        place = len(self._messages)
+        number = self._numbers[-1] if self._numbers else 0
+        self.streaming = AnswerMessage(
+            who, note="reading …", place=place, number=number, unfolded=self.unfolded
+        )
+        await self.mount(self.streaming, before=self._later)
         self.anchor()
 
+    @one_at_a_time
     async def drop_answers_after_last_question(self) -> None:
         """Takes the last answer away before another one is written in its place."""
+        await self.show_end()
+        last = max((place for place, m in enumerate(self._messages) if m.role == "user"), default=-1)
+        self._learn(self._messages[: last + 1])
+        self._window = range(min(self._window.start, last + 1), last + 1)
         for child in reversed(list(self.children)):
             if isinstance(child, UserMessage):
                 return
-            await child.remove()
+            if isinstance(child, AnswerMessage | Notice):
+                await child.remove()
 
+    @one_at_a_time
+    async def drop(self, block: AnswerMessage) -> None:
+        """Takes an answer away of which nothing was written."""
+        if block.is_attached:
+            await block.remove()
+
+    @one_at_a_time
     async def notice(self, text: str, *, error: bool = False, last: bool = True) -> None:
         """Says something below the last message; of two notices that say the same, the longer one stays.
 
         With `last` false it is said above the answer that streams.
         """
-        if not last and self.streaming:
+        if not last and self._streams_here:
             await self.mount(Notice(text, error=error), before=self.streaming)
             return
-        below = self.children[-1] if self.children else None
+        said = [child for child in self.children if child is not self._later]
+        below = said[-1] if said else None
         if isinstance(below, Notice) and below.text.startswith(text):
             return
         if isinstance(below, Notice) and text.startswith(below.text):
             await below.remove()
-        await self.mount(Notice(text, error=error))
+        await self.mount(Notice(text, error=error), before=self._later)
 
-    def _widget(self, place: int) -> Widget:
-        message = self._messages[place]
-        widget: Widget
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        """Brings messages before the view comes to the edge of what is mounted."""
+        super().watch_scroll_y(old_value, new_value)
+        self._look_ahead()
+
+    def action_scroll_home(self) -> None:
+        """Goes to the first message of all."""
+        self.call_later(self.go_to, 0)
+
+    def action_scroll_end(self) -> None:
+        """Goes to the end, and follows it."""
+        self.call_later(self.show_end)
+
+    async def on_message_block_walked(self, event: MessageBlock.Walked) -> None:
+        """Scrolls inside a message that is higher than the view; else goes to the next one."""
+        event.stop()
+        blocks, step = self._blocks(), event.step
+        # keys may come faster than the focus moves: where it is now counts
+        block = next((block for block in blocks if block.has_focus), None)
+        if block is None:
+            return
+        region, top = block.virtual_region, self.scroll_y
+        beyond = region.bottom - (top + self.size.height) if step > 0 else top - region.y
+        if beyond > 0:
+            self.scroll_relative(y=step * min(beyond, max(1, self.size.height // 3)), animate=False)
+            return
+        following = blocks.index(block) + step
+        if not 0 <= following < len(blocks):
+            await (self.show_later() if step > 0 else self.show_earlier())
+            blocks = self._blocks()
+            following = blocks.index(block) + step if block in blocks else -1
+        if 0 <= following < len(blocks):
+            self.screen.set_focus(blocks[following], scroll_visible=False)
+            self._bring_into_view(blocks[following], step)
+        elif step > 0:
+            self.screen.query_one("#prompt").focus()
+
+    def _learn(self, messages: Sequence[Message]) -> None:
+        self._messages = list(messages)
+        self._numbers, number = [], 0
+        for message in messages:
+            number += message.role == "user"
+            self._numbers.append(number)
+
+    def _blocks(self) -> list[MessageBlock]:
+        return [child for child in self.children if isinstance(child, MessageBlock)]
+
+    def _block(self, place: int) -> MessageBlock:
+        message, number = self._messages[place], self._numbers[place]
+        block: MessageBlock
         if message.role == "user":
-            number = sum(m.role == "user" for m in self._messages[: place + 1])
-            widget = UserMessage(message.text, number)
+            block = UserMessage(message.text, number, place)
         else:
-            note = answer_note(message.stats, message.finish_reason)
-            widget = AnswerMessage(self._who, message.text, note)
-        return widget.set_class(place < self._left_out, "left-out")
+            block = AnswerMessage.of(message, self._who, place, number, unfolded=self.unfolded)
+        return block.set_class(place < self._left_out, "left-out")
+
+    async def _show_window(self, start: int, stop: int) -> None:
+        """Mounts these messages and nothing else."""
+        self._window = range(max(0, start), min(stop, len(self._messages)))
+        self._earlier, self._later = EarlierMessages(), LaterMessages()
+        blocks: list[Widget] = [self._block(place) for place in self._window]
+        self._moving = True
+        try:
+            async with self.batch():
+                await self.remove_children()
+                shown = blocks + self._streaming_again() or [Welcome()]
+                await self.mount_all([self._earlier, *shown, self._later])
+            self._count()
+        finally:
+            self._moving = False
+        self.call_after_refresh(self._look_ahead)
+
+    async def _move(self, start: int, stop: int) -> None:
+        """Mounts these messages instead of the mounted ones; what is read stays where it is on the screen."""
+        if self._moving or range(start, stop) == self._window:
+            return
+        self._moving = True
+        try:
+            read = self._in_view()
+            offset = read.virtual_region.y - self.scroll_y if read else 0
+            before = [self._block(place) for place in range(start, self._window.start)]
+            after = [self._block(place) for place in range(self._window.stop, stop)]
+            self._window = range(start, stop)
+            after += self._streaming_again()
+            self._count()
+            async with self.batch():
+                await self.remove_children(list(self._outside()))
+                await self.mount_all(before, after=self._earlier)
+                await self.mount_all(after, before=self._later)
+                if read and not self._follows_end:
+                    # the new heights are known only after a layout, and nothing may be painted before the
+                    # view was moved by them: the text would jump
+                    self.screen._refresh_layout()
+                    self.scroll_to(y=read.virtual_region.y - offset, animate=False, immediate=True)
+        finally:
+            self._moving = False
+
+    @property
+    def _follows_end(self) -> bool:
+        return self.is_anchored and not self._anchor_released
+
+    def _outside(self) -> Iterable[Widget]:
+        """What is mounted around messages that are no longer in the window; notices go with them."""
+        streaming = self.streaming
+        children = [child for child in self.children if not isinstance(child, Unmounted)]
+        places = [child.place for child in children if isinstance(child, MessageBlock)]
+        for child in children:
+            if isinstance(child, MessageBlock) and child is not streaming and child.place not in self._window:
+                yield child
+        if places and streaming is None and self._window.stop < len(self._messages):
+            yield from (child for child in children if isinstance(child, Notice))
+
+    @property
+    def _streams_here(self) -> bool:
+        return self.streaming is not None and self.streaming.is_attached
+
+    def _streaming_again(self) -> list[MessageBlock]:
+        """The answer that streams, where the window comes to the end and it isn't mounted."""
+        if self.streaming is None or self._streams_here or self._window.stop < len(self._messages):
+            return []
+        self.streaming = self.streaming.again()
+        return [self.streaming]
+
+    async def _drop_oldest(self) -> None:
+        """Unmounts the oldest messages of a conversation that grows while its end is followed."""
+        if len(self._window) > MOUNTED_AT_MOST:
+            await self._move(self._window.stop - SHOWN_AT_ONCE, self._window.stop)
+
+    def _look_ahead(self) -> None:
+        if self._moving or not self.is_attached or not self.size.height:
+            return
+        margin = self.size.height
+        if self.scroll_y < margin and self._window.start > 0:
+            self.call_later(self._again, self.show_earlier)
+        elif self.max_scroll_y - self.scroll_y < margin and self._window.stop < len(self._messages):
+            self.call_later(self._again, self.show_later)
+
+    async def _again(self, show: Callable[[], Awaitable[None]]) -> None:
+        """Brings messages, and more of them where those were short."""
+        await show()
+        self.call_after_refresh(self._look_ahead)
+
+    def _in_view(self) -> MessageBlock | None:
+        """The message that the top of the view is in."""
+        top = self.scroll_y
+        return next((block for block in self._blocks() if block.virtual_region.bottom > top), None)
+
+    def _bring_into_view(self, block: MessageBlock, step: int) -> None:
+        """Shows a message that was walked to; of one higher than the view, the end that comes first."""
+        region = block.virtual_region
+        top, bottom = region.y, region.bottom - self.size.height
+        if step < 0 and (region.y < self.scroll_y or region.height > self.size.height):
+            self.scroll_to(y=max(top, bottom) if region.height > self.size.height else top, animate=False)
+        elif step > 0 and bottom > self.scroll_y:
+            self.scroll_to(y=min(top, bottom), animate=False)
+
+    def _count(self) -> None:
+        """Says how many messages are not mounted."""
+        self._earlier.count(self._window.start)
+        self._later.count(len(self._messages) - self._window.stop)

@@ -1,0 +1,21 @@
+"""The clipboard of the system, besides the one that the terminal is asked to fill (OSC 52).
+
+Not every terminal obeys, and none says whether it did; not every machine has a clipboard either. Trying both
+reaches most of them, and neither failing is worth a word: the text is still there.
+"""
+
+from threading import Thread
+
+import pyperclip
+
+
+def fill_system_clipboard(text: str) -> None:
+    """Puts `text` there if there is one; asking for it may take a while, so nobody waits."""
+    Thread(target=_fill, args=(text,), daemon=True, name="clipboard").start()
+
+
+def _fill(text: str) -> None:
+    try:
+        pyperclip.copy(text)
+    except (pyperclip.PyperclipException, OSError, UnicodeError):
+        return

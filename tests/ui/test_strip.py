@@ -1,0 +1,139 @@
+"""The strip beside the messages: what it shows of a turn, and that it stands where the messages stand."""
+
+import pytest
+
+from kvchat.contract import Fate, Span
+from kvchat.conversation import Conversation, Message
+from kvchat.ui.widgets.strip import ReuseStrip, column, counts_of, prompt_places
+from kvchat.ui.words import FATES, fate_words
+from tests.ui.driving import Chat, running
+from tests.ui.scripted import ScriptedEngine
+
+
+def conversation(*roles: str, system: str = "") -> Conversation:
+    messages = tuple(Message(n, None, role, "text", "") for n, role in enumerate(roles))
+    return Conversation("id", system_prompt=system, messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("roles", "system", "places"),
+    [
+        ((), "", []),
+        (("user", "assistant", "user"), "", [0, 1, 2]),
+        (("user", "assistant", "user"), "be brief", [1, 2, 3]),
+        (("user", "user", "assistant"), "", [0, 0, 1]),
+    ],
+)
+def test_a_message_is_found_in_the_prompt(roles: tuple[str, ...], system: str, places: list[int]) -> None:
+    assert prompt_places(conversation(*roles, system=system)) == places
+
+
+def test_each_message_gets_what_was_done_to_it_and_the_answer_to_come_too() -> None:
+    spans = (
+        Span(0, Fate.REUSED, 9),
+        Span(1, Fate.REUSED, 5),
+        Span(1, Fate.READ, 2),
+        Span(2, Fate.READ, 4),
+        Span(3, Fate.WRITTEN, 7),
+    )
+    told = counts_of(spans, conversation("user", "assistant", system="be brief"))
+    assert told == [{Fate.REUSED: 5, Fate.READ: 2}, {Fate.READ: 4}, {Fate.WRITTEN: 7}]
+    assert counts_of((), conversation("user")) == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("counts", "lines", "drawn"),
+    [
+        ({}, 3, ""),
+        ({Fate.REUSED: 5}, 3, "▒▒▒"),
+        ({Fate.REUSED: 1000, Fate.READ: 1}, 3, "▒▒█"),
+        ({Fate.REUSED: 3, Fate.READ: 3}, 4, "▒▒██"),
+        ({Fate.READ: 1, Fate.WRITTEN: 9}, 1, "▓"),
+        ({Fate.EVICTED: 0}, 2, "××"),
+        ({Fate.UNCACHED: 4}, 0, ""),
+    ],
+)
+def test_a_column_has_a_line_for_everything_that_was_done(
+    counts: dict[Fate, int], lines: int, drawn: str
+) -> None:
+    assert "".join(FATES[fate][0] for fate in column(counts, lines)) == drawn
+
+
+def test_no_two_fates_share_a_glyph_or_a_colour() -> None:
+    assert len({glyph for glyph, _ in FATES.values()}) == len(FATES) == len(Fate)
+    assert len({colour for _, colour in FATES.values()}) == len(FATES)
+
+
+def test_words_name_the_fate_and_count_where_it_was_counted() -> None:
+    assert fate_words({Fate.REUSED: 1204, Fate.READ: 4}) == "reused 1,204 · read 4"
+    assert fate_words({Fate.EVICTED: 0}) == "evicted"
+    assert fate_words({}) == ""
+
+
+def drawn(chat: Chat) -> dict[int, str]:
+    """Glyphs beside each message, by its place."""
+    strip = chat.screen.query_one(ReuseStrip)
+    lines = str(strip.render()).split("\n")
+    top = chat.transcript.region.y
+    found = {}
+    for message in chat.transcript.query(".message"):
+        rows = range(message.region.y - top, message.region.bottom - top)
+        place = message.place  # type: ignore[attr-defined]
+        found[place] = "".join(lines[row] for row in rows if 0 <= row < len(lines))
+    return found
+
+
+async def test_the_strip_shows_the_last_turn_beside_each_message() -> None:
+    engine = ScriptedEngine()
+    async with running(engine) as chat:
+        await chat.ask("Which pass is open?")
+        await chat.until(lambda: drawn(chat).get(1), "the strip is drawn")
+        await chat.until(lambda: "█" in drawn(chat)[0] and "▓" in drawn(chat)[1], "read, and written")
+        await chat.ask("And in winter?")
+        await chat.until(lambda: set(drawn(chat).get(0, "")) == {"▒"}, "the first question is reused")
+        await chat.until(
+            # the script counts more tokens for an answer than it wrote: a part of it was never read
+            lambda: [set(drawn(chat)[n]) for n in (1, 2, 3)] == [{"▒", "█"}, {"█"}, {"▓"}],
+            "answer reused and read, question read, answer written",
+        )
+
+
+async def test_another_conversation_has_a_strip_of_its_own() -> None:
+    async with running() as chat:
+        await chat.ask("Which pass is open?")
+        await chat.until(lambda: drawn(chat).get(1, "").strip(), "the strip is drawn")
+        first = chat.session.current.id
+        await chat.press("ctrl+n")
+        await chat.until(lambda: drawn(chat) == {}, "nothing stands beside the welcome")
+        chat.session.open(first)
+        await chat.screen._opened()
+        await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is there again")
+
+
+async def test_the_strip_scrolls_with_the_messages() -> None:
+    engine = ScriptedEngine().answers("\n\n".join(f"line {n}" for n in range(60)))
+    async with running(engine) as chat:
+        await chat.ask("Count.")
+        await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the answer's strip is drawn")
+        assert "█" not in drawn(chat)[0]
+        chat.transcript.scroll_home(animate=False)
+        await chat.until(lambda: "█" in drawn(chat)[0], "the question came into view")
+
+
+def test_an_answer_under_way_is_written_so_far() -> None:
+    spans = (Span(0, Fate.READ, 4), Span(1, Fate.READ, 3))
+    assert counts_of(spans, conversation("user"), written=7)[1] == {Fate.READ: 3, Fate.WRITTEN: 7}
+    assert counts_of((), conversation("user"), written=7) == [{}, {}]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (116, 30), (220, 50)])
+async def test_the_strip_stands_right_beside_the_messages(size: tuple[int, int]) -> None:
+    async with running(size=size) as chat:
+        await chat.ask("Which pass is open?")
+        strip = chat.screen.query_one(ReuseStrip)
+        messages = chat.transcript.query(".message")
+        await chat.until(
+            lambda: {message.region.x - 1 for message in messages} == {strip.region.x},
+            "it stands beside them",
+        )
+        await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is drawn")
