@@ -37,12 +37,14 @@ from kvchat.engine.forward import CachedReader
 from kvchat.engine.identity import identify
 from kvchat.engine.load import LoadedModel, load_model
 from kvchat.engine.package import REFUSAL, fingerprint, package_folder, remove_stale
+from kvchat.engine.prepare import prepare
 from kvchat.errors import KvchatError
+from kvchat.paths import find_paths
 from kvchat.staging import Progress
 from tests.engine.conftest import need_compiler
 from tests.engine.driving import TOLERANCE, Chat, sentences, uncached_logits, user
 from tests.engine.oracle import tier
-from tests.tiny import seeded_model, tiny_chat, tiny_config
+from tests.tiny import TRAINING_TEXT, seeded_model, tiny_chat, tiny_config
 
 IDS = [(7 * i + i * i) % 400 + 5 for i in range(300)]
 CUTS = {
@@ -50,6 +52,7 @@ CUTS = {
     "in two": [170, 130],
     "unevenly": [1, 63, 64, 2, 65, 5, 100],
 }
+GREEDY = Sampling(temperature=0, max_tokens=40)
 CLEAR = 0.25
 """Nats between the two best tokens that no rounding bridges."""
 each_precision = pytest.mark.parametrize("kv", ["auto", "int8", "int4"])
@@ -248,7 +251,9 @@ def test_only_the_logits_that_are_wanted_are_computed(built: Built) -> None:
         assert torch.equal(found, expected[-keep:])
 
 
-def test_a_step_that_fails_leaves_every_layer_as_it_was(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_every_layer_as_it_was(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kv, other = built.loaded.new_kv(), built.loaded.new_kv()
     built.read(kv, [255])
     expected = built.read(other, [260])[255:]
@@ -275,7 +280,7 @@ def chatted(
     loaded: LoadedModel,
     folder: Path | None = None,
     new_drafter: Callable[[], Drafter | None] = lambda: None,
-    sampling: Sampling = Sampling(temperature=0, max_tokens=40),
+    sampling: Sampling = GREEDY,
     kv: KVPrecision = KVPrecision.AUTO,
     mode: CacheMode = CacheMode.ON,
 ) -> tuple[list[tuple[int, ...]], Chat]:
@@ -434,7 +439,9 @@ def test_a_package_that_is_there_is_not_made_again(built: Built, monkeypatch: py
     assert building.prepare_step(built.folder, built.weights, lambda _: None) == built.package
 
 
-def test_a_package_loads_without_compiler_model_code_and_temporary_files(llama: Built, tmp_path: Path) -> None:
+def test_a_package_loads_without_compiler_model_code_and_temporary_files(
+    llama: Built, tmp_path: Path
+) -> None:
     """Ended by force, as a kill would: nothing that it wrote could be cleaned up."""
     script = (
         "import os, sys, pathlib; from kvchat.engine.load import load_model\n"
@@ -529,7 +536,10 @@ def test_a_model_that_cannot_be_compiled_is_not_tried_again(
     assert [path.name for path in package.iterdir()] == [REFUSAL]
     assert {path.name for path in package.parent.iterdir()} <= {package.name, ".lock"}
     monkeypatch.setattr(building, "_make", None)
-    for again in (lambda: building.prepare_step(tmp_path, "fp32", print), lambda: find_step(tmp_path, "fp32")):
+    for again in (
+        lambda: building.prepare_step(tmp_path, "fp32", print),
+        lambda: find_step(tmp_path, "fp32"),
+    ):
         with pytest.raises(KvchatError) as second:
             again()
         assert str(second.value) == str(first.value)
@@ -582,3 +592,47 @@ def test_what_keeps_more_than_the_kernels_read_goes_through_the_model(llama: Bui
 
 def replace_dim(head: Any, dim: int) -> Any:  # noqa: ANN401
     return head._replace(key_dim=dim)
+
+
+# ---- a real model ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: LoadedModel) -> LoadedModel:
+    """SmolLM2 as a chat loads it: by the step that was made when it was prepared."""
+    folder = prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
+    loaded = load_model(folder, smollm2.facts.name, threads=2)
+    assert loaded.step, loaded.facts.notes
+    return loaded
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("text", [building.TEXT.read_text()[:2000], sentences(30), TRAINING_TEXT])
+def test_a_real_models_step_says_what_the_model_says(
+    smollm2: LoadedModel, real: LoadedModel, text: str
+) -> None:
+    ids = smollm2.tokenizer.encode(text).ids
+    exact = uncached_logits(smollm2.model, ids)
+    found = real.reader(real.new_kv()).read(ids, keep=len(ids))
+    expected = exact.log_softmax(-1)
+    divergence = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean()
+    assert float(divergence) <= 0.0015
+    assert_clear_ones_agree(exact, found)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kv", [KVPrecision.AUTO, KVPrecision.INT8])
+def test_a_real_chat_is_the_same_kept_restored_forked_and_cold(
+    real: LoadedModel, tmp_path: Path, kv: KVPrecision
+) -> None:
+    kept, live = chatted(real, kv=kv)
+    restored, other = chatted(real, folder=tmp_path, kv=kv)
+    assert restored == kept == chatted(real, kv=kv, new_drafter=PromptLookup)[0]
+    assert_same_contents(other.kv, live.kv)
+    cold = real.new_kv(kv.value)
+    expected = real.reader(cold).read(live.kv.ids)
+    assert_same_contents(cold, live.kv)
+    if kv is KVPrecision.AUTO:  # a block that is cut stays quantised, and its rows would have been exact
+        half = live.kv.fork(len(live.kv) // 2)
+        assert torch.equal(real.reader(half).read(live.kv.ids[len(half) :]), expected)
+        assert_same_contents(half, live.kv)
