@@ -81,7 +81,7 @@ class Built:
         return self.loaded.step
 
     def assert_same(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """Bit for bit; in fp32 the products are torch's own, which add up otherwise for other numbers of tokens."""
+        """Bit for bit; in fp32 products are torch's, which depend on how many tokens there are."""
         if self.weights == "fp32":
             torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
         else:
