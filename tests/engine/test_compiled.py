@@ -300,7 +300,7 @@ def chatted(
 
     chat = Chat(engine(), loaded, sampling=sampling, mode=mode)
     chat.precision = KVPrecision(kv)
-    answers = []
+    answers: list[tuple[int, ...]] = []
     for text in (sentences(6), "And the train?", "Why?"):
         if folder and answers:
             chat.engine.close()
@@ -512,7 +512,8 @@ def test_a_damaged_package_is_told_and_the_model_reads_itself(
 def test_a_damaged_description_is_refused_by_a_sentence(llama: Built, tmp_path: Path) -> None:
     saved = json.loads((llama.package / "package.json").read_text())
     assert Description.load(llama.package) == llama.step.description
-    for change in ({"shape": {}}, {"cost": None}, {"more": 1}):
+    changes: list[dict[str, object]] = [{"shape": {}}, {"cost": None}, {"more": 1}]
+    for change in changes:
         (tmp_path / "package.json").write_text(json.dumps(saved | change))
         with pytest.raises(KvchatError, match="is damaged"):
             Description.load(tmp_path)
