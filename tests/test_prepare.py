@@ -142,6 +142,12 @@ def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes minutes and has tests of its own."""
+    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: None)
+
+
 def left_in(models: Path) -> list[str]:
     return [path.name for path in models.iterdir() if path.name != ".lock"]
 
@@ -258,6 +264,22 @@ def test_a_gguf_file_is_converted_once(tiny: Path, tmp_path: Path) -> None:
     assert seen == []
     os.utime(file, ns=(1, 1))
     assert is_prepared(str(file), models) is None
+
+
+def test_what_is_converted_is_compiled_where_that_is_possible(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, str]] = []
+
+    def refuse(folder: Path, weights: str, _report: object) -> None:
+        asked.append((folder, weights))
+        raise KvchatError("It can't be compiled.")
+
+    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: "g++")
+    monkeypatch.setattr("kvchat.engine.compile.prepare_step", refuse)
+    folder = prepare(str(tiny), tmp_path, ignore)
+    assert asked == [(folder, "gguf")]
+    assert is_prepared(str(tiny), tmp_path) == folder
 
 
 def test_an_interrupted_conversion_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
