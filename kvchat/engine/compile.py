@@ -58,7 +58,7 @@ from kvchat.engine.shape import DTYPES, ModelShape, new_kv
 from kvchat.errors import KvchatError
 from kvchat.staging import Progress, Report, staging
 
-LOADED, QUANTISED, KERNELS_MADE, EXPORTED, COMPILED, DONE = 5, 15, 25, 35, 95, 100
+LOADED, KERNELS_MADE, QUANTISED, EXPORTED, COMPILED, DONE = 5, 15, 25, 35, 95, 100
 """Per cent of the time that have passed after each step."""
 HEARTBEAT_S = 0.5
 EXAMPLE_TOKENS, EXAMPLE_KEPT = 7, 3
