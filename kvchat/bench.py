@@ -163,7 +163,7 @@ def _cpu_name() -> str:
 def _raw_rows(
     loaded: LoadedModel, contexts: Iterable[int], precisions: Sequence[str], note: Note
 ) -> Iterator[Row]:
-    _prefill(loaded, 64)
+    _decode(loaded.reader(_prefill(loaded, 256)[1]), CacheMode.ON)
     for context in contexts:
         note(f"prefill and decode at {context:,} tokens")
         runs = [_prefill(loaded, context) for _ in range(PREFILL_RUNS)]

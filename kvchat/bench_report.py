@@ -85,7 +85,7 @@ def read_peers(file: Path) -> tuple[str, list[Row]]:
     """
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
-        rows = [{**row, "case": row["case"], "context": row["context"]} for row in measured["rows"]]
+        rows: list[Row] = [{**row, "case": row["case"], "mode": row["mode"]} for row in measured["rows"]]
         return str(measured.get("engine", file.stem)), rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KvchatError(f"{file} has no rows of a bench: {error}") from error

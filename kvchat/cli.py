@@ -235,9 +235,7 @@ def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw curves into this .svg or .png file.")
 @click.option("--peers", type=click.Path(path_type=Path), help="Rows of another engine; prints the ratios.")
-@click.option(
-    "--profile", type=click.Path(path_type=Path), help="Write a trace of one turn, and nothing else."
-)
+@click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of one turn; that is all.")
 @model_options
 def bench(
     contexts: str,
@@ -271,8 +269,15 @@ def bench(
     def note(words: str) -> None:
         click.echo(f"measuring: {words}", err=True)
 
-    chat = {"turns": turns, "answer_tokens": answer_tokens, "fill": fill}
-    measured = run_bench(loaded, lengths, precisions=precisions, note=note, **chat)
+    measured = run_bench(
+        loaded,
+        lengths,
+        turns=turns,
+        answer_tokens=answer_tokens,
+        fill=fill,
+        precisions=precisions,
+        note=note,
+    )
     rows, console = measured["rows"], Console(stderr=as_json)
     if as_json:
         click.echo(json.dumps(measured, indent=1))
