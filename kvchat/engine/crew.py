@@ -6,8 +6,7 @@ bit, for any number of threads. It knows numbers of threads and seconds; it refu
 """
 
 FIRST, SOONEST, LATEST = 8, 32, 1024
-"""Tokens before the first trial of the other number, and between two of them; a trial costs one token that may
-be slow."""
+"""Tokens before the first trial of the other number, and between two; it costs one token that may be slow."""
 BETTER = 0.8
 """A trial has to take at most this share of the time to change anything."""
 SUDDEN, IN_A_ROW = 3.0, 3

@@ -80,8 +80,8 @@ class PromptLookup:
         for end in range(self._indexed, len(tokens)):
             self._after[tuple(tokens[end - NGRAM : end])] = end
         self._indexed = max(self._indexed, len(tokens))
-        place = self._after.get(tuple(tokens[-NGRAM:]))
-        if place is None or not (width := self._pace.most(most)):
+        place, width = self._after.get(tuple(tokens[-NGRAM:])), self._pace.most(most)
+        if place is None or not width:
             return []
         return list(tokens[place : place + width])
 
