@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import AddressedLayer, HeadShape, Memory
@@ -157,6 +158,17 @@ class CompiledStep:
             self._runner.update_constant_buffer(self._weights, False, True, True)  # used where they lie
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             raise KvchatError(f"The compiled step in {self.folder} can't be loaded: {error}") from error
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's.
+
+        Raises:
+            KvchatError: it is damaged.
+        """
+        try:
+            return Tokenizer.from_file(str(self.folder / TOKENIZER))
+        except Exception as error:  # the library raises nothing more special
+            raise KvchatError(f"The compiled step in {self.folder} is damaged: {error}") from error
 
     def unload(self) -> None:
         """Lets go of the weights; the next run loads them again."""
