@@ -51,6 +51,8 @@ STATS = {
     "evicted_tokens",
     "restored_tokens",
     "restore_s",
+    "drafted_tokens",
+    "accepted_tokens",
 }
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
 LONG = "Which pass over the mountains is open in May? " * 3

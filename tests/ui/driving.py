@@ -101,6 +101,10 @@ class Chat:
         """The text on the screen that has the focus."""
         return text_of(self.app.screen)
 
+    def line(self, row: int) -> str:
+        """The text in a row of the screen."""
+        return self.visible().splitlines()[row]
+
     def panel(self) -> str:
         """The text of the panel, with what doesn't fit on the screen."""
         return str(self.screen.query_one(CachePanel).content)

@@ -340,7 +340,7 @@ def test_the_screen_looks_as_it_did(
         chat = Chat(app, pilot, session, engine)
         await chat.until(lambda: "ready" in chat.status(), "the engine is ready")
         await scene(chat)
-        await chat.until(lambda: not chat.app._notifications, "nothing is said in passing")
+        app.clear_notifications()
         await pilot.pause()
 
     assert snap_compare(app, terminal_size=size, run_before=play)
