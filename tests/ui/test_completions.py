@@ -9,7 +9,6 @@ from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.widgets.completions import Completions, shortened
 from tests.ui.driving import Chat, running
 
-
 BORDERS = 2
 
 
