@@ -6,10 +6,11 @@ module again, and the screen must paint before torch is there.
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from io import TextIOWrapper
@@ -29,6 +30,7 @@ from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.doctor import doctor
 from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options, screen_options
+from kvchat.headless import INTERRUPTED, run_turns
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
 from kvchat.session_commands import sessions as session_commands
@@ -170,7 +172,6 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
 
     `-`, or a pipe and no prompt, reads the prompt from standard input.
     """
-    from kvchat.headless import run_turns
 
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
@@ -498,6 +499,18 @@ def _pull_command(name: str, data_dir: Path | None) -> list[str]:
     return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
 
 
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
@@ -550,7 +563,7 @@ def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
 
-    with reported(name, as_json=progress_json) as report:
+    with _cleaning_up(), reported(name, as_json=progress_json) as report:
         folder = prepare(name, find_paths(data_dir).models, report)
     if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
         click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)

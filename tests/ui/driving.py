@@ -3,7 +3,6 @@
 from asyncio import sleep, timeout
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from time import monotonic
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +30,9 @@ from tests.ui.scripted import PATIENCE_S, Gate, ScriptedEngine
 
 SIZE = (116, 30)
 MODEL = "Scripted"
+LOOK_EVERY_S = 0.01
+LOOKS = round(PATIENCE_S / LOOK_EVERY_S)
+"""Counted, not timed: a machine that stands still for a while has not looked."""
 
 
 def session_over(store: Store | None = None, *, mode: CacheMode = CacheMode.ON) -> Session:
@@ -98,6 +100,10 @@ class Chat:
     def visible(self) -> str:
         """The text on the screen that has the focus."""
         return text_of(self.app.screen)
+
+    def line(self, row: int) -> str:
+        """The text in a row of the screen."""
+        return self.visible().splitlines()[row]
 
     def panel(self) -> str:
         """The text of the panel, with what doesn't fit on the screen."""
@@ -173,13 +179,13 @@ class Chat:
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
         """Waits until `condition` holds."""
-        give_up = monotonic() + PATIENCE_S
-        while not condition():
+        for _ in range(LOOKS):
+            if condition():
+                return
             if self.app._exception:
                 raise self.app._exception
-            if monotonic() > give_up:
-                pytest.fail(f"never came true: {what}\n{self.visible()}")
-            await self.pilot.pause(0.01)
+            await self.pilot.pause(LOOK_EVERY_S)
+        pytest.fail(f"never came true: {what}\n{self.visible()}")
 
     async def until_said(self, words: str) -> None:
         """Waits until the program said something in passing."""

@@ -647,8 +647,8 @@ class ChatScreen(Screen[None]):
     def _refresh_all(self) -> None:
         self._refresh_figures()
         current = self._session.current
-        private = " · private, nothing is written" if self._session.is_private(current.id) else ""
-        title = f"{one_line(current.title) or 'new conversation'}{private}"
+        private = "private, nothing is written · " if self._session.is_private(current.id) else ""
+        title = f"{private}{one_line(current.title) or 'new conversation'}"
         self.query_one("#title", Static).update(Content(title))
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
