@@ -163,7 +163,7 @@ def _cpu_name() -> str:
 def _raw_rows(
     loaded: LoadedModel, contexts: Iterable[int], precisions: Sequence[str], note: Note
 ) -> Iterator[Row]:
-    _decode(loaded.reader(_prefill(loaded, 256)[1]), CacheMode.ON)
+    _decode(loaded.reader(_prefill(loaded, 256)[1]), loaded.vocabulary, CacheMode.ON)
     for context in contexts:
         note(f"prefill and decode at {context:,} tokens")
         runs = [_prefill(loaded, context) for _ in range(PREFILL_RUNS)]
@@ -175,16 +175,16 @@ def _raw_rows(
             context / statistics.median(s for s, _ in runs),
             kv_bytes=kv.storage_bytes,
         )
-        yield Row("decode", context, "on", _decode(loaded.reader(kv), CacheMode.ON))
+        yield Row("decode", context, "on", _decode(loaded.reader(kv), loaded.vocabulary, CacheMode.ON))
         for precision in precisions:
             note(f"decode at {context:,} tokens, keys and values in {precision}")
             stored = _prefill(loaded, context, precision)[1]
-            speed = _decode(loaded.reader(stored), CacheMode.ON)
+            speed = _decode(loaded.reader(stored), loaded.vocabulary, CacheMode.ON)
             yield Row("decode", context, "on", speed, kv_bytes=stored.storage_bytes, kv=precision)
         note(f"decode without a cache at {context:,} tokens")
         uncached = loaded.uncached_reader()
         uncached.read(tokens(loaded, context))
-        yield Row("decode", context, "off", _decode(uncached, CacheMode.OFF))
+        yield Row("decode", context, "off", _decode(uncached, loaded.vocabulary, CacheMode.OFF))
 
 
 def tokens(loaded: LoadedModel, count: int) -> list[int]:
@@ -203,12 +203,12 @@ def _prefill(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[
     return time.perf_counter() - started, kv
 
 
-def _decode(reader: Reader, mode: CacheMode) -> float:
+def _decode(reader: Reader, vocabulary: int, mode: CacheMode) -> float:
     """Median tokens a second, one token at a time, after a step of warm-up."""
     steps = []
     for i in range(DECODE_STEPS[mode] + 1):
         started = time.perf_counter()
-        reader.read([500 + i])
+        reader.read([(500 + i) % vocabulary])
         steps.append(time.perf_counter() - started)
     return 1 / statistics.median(steps[1:])
 

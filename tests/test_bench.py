@@ -49,7 +49,7 @@ def test_every_case_is_there_with_its_figures(measured: Measured) -> None:
     } <= cases
     assert all(float(str(row["tok_s"])) > 0 for row in rows)
     assert measured["rss_bytes"] > 0
-    assert json.loads(json.dumps(measured)) == measured
+    assert json.loads(json.dumps(measured))["rows"] == rows
 
 
 def test_a_later_turn_reads_its_new_tokens_only_where_the_cache_is_on(measured: Measured) -> None:

@@ -87,6 +87,7 @@ SPECIAL = ("position_bias", "head_mask")
 
 config_of_export: Any = _export_config  # its `patch` is made at run time
 
+
 class KilledError(KvchatError):
     """Somebody ended the process that compiled: the user, or a system without memory."""
 

@@ -248,7 +248,9 @@ def test_only_the_logits_that_are_wanted_are_computed(built: Built) -> None:
         assert torch.equal(found, expected[-keep:])
 
 
-def test_a_step_that_fails_leaves_every_layer_as_it_was(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_every_layer_as_it_was(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kv, other = built.loaded.new_kv(), built.loaded.new_kv()
     built.read(kv, [255])
     expected = built.read(other, [260])[255:]
@@ -434,7 +436,9 @@ def test_a_package_that_is_there_is_not_made_again(built: Built, monkeypatch: py
     assert building.prepare_step(built.folder, built.weights, lambda _: None) == built.package
 
 
-def test_a_package_loads_without_compiler_model_code_and_temporary_files(llama: Built, tmp_path: Path) -> None:
+def test_a_package_loads_without_compiler_model_code_and_temporary_files(
+    llama: Built, tmp_path: Path
+) -> None:
     """Ended by force, as a kill would: nothing that it wrote could be cleaned up."""
     script = (
         "import os, sys, pathlib; from kvchat.engine.load import load_model\n"
@@ -529,7 +533,10 @@ def test_a_model_that_cannot_be_compiled_is_not_tried_again(
     assert [path.name for path in package.iterdir()] == [REFUSAL]
     assert {path.name for path in package.parent.iterdir()} <= {package.name, ".lock"}
     monkeypatch.setattr(building, "_make", None)
-    for again in (lambda: building.prepare_step(tmp_path, "fp32", print), lambda: find_step(tmp_path, "fp32")):
+    for again in (
+        lambda: building.prepare_step(tmp_path, "fp32", print),
+        lambda: find_step(tmp_path, "fp32"),
+    ):
         with pytest.raises(KvchatError) as second:
             again()
         assert str(second.value) == str(first.value)

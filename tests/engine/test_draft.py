@@ -157,7 +157,9 @@ def tell(
     turns: list[Played] = []
     kept: list[tuple[object, ...]] = []
     for text in texts:
-        turns.append(chat.ask(text, stopping_at(engine, Tokens, stop_after) if stop_after else lambda _: None))
+        turns.append(
+            chat.ask(text, stopping_at(engine, Tokens, stop_after) if stop_after else lambda _: None)
+        )
         Guard(engine)()
         kv = chat.kv
         assert [layer.length for layer in kv.stored] == [len(kv)] * len(kv.stored)

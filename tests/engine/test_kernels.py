@@ -295,7 +295,9 @@ def test_quantised_rows_are_those_that_the_layer_reads(bits: int, cropped: int, 
         layer.truncate(kept)
     states = case.states(3, seed=9)
     found = case.attend(layer, states, [3] if layer.length % 64 < 61 else [1, 1, 1])
-    torch.testing.assert_close(found.double()[-1:], case.expected(layer, states[0][:, :, -1:]), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        found.double()[-1:], case.expected(layer, states[0][:, :, -1:]), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_one_and_two_threads_attend_alike(case: Case) -> None:

@@ -122,7 +122,9 @@ def test_more_than_are_looked_at_first_are_kept_where_they_have_to_be() -> None:
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 49)), st.sampled_from([0.5, 1.0, 1.3, 5.0]))
 def test_a_penalty_is_that_of_transformers(seed: int, context: list[int], penalty: float) -> None:
     scores = torch.randn(50, generator=torch.Generator().manual_seed(seed))
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([context], dtype=torch.int64), scores[None])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([context], dtype=torch.int64), scores[None]
+    )
     assert torch.equal(penalised(scores, context, penalty), expected[0]) if context else True
 
 
