@@ -226,7 +226,8 @@ class CompiledStep:
 class CompiledReader:
     """Reads tokens through the compiled step; satisfies `forward.Reader`.
 
-    A token counts the same, bit for bit, in whatever company it is read.
+    Where all weights are packed, a token counts the same, bit for bit, in whatever company it is read;
+    products in fp32 and bf16 are torch's, which add up otherwise for other numbers of tokens.
     """
 
     def __init__(self, kv: ConversationKV, step: CompiledStep, evaluated: int = 0) -> None:

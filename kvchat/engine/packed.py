@@ -120,8 +120,9 @@ class PackedLinear(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., in]` → `[..., out]`."""
         rows = states.reshape(-1, states.shape[-1])
-        product = torch.ops.kvchat.product(rows, self.blocks)[:, : self.out]
-        result: torch.Tensor = product.reshape(*states.shape[:-1], -1)
+        product = torch.ops.kvchat.product(rows, self.blocks)
+        # cut last: torch.export would tell one token from several where it reshapes what was cut
+        result: torch.Tensor = product.reshape(*states.shape[:-1], -1)[..., : self.out]
         return result if self.bias is None else result + self.bias
 
 

@@ -1,7 +1,7 @@
 """Guessing ahead changes no answer and no cache, however good, bad or hostile the guesses are."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -20,7 +20,7 @@ from tests.engine.driving import TOLERANCE, Chat, Played, assert_equals_cold, se
 from tests.engine.oracle import Guard, evictions, with_context
 from tests.tiny import seeded_model, tiny_chat, tiny_config
 
-ANSWER = 40
+ANSWER = 32
 GREEDY = Sampling(temperature=0, max_tokens=ANSWER)
 DRAWN = Sampling(temperature=0.9, top_p=0.95, top_k=50, seed=7, max_tokens=ANSWER)
 PENALISED = Sampling(temperature=0, repeat_penalty=1.3, max_tokens=ANSWER)
@@ -102,6 +102,13 @@ def drafter(request: pytest.FixtureRequest) -> Drafter:
     return DRAFTERS[request.param]()
 
 
+@pytest.fixture(params=[right, half_right, anything])
+def knowing(request: pytest.FixtureRequest) -> Guessing:
+    """Those whose guesses are as long as they may be, and often right: ends come in the middle of them."""
+    guessing: Guessing = request.param()
+    return guessing
+
+
 # ---- the same with and without -----------------------------------------------------------------------------
 
 
@@ -167,9 +174,20 @@ def tell(
     return Told(turns, kept)
 
 
+plain_runs: dict[str, Told] = {}
+
+
+def without(loaded: LoadedModel, sampling: Sampling, options: Mapping[str, object]) -> Told:
+    """The same without guesses; once for all who guess."""
+    key = repr((loaded.facts.context_limit, sampling, options))
+    if key not in plain_runs:
+        plain_runs[key] = tell(loaded, None, sampling, **options)  # type: ignore[arg-type]
+    return plain_runs[key]
+
+
 def both(loaded: LoadedModel, drafter: Drafter, sampling: Sampling = GREEDY, **options: object) -> Told:
     """Told with guesses and without, which has to be the same."""
-    plain = tell(loaded, None, sampling, **options)  # type: ignore[arg-type]
+    plain = without(loaded, sampling, options)
     if isinstance(drafter, Guessing):
         drafter.answers = plain.answers
     told = tell(loaded, drafter, sampling, **options)  # type: ignore[arg-type]
@@ -223,47 +241,47 @@ def test_what_was_drafted_is_counted_as_evaluated(tiny: LoadedModel) -> None:
         assert stats.evaluated_tokens == read + stats.drafted_tokens - stats.accepted_tokens
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 15, 16, 17, 33])
+@pytest.mark.parametrize("most", [1, 2, 17])
 def test_an_answer_ends_where_it_has_to_in_the_middle_of_a_guess(
-    tiny: LoadedModel, drafter: Drafter, most: int
+    tiny: LoadedModel, knowing: Guessing, most: int
 ) -> None:
-    told = both(tiny, drafter, replace(GREEDY, max_tokens=most))
+    told = both(tiny, knowing, replace(GREEDY, max_tokens=most))
     assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in told.turns)
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 7, 20])
+@pytest.mark.parametrize("stop_after", [1, 7])
 def test_a_stop_in_the_middle_of_a_guess_takes_the_rest_back(
-    tiny: LoadedModel, drafter: Drafter, stop_after: int
+    tiny: LoadedModel, knowing: Guessing, stop_after: int
 ) -> None:
-    told = both(tiny, drafter, stop_after=stop_after)
+    told = both(tiny, knowing, stop_after=stop_after)
     assert all(p.finished.stats.finish_reason == FinishReason.CANCELLED for p in told.turns)
     assert [len(answer) for answer in told.answers] == [stop_after + 1] * 2
 
 
-def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, drafter: Drafter) -> None:
+def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
     said = tell(tiny, None).answers[0]
     end = next(i for i in range(6, ANSWER) if said[i] not in said[:i])
     loaded = replace(tiny, end_ids=frozenset({said[end]}))
-    if isinstance(drafter, Guessing):
-        drafter.answers = [said]
-    plain, told = tell(loaded, None), tell(loaded, drafter)
+    knowing.answers = [said]
+    plain, told = tell(loaded, None), tell(loaded, knowing)
     told.assert_equals(plain)
     assert told.turns[0].finished.stats.finish_reason == FinishReason.STOP
     assert len(told.answers[0]) == end
 
 
-@pytest.mark.parametrize("precision", [KVPrecision.AUTO, KVPrecision.INT8])
+@pytest.mark.parametrize(
+    ("new_drafter", "precision"),
+    [(right, KVPrecision.AUTO), (anything, KVPrecision.AUTO), (half_right, KVPrecision.INT8)],
+)
 @pytest.mark.parametrize("policy", EvictionPolicy)
 def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
-    tiny: LoadedModel, drafter: Drafter, policy: EvictionPolicy, precision: KVPrecision
+    tiny: LoadedModel, new_drafter: Callable[[], Guessing], policy: EvictionPolicy, precision: KVPrecision
 ) -> None:
-    if precision is not KVPrecision.AUTO and not isinstance(drafter, Guessing | PromptLookup):
-        pytest.skip("one model that guesses is enough")
     loaded = with_context(tiny, 300)
     told = both(
         loaded,
-        drafter,
-        replace(GREEDY, max_tokens=150),
+        new_drafter(),
+        replace(GREEDY, max_tokens=120),
         policy=policy,
         precision=precision,
         texts=[sentences(6), "And the train?"],
@@ -273,10 +291,10 @@ def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
 
 
 @pytest.mark.parametrize("precision", [KVPrecision.INT8, KVPrecision.INT4])
-def test_a_guess_finishes_no_block(tiny: LoadedModel, drafter: Drafter, precision: KVPrecision) -> None:
+def test_a_guess_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
     """What is quantised stays so: a wrong guess in it would stay for ever."""
-    told = both(tiny, drafter, replace(GREEDY, max_tokens=150), precision=precision)
-    assert max(len(ids) for ids, *_ in told.kept) > 256  # type: ignore[arg-type, misc]
+    told = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
+    assert max(len(ids) for ids, *_ in told.kept) > 192  # type: ignore[arg-type]
 
 
 # ---- where nothing is guessed ------------------------------------------------------------------------------

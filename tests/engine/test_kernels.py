@@ -3,6 +3,7 @@
 Where nothing may depend on company, on threads or on chunks, the answers are compared bit for bit.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,7 +88,7 @@ def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
     states, blocks = random(11, COLUMNS), blocks_of(3 * TILE, bits)
     alone = torch.cat([product(state[None], blocks) for state in states])
     for size in (2, 3, 4, 5, 11):
-        together = torch.cat([product(part, blocks) for part in states.split(size)])
+        together = torch.cat([product(part, blocks) for part in torch.split(states, size)])
         assert torch.equal(together, alone)
 
 
@@ -159,7 +160,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return self.key_dim**-0.5
+        return 1 / math.sqrt(self.key_dim)
 
     def states(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values; sharp enough that a wrong row in sight would show."""

@@ -36,7 +36,8 @@ def pickle_weights(folder: Path) -> None:
 
 
 def test_a_saved_folder_loads_to_the_same_model(tiny_folder: Path) -> None:
-    loaded, built = load_model(tiny_folder, "tiny", precision="fp32", threads=2), tiny_loaded()
+    loaded = load_model(tiny_folder, "tiny", precision="fp32", threads=2, compiled=False)
+    built = tiny_loaded()
     assert loaded.facts == built.facts
     assert loaded.end_ids == built.end_ids
     ids = loaded.tokenizer.encode("The pass is open.").ids
@@ -49,7 +50,8 @@ def test_facts_are_those_of_the_config(tiny_folder: Path) -> None:
     assert (facts.layers, facts.kv_heads, facts.head_dim, facts.threads) == (4, 2, 16, 2)
     assert (facts.context_limit, facts.kv_dtype, facts.path) == (100, "bf16", "eager bf16")
     assert facts.kv_bytes_per_token == 2 * 4 * 2 * 16 * 2
-    assert facts.weights_bytes * 2 == tiny_loaded().facts.weights_bytes
+    unhalved = 2 * facts.weights_bytes - tiny_loaded().facts.weights_bytes
+    assert 0 <= unhalved < 200  # the frequencies of the rotation stay in fp32
 
 
 def test_a_context_larger_than_the_models_own_is_cut_to_it(tiny_folder: Path) -> None:

@@ -11,9 +11,9 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from kvchat.contract import PromptMessage, Sampling
 from kvchat.engine import explain
+from kvchat.engine.eager import template_of
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
-from kvchat.engine.eager import template_of
 from kvchat.engine.render import MARK, SPLIT, Renderer, Span, find_texts
 from kvchat.errors import KvchatError
 from tests.engine.driving import Chat, assert_equals_cold, rendered, saying, user
