@@ -119,7 +119,7 @@ def _readable(chat: TokenizersBackend, token: int) -> bool:
 def tiny_loaded(*, template: str = CHATML, context: int | None = None) -> LoadedModel:
     """The tiny Llama, ready for an engine."""
     chat = tiny_chat(template)
-    return assemble(tiny_model(chat), chat, NAME, precision="fp32", context=context)
+    return assemble(tiny_model(chat), chat, NAME, context=context)
 
 
 def save_tiny(folder: Path) -> Path:

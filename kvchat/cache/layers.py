@@ -326,6 +326,7 @@ class GrowableLayer(AddressedLayer):
         return copy
 
     def _leave(self) -> None:
+        self._described = None  # else what was left would stay in memory
         self._holders.discard(self)
         self._holders = WeakSet([self])
 

@@ -87,6 +87,10 @@ SPECIAL = ("position_bias", "head_mask")
 
 config_of_export: Any = _export_config  # its `patch` is made at run time
 
+class KilledError(KvchatError):
+    """Somebody ended the process that compiled: the user, or a system without memory."""
+
+
 Done = Callable[[int], None]
 """Told the per cent that are done."""
 
@@ -106,7 +110,7 @@ def prepare_step(folder: Path, weights: str, report: Report) -> Path:
 
     Raises:
         KvchatError: there is no compiler, or this model can't be compiled; the sentence says why. It is
-            remembered, but for a missing compiler.
+            remembered, but for a missing compiler and a process that was killed.
     """
     target = package_folder(folder, weights)
     if reason := refusal_of(target):
@@ -119,6 +123,8 @@ def prepare_step(folder: Path, weights: str, report: Report) -> Path:
         if not target.is_dir():  # another process may have made it while this one waited
             try:
                 _make(folder, weights, work, report)
+            except KilledError:  # says nothing about the model
+                raise
             except KvchatError as error:
                 refuse(folder, weights, str(error))
                 raise
@@ -148,10 +154,15 @@ def _make(folder: Path, weights: str, work: Path, report: Report) -> None:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        if process.wait():
+        if code := process.wait():
+            if code < 0:
+                raise KilledError(
+                    f"The model isn't compiled: the compiler was ended by {signal.Signals(-code).name}. "
+                    "Is there too little memory?"
+                )
             log.seek(0)
             lines = log.read().strip().splitlines()
-            reason = lines[-1] if lines else f"the compiler ended with {process.returncode}"
+            reason = lines[-1] if lines else f"the compiler ended with {code}"
             raise KvchatError(f"The model can't be compiled: {reason}")
 
 

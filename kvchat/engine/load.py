@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import ModelFacts
-from kvchat.engine.compiled import TOKENIZER, CompiledReader, CompiledStep, addressed, find_step
+from kvchat.engine.compiled import CompiledReader, CompiledStep, addressed, find_step
 from kvchat.engine.forward import CachedReader, Reader, UncachedReader, stopping_between_layers
 from kvchat.engine.identity import weights_hash
 from kvchat.engine.precision import eager_precision, weights_of
@@ -152,12 +152,11 @@ def load_model(
     note = ""
     if compiled and device == "cpu":
         try:
-            step = find_step(folder, weights_of(folder, precision))
+            if step := find_step(folder, weights_of(folder, precision)):
+                return _with_step(step, folder, name, precision, context)
+            note = NOT_COMPILED
         except KvchatError as error:  # one that is damaged is left alone
-            step, note = None, f"it is not compiled: {error}"
-        if step:
-            return _with_step(step, folder, name, precision, context)
-        note = note or NOT_COMPILED
+            note = f"it is not compiled: {error}"
     from kvchat.engine.eager import load_eager
 
     loaded = loaded_of(
@@ -178,7 +177,7 @@ def _with_step(
         exact = precision if precision in DTYPES else "auto"
         return load_weights(folder, name, DTYPES[eager_precision(exact, "cpu")], "cpu")
 
-    tokenizer = Tokenizer.from_file(str(step.folder / TOKENIZER))
+    tokenizer = step.tokenizer()
     facts = _facts(
         name,
         made.shape,

@@ -20,6 +20,8 @@ FOLDER = "compiled"
 """Beside the weights; one package each."""
 SOURCES = ("kernels.cpp", "compile.py", "packed.py")
 """What a package is made by."""
+FILES = ("*.json", "*.jinja", "*.safetensors", "*.gguf")
+"""Configs, tokenizer and chat template go into a package as well as weights."""
 LIBRARIES = ("torch", "transformers")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """What of each weights file goes into the fingerprint."""
@@ -33,7 +35,7 @@ def fingerprint(folder: Path, weights: str) -> str:
     digest.update(repr(facts).encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
-    files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    files = [path for pattern in FILES for path in folder.glob(pattern)]
     for path in sorted(path for path in files if path.is_file()):  # a link may point to what is gone
         digest.update(f"{path.name}{path.stat().st_size}".encode())
         digest.update(_sampled(path))

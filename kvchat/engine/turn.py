@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import torch
 
@@ -177,7 +178,9 @@ class Turn:
             # a guess must not finish a block: what is quantised stays so
             sys.maxsize if kv.block == 1 else kv.block - len(kv) % kv.block - 1,
         )
-        draft = self._drafter.propose(self._tokens, most) if most > 0 else []
+        guessed = self._drafter.propose(self._tokens, most) if most > 0 else []
+        # another model may know ids that this one has no row for
+        draft = list(takewhile(lambda token: token < self._loaded.vocabulary, guessed))
         self.meter.drafted_tokens += len(draft)
         return draft
 

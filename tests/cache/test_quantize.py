@@ -524,7 +524,7 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def ids_of(loaded: LoadedModel, text: str) -> list[int]:
-    return [int(token) for token in loaded.chat.encode(text, add_special_tokens=False)]
+    return list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 @each_precision

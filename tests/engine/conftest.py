@@ -1,11 +1,18 @@
 """What every test of the engine runs on: the tiny Llama always, the real SmolLM2 where it can be had."""
 
+import os
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
 
+from kvchat.engine.compile import compile_kernels
+from kvchat.engine.compiled import KERNELS, load_kernels
+from kvchat.engine.draft import PromptLookup
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
+from kvchat.engine.package import compiler
+from tests.conftest import REQUIRE_MODEL
 
 
 @pytest.fixture(scope="session", params=["tiny", pytest.param("smollm2", marks=pytest.mark.model)])
@@ -18,3 +25,27 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 def engine(loaded: LoadedModel) -> LocalEngine:
     """An engine that holds nothing yet."""
     return LocalEngine(loaded)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_drafts() -> Iterator[None]:
+    """One token for each pass of the model, which many tests count; `test_draft` has it otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptLookup, "propose", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The operators of `kernels.cpp`, compiled for this machine."""
+    need_compiler()
+    folder = tmp_path_factory.mktemp("kernels")
+    compile_kernels(folder / KERNELS)
+    load_kernels(folder)
+
+
+def need_compiler() -> None:
+    """Skips, or fails where everything is required."""
+    if not compiler():
+        give_up = pytest.fail if os.environ.get(REQUIRE_MODEL) == "1" else pytest.skip
+        give_up("a C++ compiler is needed: apt-get install g++")

@@ -244,7 +244,7 @@ def stopping_at(engine: LocalEngine, kind: type[TurnEvent], index: int = 0) -> W
 
 def rendered(loaded: LoadedModel, messages: Sequence[PromptMessage], today: str = "") -> list[int]:
     """The ids of a conversation, by a renderer that remembers nothing."""
-    renderer = Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+    renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     return list(renderer.render(messages, today).ids)
 
 

@@ -190,6 +190,10 @@ def storage_bytes(engine: LocalEngine) -> int:
     return sum({address: size for found in held for address, size in found.items()}.values())
 
 
+UNCOUNTED = ("_holders", "_starts")
+"""Not memory that a layer holds; and a few bytes that tell compiled code where its blocks start."""
+
+
 def torch_storages(holder: object, seen: set[int] | None = None) -> dict[int, int]:
     """Address → bytes of the storage of every tensor that is reachable from an object's attributes."""
     seen = set() if seen is None else seen
@@ -204,7 +208,7 @@ def torch_storages(holder: object, seen: set[int] | None = None) -> dict[int, in
     elif isinstance(holder, list | tuple):
         inside = holder
     elif type(holder).__module__.startswith("kvchat.cache"):
-        inside = [value for name, value in vars(holder).items() if name != "_holders"]
+        inside = [value for name, value in vars(holder).items() if name not in UNCOUNTED]
     else:
         inside = ()
     found: dict[int, int] = {}

@@ -189,7 +189,7 @@ def test_layers_of_each_kind_are_a_row_with_their_bytes() -> None:
     chat = tiny_chat()
     torch.manual_seed(0)
     model = seeded_model(MambaConfig(vocab_size=len(chat), hidden_size=64, num_hidden_layers=3, state_size=8))
-    loaded = assemble(model, chat, "tiny-mamba", precision="fp32")
+    loaded = assemble(model, chat, "tiny-mamba")
     engine, reports = reported(loaded)
     talking = talk(engine, loaded)
     (group,) = map_of(talking, reports).layers

@@ -14,7 +14,7 @@ from kvchat.contract import (
     TurnStarted,
 )
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel, assemble
+from kvchat.engine.load import LoadedModel
 from tests.engine.driving import (
     GREEDY,
     Chat,
@@ -31,7 +31,7 @@ QUESTION = "Which pass is open in May?"
 
 def limited(tiny: LoadedModel, context: int) -> LoadedModel:
     """The tiny model, with a smaller context."""
-    return assemble(tiny.model, tiny.chat, tiny.facts.name, precision="fp32", context=context)
+    return dataclasses.replace(tiny, facts=dataclasses.replace(tiny.facts, context_limit=context))
 
 
 def prompt_of(tiny: LoadedModel, question: str) -> list[int]:

@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
-from kvchat.engine.load import assemble, automatic_precision, load_model, tokenizer_fingerprint, weights_bytes
+from kvchat.engine.eager import weights_bytes
+from kvchat.engine.load import assemble, load_model, tokenizer_fingerprint
+from kvchat.engine.precision import automatic_precision
 from kvchat.errors import KvchatError
 from tests.engine.driving import uncached_logits
 from tests.tiny import seeded_model, tiny_chat, tiny_config, tiny_loaded, tiny_model
@@ -112,7 +114,7 @@ def test_layers_that_cannot_be_cropped_are_refused() -> None:
     config: PreTrainedConfig = model.config
     config.layer_types = ["full_attention", "linear_attention"] * 2
     with pytest.raises(KvchatError, match="layers of the kind linear_attention"):
-        assemble(model, chat, "recurrent", precision="fp32")
+        assemble(model, chat, "recurrent")
 
 
 def test_the_end_ids_are_the_models_and_the_tokenizers() -> None:
@@ -120,9 +122,9 @@ def test_the_end_ids_are_the_models_and_the_tokenizers() -> None:
     model = tiny_model(chat)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [0, 5]
-    assert assemble(model, chat, "several", precision="fp32").end_ids == {0, 5, chat.eos_token_id}
+    assert assemble(model, chat, "several").end_ids == {0, 5, chat.eos_token_id}
     model.generation_config.eos_token_id = None
-    assert assemble(model, chat, "its own", precision="fp32").end_ids == {chat.eos_token_id}
+    assert assemble(model, chat, "its own").end_ids == {chat.eos_token_id}
 
 
 def test_tied_weights_count_once() -> None:

@@ -73,13 +73,13 @@ def model() -> LoadedModel:
     chat = tiny_chat()
     config = tiny_config(chat)
     config.num_hidden_layers = 2
-    return assemble(seeded_model(config), chat, "tiny", precision="fp32", context=CONTEXT)
+    return assemble(seeded_model(config), chat, "tiny", context=CONTEXT)
 
 
 @cache
 def renderer() -> Renderer:
     loaded = model()
-    return Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+    return Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
 
 
 def budget_of(rows: int, conversations: float) -> int:

@@ -121,7 +121,7 @@ def miss_of(played: Played) -> Miss:
 
 def tokens_read_again(played: Played, loaded: LoadedModel) -> int:
     """Up to the last message, without what was reused and the one token that was chosen and never read."""
-    renderer = Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+    renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     rendered = renderer.render(played.request.messages, played.request.today)
     return rendered.ends[-2] - played.started.reused_tokens - 1
 
@@ -179,7 +179,7 @@ def test_a_difference_is_named_with_its_place_and_its_price(loaded: LoadedModel,
 def assert_shows_the_difference(
     miss: Miss, held: tuple[int, ...], played: Played, loaded: LoadedModel
 ) -> None:
-    renderer = Renderer(loaded.tokenizer, loaded.chat, loaded.facts.tokenizer)
+    renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     prompt = renderer.render(played.request.messages, played.request.today).ids
     token = common_prefix(held, prompt)
     assert miss.token == token == played.started.reused_tokens
@@ -489,7 +489,7 @@ def recurrent() -> LoadedModel:
         pad_token_id=chat.pad_token_id,
         bos_token_id=chat.bos_token_id,
     )
-    return assemble(seeded_model(config), chat, "mamba", precision="fp32", context=1000)
+    return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
 def test_what_recurrent_layers_cannot_go_back_to_is_named(recurrent: LoadedModel) -> None:

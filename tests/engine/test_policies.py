@@ -564,7 +564,7 @@ def test_a_model_that_can_not_have_gaps_refuses_them_in_words(
     assert callable(build)
     made = build(tokenizer)
     assert isinstance(made, PreTrainedConfig)
-    loaded = assemble(seeded_model(made), tokenizer, why, precision="fp32", context=200)
+    loaded = assemble(seeded_model(made), tokenizer, why, context=200)
     assert why in loaded.facts.gap_refusal
     chat = chat_with(LocalEngine(loaded), loaded, policy)
     reason = chat.ask("Hi").failed.reason

@@ -13,6 +13,7 @@ from kvchat.contract import PromptMessage, Sampling
 from kvchat.engine import explain
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
+from kvchat.engine.eager import template_of
 from kvchat.engine.render import MARK, SPLIT, Renderer, Span, find_texts
 from kvchat.errors import KvchatError
 from tests.engine.driving import Chat, assert_equals_cold, rendered, saying, user
@@ -48,7 +49,7 @@ def chat_with(template: str = CHATML) -> TokenizersBackend:
 def renderer(template: str = CHATML) -> Renderer:
     """A renderer that remembers nothing."""
     chat = chat_with(template)
-    return Renderer(chat.backend_tokenizer, chat, "tiny")
+    return Renderer(chat.backend_tokenizer, template_of(chat), "tiny")
 
 
 def ids_of(messages: Sequence[PromptMessage], template: str = CHATML) -> list[int]:
@@ -78,8 +79,8 @@ def control_counts(ids: list[int]) -> Counter[int]:
 def test_text_is_encoded_as_the_template_writes_it(loaded: LoadedModel) -> None:
     messages = [PromptMessage("system", "Be brief."), user("Which pass is open?")]
     turns = [{"role": message.role, "content": message.text} for message in messages]
-    whole = loaded.chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert rendered(loaded, messages) == loaded.tokenizer.encode(str(whole), add_special_tokens=False).ids
+    whole = loaded.template.render(turns, goes_on=False)
+    assert rendered(loaded, messages) == loaded.tokenizer.encode(whole, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_text_is_encoded_as_the_template_writes_it(loaded: LoadedModel) -> None:
 )
 def test_a_typed_control_token_is_text_and_stays_so_over_turns(loaded: LoadedModel, typed: str) -> None:
     harmless = rendered(loaded, [user("harmless")])
-    controls = set(loaded.chat.all_special_ids)
+    controls = {loaded.tokenizer.token_to_id(text) for text in loaded.template.controls}
     first = rendered(loaded, [user(typed)])
     assert [i for i in first if i in controls] == [i for i in harmless if i in controls]
     assert typed.replace(SPLIT, "") in loaded.tokenizer.decode(first, skip_special_tokens=False)

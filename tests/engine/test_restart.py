@@ -1,14 +1,13 @@
 """A cache outlives the engine that made it, bit for bit; what can't be used is refused by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, PreTrainedModel
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers import MambaConfig
 
 from kvchat.cache.fingerprint import WORDS, Fingerprint
 from kvchat.cache.kv import ConversationKV
@@ -34,6 +33,7 @@ from kvchat.engine.disk import DiskTier
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.identity import identify
 from kvchat.engine.load import LoadedModel, assemble
+from kvchat.engine.template import ChatTemplate
 from tests.engine.driving import Chat, Played, assert_equals_cold, sentences, stopping_at
 from tests.tiny import CHATML, seeded_model, tiny_chat, tiny_config, tiny_loaded
 
@@ -292,7 +292,7 @@ def mamba() -> LoadedModel:
         pad_token_id=chat.pad_token_id,
         bos_token_id=chat.bos_token_id,
     )
-    return assemble(seeded_model(config), chat, "mamba", precision="fp32", context=1000)
+    return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
 def test_recurrent_states_come_back_too(tmp_path: Path) -> None:
@@ -330,8 +330,10 @@ def assert_read_again(chat: Chat, house: House, reason: str) -> None:
 def identified(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Iterator[None]:
     """Engines made inside take the model for one that differs in that field."""
 
-    def otherwise(model: PreTrainedModel, chat: TokenizersBackend, facts: ModelFacts) -> Fingerprint:
-        return replace(identify(model, chat, facts), **{name: value})
+    def otherwise(
+        facts: ModelFacts, revision: str, template: ChatTemplate, frequencies: Sequence[float]
+    ) -> Fingerprint:
+        return replace(identify(facts, revision, template, frequencies), **{name: value})
 
     with monkeypatch.context() as patch:
         patch.setattr("kvchat.engine.engine.identify", otherwise)
@@ -371,7 +373,7 @@ OTHER_MODELS: dict[str, tuple[Callable[[], LoadedModel], str]] = {
 
 def retrained() -> LoadedModel:
     chat = tiny_chat()
-    return assemble(seeded_model(tiny_config(chat), seed=1), chat, "tiny", precision="fp32")
+    return assemble(seeded_model(tiny_config(chat), seed=1), chat, "tiny")
 
 
 def with_rope(theta: float) -> LoadedModel:
@@ -381,12 +383,12 @@ def with_rope(theta: float) -> LoadedModel:
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     model = seeded_model(config)
     model.load_state_dict(tiny_loaded().model.state_dict())
-    return assemble(model, chat, "tiny", precision="fp32")
+    return assemble(model, chat, "tiny")
 
 
 def replace_name(name: str) -> LoadedModel:
     chat = tiny_chat()
-    return assemble(tiny_loaded().model, chat, name, precision="fp32")
+    return assemble(tiny_loaded().model, chat, name)
 
 
 @pytest.mark.parametrize("other", OTHER_MODELS)

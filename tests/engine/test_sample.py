@@ -1,7 +1,4 @@
-"""Settings reach transformers' own processors, in its order, and a seed makes choices repeatable."""
-
-from collections.abc import Callable
-from functools import partial
+"""What may be drawn is what transformers' own processors leave, and a seed makes choices repeatable."""
 
 import pytest
 import torch
@@ -11,14 +8,12 @@ from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from kvchat.contract import Sampling
-from kvchat.engine import sample
-from kvchat.engine.sample import Sampler
+from kvchat.engine.sample import CANDIDATES, Sampler, candidates, penalised
 
 LOGITS = torch.tensor([[2.0, 1.5, 1.0, 0.5, -1.0, -3.0]])
 DRAWS = 300
@@ -78,38 +73,64 @@ def test_only_a_penalty_needs_the_context() -> None:
     assert not Sampler(Sampling(temperature=0.8, top_p=0.9, top_k=40, min_p=0.1)).reads_context
 
 
-PROCESSORS: dict[str, Callable[..., LogitsProcessor]] = {
-    kind.__name__: kind
-    for kind in (
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-        MinPLogitsWarper,
-    )
-}
+def kept_by_transformers(scores: torch.Tensor, sampling: Sampling) -> set[int]:
+    """The ids that its processors leave of scores `[vocabulary]`, in its order."""
+    processors: list[LogitsProcessor] = []
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    left = scores[None].clone()
+    for processor in processors:
+        left = processor(torch.LongTensor([[]]), left)
+    return {*(left[0] > -torch.inf).nonzero()[:, 0].tolist()}
 
 
-def test_every_setting_reaches_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, float]] = []
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([5, CANDIDATES - 1, CANDIDATES, CANDIDATES + 1, 2000]),
+    st.sampled_from([0.1, 1.0, 4.0]),
+    st.sampled_from([0, 1, 40, CANDIDATES, 700]),
+    st.sampled_from([1.0, 0.05, 0.5, 0.95, 0.999]),
+    st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+)
+def test_exactly_what_transformers_leaves_may_be_drawn(
+    seed: int, vocabulary: int, spread: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Flat distributions keep more than are looked at first. Weights are the probabilities, in proportion."""
+    scores = spread * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed))
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids, weights = candidates(scores, sampling)
+    kept = kept_by_transformers(scores, sampling)
+    # where the sum of thousands of probabilities meets the limit, two ways to add them up may part by a token
+    assert len(kept ^ {*ids.tolist()}) <= (top_p < 1)
+    assert len({*ids.tolist()}) == len(ids)
+    expected = scores[ids].double().softmax(-1)
+    torch.testing.assert_close(weights.double() / weights.double().sum(), expected, atol=1e-5, rtol=1e-3)
 
-    def build(name: str, value: float) -> LogitsProcessor:
-        seen.append((name, value))
-        return PROCESSORS[name](value)
 
-    for name in PROCESSORS:
-        monkeypatch.setattr(sample, name, partial(build, name))
-    Sampler(Sampling(temperature=0.8, top_p=0.9, top_k=40, min_p=0.1, repeat_penalty=1.2))
-    assert seen == [
-        ("RepetitionPenaltyLogitsProcessor", 1.2),
-        ("TemperatureLogitsWarper", 0.8),
-        ("TopKLogitsWarper", 40),
-        ("TopPLogitsWarper", 0.9),
-        ("MinPLogitsWarper", 0.1),
-    ]
-    seen.clear()
-    Sampler(Sampling(temperature=1.0))
-    assert seen == []
+def test_more_than_are_looked_at_first_are_kept_where_they_have_to_be() -> None:
+    scores = torch.linspace(0, 1, 4 * CANDIDATES)
+    for sampling in (Sampling(top_p=0.9), Sampling(min_p=0.4), Sampling(top_k=3 * CANDIDATES)):
+        ids, _ = candidates(scores, sampling)
+        assert len(ids) > 2 * CANDIDATES
+        assert {*ids.tolist()} == kept_by_transformers(scores, sampling)
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 49)), st.sampled_from([0.5, 1.0, 1.3, 5.0]))
+def test_a_penalty_is_that_of_transformers(seed: int, context: list[int], penalty: float) -> None:
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([context], dtype=torch.int64), scores[None])
+    assert torch.equal(penalised(scores, context, penalty), expected[0]) if context else True
+
+
+def test_a_temperature_changes_what_is_kept() -> None:
+    cold, hot = (Sampling(temperature=t, top_p=0.6, seed=1) for t in (0.2, 5.0))
+    for sampling in (cold, hot):
+        left = kept_by_transformers(LOGITS[0] / sampling.temperature, sampling)
+        assert drawn(sampling) == left
 
 
 def sequence(seed: int | None) -> list[int]:

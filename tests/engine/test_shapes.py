@@ -21,7 +21,8 @@ from kvchat.cache.recurrent import HybridLayer, RecurrentLayer
 from kvchat.cache.rotate import turned
 from kvchat.engine.forward import CachedReader, Stopped, forward_pass, stopping_between_layers
 from kvchat.engine.load import LoadedModel, assemble
-from kvchat.engine.shape import NO_LIMIT, measure
+from kvchat.engine.measure import measure
+from kvchat.engine.shape import NO_LIMIT
 from kvchat.errors import KvchatError
 from tests.tiny import seeded_model, tiny_chat
 
@@ -227,7 +228,7 @@ SHAPES: dict[str, Can] = {
 
 
 def assembled(name: str) -> LoadedModel:
-    return assemble(seeded_model(SHAPES[name].made()), tiny_chat(), name, precision="fp32")
+    return assemble(seeded_model(SHAPES[name].made()), tiny_chat(), name)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -570,7 +571,7 @@ def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None
         original_max_position_embeddings=60,
         rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
     )
-    loaded = assemble(seeded_model(long_rope), tiny_chat(), "long", precision="fp32", context=400)
+    loaded = assemble(seeded_model(long_rope), tiny_chat(), "long", context=400)
     assert (loaded.facts.context_limit, loaded.shape.position_limit) == (60, 60)
     Reading(loaded).turn(some_ids(50), some_ids(10, 1))
 
@@ -578,7 +579,7 @@ def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None
 def test_a_context_without_end_is_the_one_that_is_asked_for() -> None:
     chat, made = tiny_chat(), SHAPES["Bloom"].made
     limits = [
-        assemble(seeded_model(made()), chat, "bloom", precision="fp32", context=asked).facts.context_limit
+        assemble(seeded_model(made()), chat, "bloom", context=asked).facts.context_limit
         for asked in (None, 100, 5000)
     ]
     assert limits == [2048, 100, 5000]
