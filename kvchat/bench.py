@@ -9,22 +9,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TypedDict
 
 import psutil
 import torch
 import transformers
-from rich.table import Table
 
 from kvchat.bench_history import HistoryRow, history_rows
 from kvchat.cache.kv import ConversationKV
 from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
+from kvchat.engine.draft import PromptLookup
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.forward import Reader
 from kvchat.engine.load import LoadedModel
+from kvchat.engine.meter import memory_in_use
 from kvchat.engine.turn import PREFILL_CHUNK
 from kvchat.errors import KvchatError
-from kvchat.text import megabytes
 
 QUESTIONS = (
     "Name three rivers of Europe.",
@@ -36,6 +37,20 @@ QUESTIONS = (
     "List the tools I need.",
     "Explain why yeast makes it rise.",
 )
+CODE = """\
+def word_counts(path):
+    counts = {}
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            for word in line.lower().split():
+                counts[word] = counts.get(word, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: item[1], reverse=True))
+"""
+COPY = (
+    f"Here is a Python function:\n\n```python\n{CODE}```\n\nWrite exactly the same function again, unchanged."
+)
+OPEN = "Tell me a story about a lighthouse keeper who collects lost sounds."
+DRAFT_TOKENS, DRAFT_RUNS = 128, 3
 DECODE_STEPS = {CacheMode.ON: 32, CacheMode.OFF: 3}
 """Steps a decode median is taken over; without a cache one step takes seconds."""
 PROBE_TOKENS = {CacheMode.TURN: 8, CacheMode.OFF: 3}
@@ -50,6 +65,8 @@ class Measured(TypedDict):
 
     machine: dict[str, object]
     model: dict[str, object]
+    rss_bytes: int
+    """Memory of this process with the model loaded, before anything was cached."""
     rows: list[dict[str, object]]
 
 
@@ -66,15 +83,27 @@ class Row:
     turn: int | None = None
     read_tokens: int | None = None
     kv_bytes: int | None = None
+    kv: str | None = None
+    """Precision of keys and values, where another than the model's own was asked for."""
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
     restore_s: float | None = None
     """Of `ttft_s`, the time that reading the cache from disk and verifying it took."""
 
 
 def run_bench(
-    loaded: LoadedModel, contexts: Sequence[int], *, turns: int, answer_tokens: int, fill: bool, note: Note
+    loaded: LoadedModel,
+    contexts: Sequence[int],
+    *,
+    turns: int,
+    answer_tokens: int,
+    fill: bool,
+    precisions: Sequence[str],
+    note: Note,
 ) -> Measured:
     """All measurements, in the shape that `--json` prints.
 
+    `precisions` are those of keys and values to decode with besides the model's own.
     With `fill` no answer of the chat ends before `answer_tokens`, so that it reaches a known length.
 
     Raises:
@@ -85,12 +114,14 @@ def run_bench(
             f"{loaded.facts.name} holds {loaded.facts.context_limit:,} tokens, not {max(too_long):,}."
         )
     chatting = replace(loaded, end_ids=frozenset()) if fill else loaded
-    rows = [*_raw_rows(loaded, contexts, note)]
+    rss = memory_in_use()
+    rows = [*_raw_rows(loaded, contexts, precisions, note), *_draft_rows(loaded, note)]
     rows += [_restore_row(row) for row in history_rows(loaded, contexts, note)]
     rows += _turn_rows(chatting, turns, answer_tokens, note)
     return {
         "machine": machine(),
         "model": asdict(loaded.facts),
+        "rss_bytes": rss,
         "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in rows],
     }
 
@@ -129,8 +160,10 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def _raw_rows(loaded: LoadedModel, contexts: Iterable[int], note: Note) -> Iterator[Row]:
-    _prefill(loaded, 64)
+def _raw_rows(
+    loaded: LoadedModel, contexts: Iterable[int], precisions: Sequence[str], note: Note
+) -> Iterator[Row]:
+    _decode(loaded.reader(_prefill(loaded, 256)[1]), loaded.vocabulary, CacheMode.ON)
     for context in contexts:
         note(f"prefill and decode at {context:,} tokens")
         runs = [_prefill(loaded, context) for _ in range(PREFILL_RUNS)]
@@ -142,11 +175,16 @@ def _raw_rows(loaded: LoadedModel, contexts: Iterable[int], note: Note) -> Itera
             context / statistics.median(s for s, _ in runs),
             kv_bytes=kv.storage_bytes,
         )
-        yield Row("decode", context, "on", _decode(loaded.reader(kv), CacheMode.ON))
+        yield Row("decode", context, "on", _decode(loaded.reader(kv), loaded.vocabulary, CacheMode.ON))
+        for precision in precisions:
+            note(f"decode at {context:,} tokens, keys and values in {precision}")
+            stored = _prefill(loaded, context, precision)[1]
+            speed = _decode(loaded.reader(stored), loaded.vocabulary, CacheMode.ON)
+            yield Row("decode", context, "on", speed, kv_bytes=stored.storage_bytes, kv=precision)
         note(f"decode without a cache at {context:,} tokens")
         uncached = loaded.uncached_reader()
         uncached.read(tokens(loaded, context))
-        yield Row("decode", context, "off", _decode(uncached, CacheMode.OFF))
+        yield Row("decode", context, "off", _decode(uncached, loaded.vocabulary, CacheMode.OFF))
 
 
 def tokens(loaded: LoadedModel, count: int) -> list[int]:
@@ -155,9 +193,9 @@ def tokens(loaded: LoadedModel, count: int) -> list[int]:
     return [(1000 + i * 7919) % size for i in range(count)]
 
 
-def _prefill(loaded: LoadedModel, count: int) -> tuple[float, ConversationKV]:
+def _prefill(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[float, ConversationKV]:
     """(seconds to read `count` tokens in chunks, the cache they filled)."""
-    kv = loaded.new_kv()
+    kv = loaded.new_kv(precision)
     reader, ids = loaded.reader(kv), tokens(loaded, count)
     started = time.perf_counter()
     for start in range(0, count, PREFILL_CHUNK):
@@ -165,14 +203,50 @@ def _prefill(loaded: LoadedModel, count: int) -> tuple[float, ConversationKV]:
     return time.perf_counter() - started, kv
 
 
-def _decode(reader: Reader, mode: CacheMode) -> float:
+def _decode(reader: Reader, vocabulary: int, mode: CacheMode) -> float:
     """Median tokens a second, one token at a time, after a step of warm-up."""
     steps = []
     for i in range(DECODE_STEPS[mode] + 1):
         started = time.perf_counter()
-        reader.read([500 + i])
+        reader.read([(500 + i) % vocabulary])
         steps.append(time.perf_counter() - started)
     return 1 / statistics.median(steps[1:])
+
+
+def _draft_rows(loaded: LoadedModel, note: Note) -> Iterator[Row]:
+    """An answer that copies, and one that doesn't, with drafts and without; greedy: they say the same."""
+    for case, question in (("copies", COPY), ("open", OPEN)):
+        for mode, new_drafter in (("off", lambda: None), ("lookup", PromptLookup)):
+            note(f"an answer, {case}, drafts {mode}")
+            engine = LocalEngine(loaded, new_drafter=new_drafter)
+            prompt = (PromptMessage("user", question),)
+            runs = [_turn(engine, prompt, CacheMode.TURN, DRAFT_TOKENS).stats for _ in range(DRAFT_RUNS)]
+            last = runs[-1]
+            yield Row(
+                f"draft, {case}",
+                last.prompt_tokens + last.generated_tokens,
+                mode,
+                statistics.median(run.decode_tok_s for run in runs),
+                drafted_tokens=last.drafted_tokens,
+                accepted_tokens=last.accepted_tokens,
+            )
+
+
+def profile_turn(loaded: LoadedModel, file: Path) -> None:
+    """Writes a trace of one turn that chrome://tracing and Perfetto open.
+
+    Raises:
+        KvchatError: the file can't be written.
+    """
+    engine = LocalEngine(loaded)
+    prompt = (PromptMessage("user", OPEN),)
+    _turn(engine, prompt, CacheMode.ON, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _turn(engine, (*prompt, PromptMessage("assistant", "Yes."), *prompt), CacheMode.ON, 16)
+    try:
+        profiler.export_chrome_trace(str(file))
+    except (OSError, RuntimeError) as error:
+        raise KvchatError(f"{file} can't be written: {error}") from error
 
 
 def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, note: Note) -> Iterator[Row]:
@@ -215,27 +289,3 @@ def _turn_row(number: int, finished: TurnFinished) -> Row:
         read_tokens=stats.prefilled_tokens,
         kv_bytes=stats.kv_bytes,
     )
-
-
-def table_of(rows: Iterable[dict[str, object]]) -> Table:
-    """The rows for people."""
-    table = Table("case", "cache", "turn", "context", "read", "TTFT", "restore", "tok/s", "KV")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
-            str(row["case"]),
-            str(row["mode"]),
-            _cell(row.get("turn"), "{}"),
-            _cell(row["context"], "{:,}"),
-            _cell(row.get("read_tokens"), "{:,}"),
-            _cell(row.get("ttft_s"), "{:.3f} s"),
-            _cell(row.get("restore_s"), "{:.3f} s"),
-            _cell(row["tok_s"], "{:,.1f}"),
-            megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
-        )
-    return table
-
-
-def _cell(value: object, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -6,10 +6,11 @@ module again, and the screen must paint before torch is there.
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from io import TextIOWrapper
@@ -29,6 +30,7 @@ from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.doctor import doctor
 from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options, screen_options
+from kvchat.headless import INTERRUPTED, run_turns
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
 from kvchat.session_commands import sessions as session_commands
@@ -170,7 +172,6 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
 
     `-`, or a pipe and no prompt, reads the prompt from standard input.
     """
-    from kvchat.headless import run_turns
 
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
@@ -231,24 +232,78 @@ def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
     "--answer-tokens", type=click.IntRange(2), default=96, show_default=True, help="Of each answer."
 )
 @click.option("--fill", is_flag=True, help="No answer ends before --answer-tokens.")
+@click.option("--kv", default="", help="Precisions of keys and values to decode with too, such as int8,int4.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw curves into this .svg or .png file.")
+@click.option("--peers", type=click.Path(path_type=Path), help="Rows of another engine; prints the ratios.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of one turn; that is all.")
 @model_options
-def bench(contexts: str, turns: int, answer_tokens: int, fill: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+def bench(
+    contexts: str,
+    turns: int,
+    answer_tokens: int,
+    fill: bool,
+    kv: str,
+    as_json: bool,
+    plot: Path | None,
+    peers: Path | None,
+    profile: Path | None,
+    **given: Any,  # noqa: ANN401
+) -> None:
     """Measure prefill, decode and turns, with the KV cache and without."""
-    lengths = parse_contexts(contexts)
-    loaded = _load(given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"]), given)
+    lengths, precisions = parse_contexts(contexts), parse_precisions(kv)
     from rich.console import Console
 
-    from kvchat.bench import run_bench, table_of
+    from kvchat.bench_report import draw, ratios, read_peers, refuse_plot, report
+
+    others = read_peers(peers) if peers else None
+    if plot:
+        refuse_plot(plot)
+    loaded = _load(given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"]), given)
+    from kvchat.bench import profile_turn, run_bench
+
+    if profile:
+        profile_turn(loaded, profile)
+        click.echo(f"Open {profile} in https://ui.perfetto.dev or chrome://tracing.", err=True)
+        return
 
     def note(words: str) -> None:
         click.echo(f"measuring: {words}", err=True)
 
-    measured = run_bench(loaded, lengths, turns=turns, answer_tokens=answer_tokens, fill=fill, note=note)
+    measured = run_bench(
+        loaded,
+        lengths,
+        turns=turns,
+        answer_tokens=answer_tokens,
+        fill=fill,
+        precisions=precisions,
+        note=note,
+    )
+    rows, console = measured["rows"], Console(stderr=as_json)
     if as_json:
         click.echo(json.dumps(measured, indent=1))
     else:
-        Console().print(table_of(measured["rows"]))
+        console.print(report(rows))
+        console.print(
+            f"{megabytes(measured['rss_bytes'])} of memory with the model loaded and nothing cached"
+        )
+    if others:
+        console.print(ratios(rows, *others))
+    if plot:
+        draw(rows, plot)
+
+
+def parse_precisions(text: str) -> list[str]:
+    """`int8,int4` → ["int8", "int4"].
+
+    Raises:
+        click.BadParameter: something in it is no precision of keys and values.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in set(KVPrecision)]:
+        known = ", ".join(KVPrecision)
+        raise click.BadParameter(f"{unknown[0]!r} is no precision; {known} are.", param_hint="--kv")
+    return names
 
 
 @cli.command()
@@ -444,6 +499,18 @@ def _pull_command(name: str, data_dir: Path | None) -> list[str]:
     return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
 
 
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
@@ -496,7 +563,7 @@ def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
     from kvchat.engine.prepare import prepare
     from kvchat.progress import reported
 
-    with reported(name, as_json=progress_json) as report:
+    with _cleaning_up(), reported(name, as_json=progress_json) as report:
         folder = prepare(name, find_paths(data_dir).models, report)
     if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
         click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)

@@ -286,6 +286,8 @@ class Died:
 
     reason: str
     log_tail: tuple[str, ...] = ()
+    for_good: bool = False
+    """Whether it is not started again."""
 
 
 @dataclass(frozen=True, slots=True)

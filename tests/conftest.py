@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
 THREADS = 2
 
+# a run in the background has it ignored, and so would every program that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 wait_politely()  # tests run where other things run too
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")

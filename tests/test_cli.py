@@ -51,6 +51,8 @@ STATS = {
     "evicted_tokens",
     "restored_tokens",
     "restore_s",
+    "drafted_tokens",
+    "accepted_tokens",
 }
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
 LONG = "Which pass over the mountains is open in May? " * 3
@@ -712,6 +714,26 @@ def test_ctrl_c_while_it_waits_for_input_is_no_traceback(kvchat: Shell) -> None:
 
     done = kvchat("run", stdin=Interrupted())
     assert (done.code, done.out, done.err.strip()) == (1, "", "Aborted!")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_download_that_is_told_to_end_unwinds_and_says_so_by_its_code(
+    kvchat: Shell, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    unwound = []
+
+    def interrupted(*_: object) -> Path:
+        try:
+            signal.raise_signal(sent)
+            return kvchat.home
+        finally:
+            unwound.append(sent)
+
+    monkeypatch.setattr("kvchat.engine.prepare.prepare", interrupted)
+    before = signal.getsignal(sent)
+    done = kvchat("models", "pull", "--progress-json")
+    assert (done.code, done.out, unwound) == (130, "", [sent])
+    assert signal.getsignal(sent) is before
 
 
 # the other commands

@@ -8,6 +8,7 @@ how one is made: importing the compiler takes seconds (`compile` does that).
 
 import ctypes
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import AddressedLayer, HeadShape, Memory
+from kvchat.engine.crew import Crew
 from kvchat.engine.forward import Stopped
 from kvchat.engine.package import package_folder, refusal_of
 from kvchat.engine.shape import ModelShape
@@ -145,6 +147,7 @@ class CompiledStep:
         self._load()
         self.stopped: Callable[[], bool] = lambda: False
         """Looked at between chunks of tokens."""
+        self._crew = Crew(torch.get_num_threads())
         self._memories: list[Memory] = []
         self._table = torch.zeros(0)
 
@@ -206,7 +209,11 @@ class CompiledStep:
             self._table,
             torch.arange(count - keep, count),
         ]
+        started = time.perf_counter()
+        torch.set_num_threads(self._crew.threads)
         logits: torch.Tensor = self._runner.run(inputs)[0]
+        if count == 1:
+            self._crew.note(time.perf_counter() - started)
         return logits
 
     def _check(self, memories: list[Memory]) -> None:

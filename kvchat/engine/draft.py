@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 LEAST, MOST = 3, 15
 """Tokens of a guess: with the one before them 4 or 16, of which the kernels multiply 4 at a time."""
-NGRAM = 3
+NGRAM = 4
 """Tokens that have to agree before what followed them is guessed."""
-LONGEST_REST = 64
+LONGEST_REST = 128
 """Tokens."""
 
 
@@ -50,17 +50,16 @@ class Pace:
         return min(self.width, allowed)
 
     def judge(self, proposed: int, accepted: int) -> None:
-        """Checking three guesses takes nearly half as long as a token does: one in three has to come true."""
+        """Checking three guesses takes up to as long as a token does: one in three has to come true."""
         if accepted == proposed:
             self.width = min(MOST, 2 * self.width + 1)
             self.failures = 0
-        elif accepted:
-            self.width = LEAST if 2 * accepted < proposed else self.width
+        elif 3 * accepted > proposed:
             self.failures = max(0, self.failures - 1)
         else:
             self.width = LEAST
             self.failures += 1
-            self.rest = min(LONGEST_REST, 2 ** (self.failures + 1))
+            self.rest = min(LONGEST_REST, 2 ** (self.failures + 2))
 
 
 class PromptLookup:
@@ -81,8 +80,8 @@ class PromptLookup:
         for end in range(self._indexed, len(tokens)):
             self._after[tuple(tokens[end - NGRAM : end])] = end
         self._indexed = max(self._indexed, len(tokens))
-        place = self._after.get(tuple(tokens[-NGRAM:]))
-        if place is None or not (width := self._pace.most(most)):
+        place, width = self._after.get(tuple(tokens[-NGRAM:])), self._pace.most(most)
+        if place is None or not width:
             return []
         return list(tokens[place : place + width])
 

@@ -116,7 +116,6 @@ inline Floats exponential(Floats x) {
 constexpr int64_t kGroup = 32;    // weights of a row that share a scale
 constexpr int64_t kTile = 8;      // rows whose weights lie together
 constexpr int64_t kTogether = 4;  // tokens that are multiplied in one go
-constexpr int64_t kAhead = 2048;   // bytes
 constexpr int64_t kSerial = 1 << 16;  // products that are not worth another thread
 
 // Weights of one group of a tile in memory: vectors of 16-bit lanes, two for each row, each lane holding the
@@ -168,14 +167,15 @@ inline Shorts unpack(Shorts lanes, int j) {
 template <int kBits, int kTiles, int kTokens>
 void multiply(const uint8_t* weights, const Rounded& states, int64_t token, float* to, int64_t stride) {
   constexpr int kPairs = 16 / kBits;  // in a lane
-  const int64_t groups = states.groups, in = groups * kGroup;
+  const int64_t groups = states.groups, in = groups * kGroup, ahead = kTiles * groups * kBlockBytes<kBits>;
   Floats result[kTiles][kTokens] = {};
   for (int64_t g = 0; g < groups; ++g) {
     Ints sum[kTiles][kTokens] = {};
-    if constexpr (kTokens == 1)  // what one token is computed with comes from memory, faster when asked for early
+    // later tokens find the weights in the cache; the first ones ask for those of the next tiles
+    if (token == 0)
       for (int r = 0; r < kTiles; ++r)
         for (int64_t line = 0; line < kBlockBytes<kBits>; line += 64)
-          __builtin_prefetch(weights + (r * groups + g) * kBlockBytes<kBits> + kAhead + line);
+          __builtin_prefetch(weights + (r * groups + g) * kBlockBytes<kBits> + ahead + line);
     const int16_t* numbers = states.numbers.get() + token * in + g * kGroup;
     for (int v = 0; v < kBits; ++v) {
       Shorts lanes[kTiles];

@@ -4,6 +4,7 @@ It knows the `Engine` protocol; whether a process is behind it is not its busine
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 from typing import Protocol
 
@@ -86,11 +87,6 @@ class EngineBridge:
         self._closing = True
         self._engine.close()
 
-    @property
-    def gave_up(self) -> bool:
-        """Whether the engine died too often to be started again."""
-        return self._deaths >= RESTARTS
-
     def _made(self, factory: EngineFactory) -> StartableEngine:
         """An engine of which nothing is heard any more once another one was made."""
         self._factory = factory
@@ -114,7 +110,9 @@ class EngineBridge:
             self._deaths = 0
         if isinstance(status, Died):
             self._deaths += 1
+            # told with the death itself: by the time it is read, there may have been another one
+            status = replace(status, for_good=self._deaths >= RESTARTS)
         self._target.post_message(EngineStatus(status))
         # after telling: what the next life reports must not come before this one's end
-        if isinstance(status, Died) and not self.gave_up:
+        if isinstance(status, Died) and not status.for_good:
             self.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvchat.catalog import ModelCard, WheelSource, find_card, load_cards
 from kvchat.errors import KvchatError
+from kvchat.headless import INTERRUPTED
 from kvchat.locate import installed, is_prepared
 from kvchat.session import Session
 from kvchat.settings import sampling_of
@@ -21,8 +22,6 @@ from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.words import about, tokens
 
 Say = Callable[[str], None]
-INTERRUPTED = 130
-"""Exit code of a child that Ctrl-C ended, where it was not the signal itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +162,7 @@ class ModelDesk:
             del self.fetching[name], self._children[name]
         if child.returncode == 0:
             self._say(f"{title_of(name)} is here. Ctrl+L lets it answer.")
-        elif child.returncode in (-signal.SIGINT, INTERRUPTED):
+        elif child.returncode in (-signal.SIGTERM, INTERRUPTED):
             self._say(f"{title_of(name)}: the download was cancelled; nothing of it stays.")
         else:
             self.failed[name] = one_line(said) or f"{title_of(name)} could not be fetched."
@@ -171,11 +170,14 @@ class ModelDesk:
         self._changed()
 
     def cancel(self, name: str) -> bool:
-        """Ends a download; False where there is none. The child cleans up after itself."""
+        """Ends a download; False where there is none. The child cleans up after itself.
+
+        By SIGTERM: whoever started kvchat in the background had SIGINT ignored, here and in every child.
+        """
         child = self._children.get(name)
         if child is None or child.returncode is not None:
             return False
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         return True
 
     def close(self) -> None:

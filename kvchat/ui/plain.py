@@ -77,6 +77,7 @@ class PlainChat:
         self._warm: dict[str, WarmCache] = {}
         self._desk = CacheDesk(session, self._bridge, lambda: self._warm, self._say, self._confirm)
         self._ready = False
+        self._given_up = False
         self._left = False
         self._editing: int | None = None
         """Id of the question that the next line replaces."""
@@ -176,7 +177,7 @@ class PlainChat:
                 self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
-                self._ready = False
+                self._ready, self._given_up = False, status.for_good
                 self._warm.clear()
                 self._say("\n".join((one_line(status.reason), *map(one_line, status.log_tail))))
         self._desk.on_status(status)
@@ -185,7 +186,7 @@ class PlainChat:
         self._warm = {cache.conversation: cache for cache in pool.caches}
 
     def _until_ready(self) -> bool:
-        while not self._ready and not self._bridge.gave_up:
+        while not self._ready and not self._given_up:
             try:
                 self._on_message(self._inbox.get())
             except KeyboardInterrupt:

@@ -233,8 +233,8 @@ class Turns:
                 self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
-                self.lost("the engine is not running" if self._bridge.gave_up else "starting again …")
-                again = GAVE_UP if self._bridge.gave_up else STARTS_AGAIN
+                self.lost("the engine is not running" if status.for_good else "starting again …")
+                again = GAVE_UP if status.for_good else STARTS_AGAIN
                 said = "\n".join(("\nIts last words:", *status.log_tail)) if status.log_tail else ""
                 await self._transcript.notice(f"{status.reason}{again}{said}", error=True)
 

@@ -3,12 +3,12 @@
 from asyncio import sleep, timeout
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from time import monotonic
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from textual import events
+from textual._compositor import Compositor
 from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.strip import Strip
@@ -31,6 +31,9 @@ from tests.ui.scripted import PATIENCE_S, Gate, ScriptedEngine
 
 SIZE = (116, 30)
 MODEL = "Scripted"
+LOOK_EVERY_S = 0.01
+LOOKS = round(PATIENCE_S / LOOK_EVERY_S)
+"""Counted, not timed: a machine that stands still for a while has not looked."""
 
 
 def session_over(store: Store | None = None, *, mode: CacheMode = CacheMode.ON) -> Session:
@@ -98,6 +101,10 @@ class Chat:
     def visible(self) -> str:
         """The text on the screen that has the focus."""
         return text_of(self.app.screen)
+
+    def line(self, row: int) -> str:
+        """The text in a row of the screen."""
+        return self.visible().splitlines()[row]
 
     def panel(self) -> str:
         """The text of the panel, with what doesn't fit on the screen."""
@@ -173,13 +180,13 @@ class Chat:
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
         """Waits until `condition` holds."""
-        give_up = monotonic() + PATIENCE_S
-        while not condition():
+        for _ in range(LOOKS):
+            if condition():
+                return
             if self.app._exception:
                 raise self.app._exception
-            if monotonic() > give_up:
-                pytest.fail(f"never came true: {what}\n{self.visible()}")
-            await self.pilot.pause(0.01)
+            await self.pilot.pause(LOOK_EVERY_S)
+        pytest.fail(f"never came true: {what}\n{self.visible()}")
 
     async def until_said(self, words: str) -> None:
         """Waits until the program said something in passing."""
@@ -236,15 +243,28 @@ class Chat:
 
 @contextmanager
 def brisk() -> Iterator[None]:
-    """A pilot's waits end when the messages are handled, not when the processor rests.
+    """A pilot's waits end when the messages are handled, and the screen is drawn when somebody looks.
 
     Waiting for a processor that rests would take most of a test's time; tests wait for what they want to see.
+    Drawing for a terminal that isn't there took a third of what is left.
     """
 
     async def settle(min_sleep: float = 0, max_sleep: float = 0) -> None:
         await sleep(0.005)
 
-    with patch("textual.app.wait_for_idle", settle), patch("textual.pilot.wait_for_idle", settle):
+    draw = Compositor.render_update
+
+    def unseen(compositor: Compositor, full: bool = False, **how: Any) -> object:  # noqa: ANN401 - passed on
+        if full:  # a screenshot
+            return draw(compositor, full, **how)
+        compositor._dirty_regions.clear()
+        return None
+
+    with (
+        patch("textual.app.wait_for_idle", settle),
+        patch("textual.pilot.wait_for_idle", settle),
+        patch.object(Compositor, "render_update", unseen),
+    ):
         yield
 
 
@@ -273,6 +293,8 @@ async def running(
             if ready:
                 await chat.until(lambda: "ready" in chat.status(), "the engine is ready")
             yield chat
+            if not chat.left:
+                chat.visible()  # whatever the test was about, what is there now can be drawn
 
 
 def still(app: ChatApp) -> ChatApp:

@@ -9,6 +9,8 @@ from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.widgets.completions import Completions, shortened
 from tests.ui.driving import Chat, running
 
+BORDERS = 2
+
 
 def offered(text: str) -> list[str]:
     return [completion.text for completion in completions(text, {"theme": ["kvchat-dark", "nord"]})]
@@ -115,7 +117,10 @@ async def test_a_click_takes_a_command() -> None:
     async with running() as chat:
         await chat.press("slash", "s", "y")
         await chat.until(lambda: shown(chat)[:1] == ["/system"], "it is offered")
-        await chat.until(lambda: chat.screen.query_one(Completions).region.height > 1, "it is laid out")
+        offers = chat.screen.query_one(Completions)
+        # the list shrinks while one types, and moves down as it does
+        await chat.until(lambda: offers.region.height == len(offers.options) + BORDERS, "it has its size")
+        await chat.until(lambda: "/system" in chat.line(offers.region.y + 1), "it is drawn in its place")
         await chat.pilot.click(Completions, offset=(3, 1))
         await chat.until(lambda: chat.prompt.text == "/system ", "it is taken")
         assert chat.prompt.has_focus

@@ -65,11 +65,14 @@ def test_sinks_and_what_is_shared_have_a_mark() -> None:
 
 
 def test_the_legend_explains_what_can_be_seen_and_nothing_else() -> None:
-    assert legend(whole(BLOCK)) == f"{EXACT} exact   {SAVED} on disk too"
+    cell = "a cell is up to 16 tokens"
+    assert legend(whole(BLOCK), 99) == f"{cell}   {EXACT} exact   {SAVED} on disk too"
+    assert legend(whole(BLOCK), 40) == f"{cell}   {EXACT} exact\n{SAVED} on disk too"
     gone = replace(BLOCK, held=False, saved=False)
-    assert legend(whole(replace(BLOCK, sink=True), gone)) == f"{EXACT} exact   {GONE} evicted   {SINK} sink"
+    sink = whole(replace(BLOCK, sink=True), gone)
+    assert legend(sink, 99) == f"{cell}   {EXACT} exact   {GONE} evicted   {SINK} sink"
     many = (BLOCK, replace(BLOCK, start=900, tokens=900))
-    assert f"{OUT_OF_SIGHT} out of the window" in legend(whole(*many, layers=(SLIDING,)))
+    assert f"{OUT_OF_SIGHT} out of the window" in legend(whole(*many, layers=(SLIDING,)), 99)
 
 
 def test_messages_are_named_as_the_transcript_numbers_them() -> None:

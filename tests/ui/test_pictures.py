@@ -4,7 +4,9 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from textual.pilot import Pilot
@@ -18,9 +20,11 @@ from kvchat.contract import (
     Evicted,
     LayerGroup,
     Miss,
+    Sampling,
     SetBudget,
     WarmCache,
 )
+from kvchat.conversation import Preset
 from kvchat.locate import MARKER
 from kvchat.session import Session
 from kvchat.staging import Progress
@@ -31,11 +35,14 @@ from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.dialogs import Confirm, Explanation, Help
 from kvchat.ui.screens.map import MapScreen
 from kvchat.ui.screens.models import ModelScreen
+from kvchat.ui.screens.options import OptionsScreen
 from kvchat.ui.screens.race import RaceScreen
+from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.screens.timeline import TimelineScreen
 from kvchat.ui.themes import OWN
 from kvchat.ui.widgets.card import TourCard
+from kvchat.ui.widgets.conversations import TitleField
 from kvchat.ui.widgets.grid import CURSOR
 from tests.ui.driving import MODEL, Chat, saved_conversation, session_over, still
 from tests.ui.scripted import ScriptedEngine
@@ -65,7 +72,14 @@ MISS = Miss(
 EVICTED = "the 2 oldest messages are left out; what stays is read again: exact"
 AN_EVENING = datetime(2026, 5, 17, 20, 15).timestamp()
 Compare = Callable[..., bool]
-Scene = Callable[[Chat], Awaitable[None]]
+
+
+class Scene(Protocol):
+    """Brings the chat to where the picture is taken; its name is the picture's."""
+
+    __name__: str
+
+    def __call__(self, chat: Chat) -> Awaitable[None]: ...
 
 
 async def empty(chat: Chat) -> None:
@@ -241,19 +255,77 @@ async def panelled(chat: Chat) -> None:
         await chat.press("f3")
 
 
-SCENES = [
-    *(empty, talk, helped, deleting, missed, evicted, caches, pricing),
-    *(completing, settings, models, listed, panelled),
-    *(mapped, raced, touring, told),
+async def searching(chat: Chat) -> None:
+    """Ctrl+F, with hits in a title, a question and an answer."""
+    await chat.press("ctrl+f")
+    await chat.dialog(SearchScreen)
+    await chat.press(*"how")
+    await chat.until_visible("2 hits")
+
+
+async def options(chat: Chat) -> None:
+    """Ctrl+O with a preset, at a field that is explained."""
+    chat.session.save_preset(Preset("Poet", "Rhyme.", Sampling(temperature=1.2, seed=7)))
+    await chat.press("ctrl+o")
+    await chat.dialog(OptionsScreen)
+    await chat.press("tab")
+
+
+async def renaming(chat: Chat) -> None:
+    """R in the list: the title is edited over its line."""
+    await listed(chat)
+    await chat.press("r")
+    await chat.until(lambda: chat.screen.query(TitleField), "the title is edited")
+
+
+async def private(chat: Chat) -> None:
+    """A conversation of which nothing is written, after a turn."""
+    await chat.send("/private")
+    await chat.until(lambda: "private" in chat.title(), "it is private")
+    await chat.ask("Which pass over the Alps is open in May?")
+
+
+async def attached(chat: Chat) -> None:
+    """A file went with a message, and another one is in the prompt."""
+    await chat.ask("Read @notes.md")
+    chat.engine.tells_typed = True
+    await chat.write("And compare it with @notes.md")
+    await chat.until_visible("will read")
+
+
+LAYOUTS = [empty, talk, panelled, listed, helped, caches, settings, mapped, raced]
+"""Scenes that are laid out anew where there is more room."""
+DIALOGS = [deleting, missed, evicted, pricing, completing, models, touring, told]
+DIALOGS += [searching, options, renaming, private, attached]
+COLOURFUL = [talk, caches, mapped, raced]
+"""Scenes in which the light theme has its own colours to get wrong."""
+DARK, LIGHT = (theme.name for theme in OWN)
+VAST, MEDIUM, NARROW = SIZES
+PICTURES = [
+    *((scene, size, DARK) for scene in LAYOUTS for size in SIZES),
+    *((scene, size, DARK) for scene in DIALOGS for size in (MEDIUM, NARROW)),
+    *((scene, MEDIUM, LIGHT) for scene in COLOURFUL),
 ]
 
 
-@pytest.mark.parametrize("theme", [theme.name for theme in OWN])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.__name__))
+def picture_name(scene: Scene, size: tuple[int, int], theme: str) -> str:
+    """`talk-100x30-kvchat-dark`."""
+    return f"{scene.__name__}-{size[0]}x{size[1]}-{theme}"
+
+
+@pytest.mark.parametrize(("scene", "size", "theme"), PICTURES, ids=[picture_name(*p) for p in PICTURES])
 def test_the_screen_looks_as_it_did(
-    scene: Scene, size: tuple[int, int], theme: str, snap_compare: Compare, tmp_path: Path
+    scene: Scene,
+    size: tuple[int, int],
+    theme: str,
+    snap_compare: Compare,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    moments = (datetime.fromtimestamp(AN_EVENING + n).isoformat() for n in count())
+    monkeypatch.setattr("kvchat.store._now", moments.__next__)
+    (tmp_path / "notes.md").write_text("The Brenner is open.\nThe Stelvio is not.\n")
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):
         engine.answers(*re.findall(r"\s*\S+\s?", answer))
@@ -268,7 +340,7 @@ def test_the_screen_looks_as_it_did(
         chat = Chat(app, pilot, session, engine)
         await chat.until(lambda: "ready" in chat.status(), "the engine is ready")
         await scene(chat)
-        await chat.until(lambda: not chat.app._notifications, "nothing is said in passing")
+        app.clear_notifications()
         await pilot.pause()
 
     assert snap_compare(app, terminal_size=size, run_before=play)

@@ -6,7 +6,7 @@ import pytest
 
 from kvchat.contract import CacheEvent, CacheEventKind
 from kvchat.ui.screens.caches import CachesScreen
-from kvchat.ui.screens.timeline import EMPTY, KINDS, SHOWN, TimelineScreen, event_line, timeline
+from kvchat.ui.screens.timeline import BAR_CELLS, EMPTY, KINDS, SHOWN, TimelineScreen, event_line, timeline
 from tests.ui.driving import running
 
 AT = datetime(2026, 5, 17, 20, 15, 3).timestamp()
@@ -25,11 +25,13 @@ def test_every_kind_of_event_has_a_glyph_of_its_own() -> None:
 def test_a_line_tells_when_what_how_much_and_why() -> None:
     line = event_line(event(CacheEventKind.MISS, 1204, note="system prompt edited"), 1204).plain
     before_why, why = line[:-20], line[-20:]
-    assert before_why.split() == ["20:15:03", "█", "miss", "1,204", "█" * 12, "31.0", "MB", "23", "ms"]
+    assert before_why.split() == ["20:15:03", "█", "miss", "1,204", "█" * BAR_CELLS, "31.0", "MB", "23", "ms"]
     assert why == "system prompt edited"
 
 
-@pytest.mark.parametrize(("tokens", "largest", "cells"), [(0, 10, 0), (1, 1000, 1), (5, 10, 6), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "largest", "cells"), [(0, 10, 0), (1, 1000, 1), (5, 10, BAR_CELLS // 2), (0, 0, 0)]
+)
 def test_bars_are_as_long_as_the_tokens(tokens: int, largest: int, cells: int) -> None:
     drawn = event_line(event(CacheEventKind.SAVE, tokens), largest).plain
     assert drawn.count("↓") == cells + 1

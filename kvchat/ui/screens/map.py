@@ -129,8 +129,16 @@ class MapScreen(Listener, ModalScreen[None]):
         ]
         self.query_one("#map-summary", Static).update(Content("\n").join(lines))
         self.query_one(CacheGrid).show(told, self._names)
-        explained = f"a cell is up to 16 tokens   {legend(told)}" if told.blocks else ""
-        self.query_one("#map-legend", Static).update(Content(explained))
+        self._explain()
+
+    def on_resize(self) -> None:
+        """Another width has other lines."""
+        self.call_after_refresh(self._explain)
+
+    def _explain(self) -> None:
+        explained = self.query_one("#map-legend", Static)
+        if self._map and self._map.blocks:
+            explained.update(Content(legend(self._map, explained.size.width)))
 
     @on(CacheGrid.Moved)
     def _moved(self, message: CacheGrid.Moved) -> None:

@@ -14,7 +14,7 @@ from kvchat.contract import CacheEvent, CacheEventKind, Fate
 from kvchat.text import megabytes, one_line
 from kvchat.ui.words import FATES
 
-BAR_CELLS = 12
+BAR_CELLS = 8
 SHOWN = 400
 """Of the latest events: a long life has thousands, and `kvchat cache show` prints all of them."""
 EMPTY = "Nothing has happened to this cache yet. Every turn adds to it: what was reused, read, saved, moved."
@@ -41,11 +41,11 @@ def event_line(event: CacheEvent, largest: int) -> Content:
     size = megabytes(event.bytes) if event.bytes else ""
     note = one_line(event.note)
     return Content.assemble(
-        (f"{datetime.fromtimestamp(event.at):%H:%M:%S}  ", "$text-muted"),
-        (f"{glyph} {event.kind.value:<8}", style),
-        f"{event.tokens:>7,} ",
+        (f"{datetime.fromtimestamp(event.at):%H:%M:%S} ", "$text-muted"),
+        (f"{glyph} {event.kind.value:<7}", style),
+        f"{event.tokens:>6,} ",
         (f"{glyph * cells:<{BAR_CELLS}}", style),
-        (f"{size:>10}{took:>9}", "$text-muted"),
+        (f"{size:>9}{took:>8}", "$text-muted"),
         (f"  {note}" if note else "", "italic"),
     )
 

@@ -3,6 +3,7 @@
 Rows of cells are laid out by functions of plain values; the widget draws them and moves a cursor over them.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -42,6 +43,7 @@ LEGEND = {
     SAVED: "on disk too",
 }
 LAYER_LEGEND = {OUT_OF_SIGHT: "out of the window", STATE: "one state for all"}
+TIE = "\N{NO-BREAK SPACE}"
 STATEFUL = {"recurrent", "convolution"}
 
 
@@ -102,12 +104,15 @@ def mark_of(block: CacheBlock) -> str:
     return SAVED if block.saved and block.held else " "
 
 
-def legend(told: CacheMap) -> str:
-    """The glyphs that can be seen, with their meaning."""
+def legend(told: CacheMap, width: int) -> str:
+    """The glyphs that can be seen, with their meaning, in lines in which no glyph parts from its word."""
     tokens = sum(block.tokens for block in told.blocks)
     seen = {glyph_of(block, layer, tokens) for block in told.blocks for layer in told.layers}
     seen |= {mark_of(block) for block in told.blocks}
-    return "   ".join(f"{glyph} {word}" for glyph, word in (LEGEND | LAYER_LEGEND).items() if glyph in seen)
+    entries = ["a cell is up to 16 tokens"]
+    entries += [f"{glyph} {word}" for glyph, word in (LEGEND | LAYER_LEGEND).items() if glyph in seen]
+    kept_together = [entry.replace(" ", TIE) for entry in entries]
+    return textwrap.fill("   ".join(kept_together), max(width, 1)).replace(TIE, " ")
 
 
 class CacheGrid(Widget, can_focus=True):

@@ -165,7 +165,12 @@ def mode_lines(state: PanelState) -> list[Content]:
     """The cache mode, large, and what it means."""
     style = f"bold {COLOURS[state.mode]}"
     lines = [Content.assemble((line, style)) for line in big_letters(state.mode.value)]
-    return [*lines, Content.assemble((MEANING[state.mode], COLOURS[state.mode]))]
+    return [*lines, *mode_line(state)]
+
+
+def mode_line(state: PanelState) -> list[Content]:
+    """The cache mode in one line; the status line has its name."""
+    return [Content.assemble((MEANING[state.mode], COLOURS[state.mode]))]
 
 
 def turn_lines(state: PanelState) -> list[Content]:
@@ -347,10 +352,10 @@ def ratio_lines(by_mode: Mapping[str, TurnStats]) -> list[Content]:
     return [Content.assemble((line, "$text-success")) for line in lines]
 
 
-def panel_content(state: PanelState) -> Content:
-    """All lines of the panel."""
+def panel_content(state: PanelState, *, dense: bool = False) -> Content:
+    """All lines of the panel; `dense` where it has a few rows only."""
     parts = (
-        mode_lines,
+        mode_line if dense else mode_lines,
         turn_lines,
         ttft_lines,
         memory_lines,
@@ -367,15 +372,23 @@ class CachePanel(Static):
     def __init__(self) -> None:
         super().__init__(id="panel-content")
         self._shown = PanelState()
+        self._dense = False
 
     def show(self, state: PanelState) -> None:
         """Draws what changed."""
         if state != self._shown:
-            before, self._shown = panel_content(self._shown), state
-            content = panel_content(state)
+            before, self._shown = panel_content(self._shown, dense=self._dense), state
+            content = panel_content(state, dense=self._dense)
             # while an answer streams it is drawn often, and a layout of the whole screen costs the most
             self.update(content, layout=content.plain.count("\n") != before.plain.count("\n"))
 
     def on_mount(self) -> None:
         """Draws the empty state."""
         self.update(panel_content(self._shown))
+
+    def on_resize(self) -> None:
+        """Where the screen is short, the figures come first."""
+        dense = self.screen.has_class("-short")
+        if dense != self._dense:
+            self._dense = dense
+            self.update(panel_content(self._shown, dense=dense))
