@@ -562,9 +562,14 @@ def test_a_build_that_does_not_come_to_its_end_leaves_nothing(
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other, ignore=shutil.ignore_patterns("compiled"))
 
+    def builds(process: psutil.Process) -> bool:
+        try:
+            return str(other) in " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # it was killed, and waits to be noticed
+            return False
+
     def builders() -> list[psutil.Process]:
-        mine = psutil.Process().children(recursive=True)
-        return [process for process in mine if str(other) in " ".join(process.cmdline())]
+        return [process for process in psutil.Process().children(recursive=True) if builds(process)]
 
     def end(_progress: Progress) -> None:
         if not killed:
