@@ -210,7 +210,7 @@ class CompiledStep:
             torch.arange(count - keep, count),
         ]
         started = time.perf_counter()
-        torch.set_num_threads(self._crew.threads)
+        torch.set_num_threads(self._crew.threads if count == 1 else self._crew.settled)
         logits: torch.Tensor = self._runner.run(inputs)[0]
         if count == 1:
             self._crew.note(time.perf_counter() - started)

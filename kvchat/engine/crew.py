@@ -27,6 +27,11 @@ class Crew:
         self._to_trial = FIRST
 
     @property
+    def settled(self) -> int:
+        """For several tokens together, which no trial is made with."""
+        return self._current
+
+    @property
     def threads(self) -> int:
         """For the next token."""
         return self._other if self._to_trial <= 0 else self._current

@@ -53,3 +53,9 @@ def test_a_longer_conversation_is_no_reason() -> None:
 
 def test_a_single_thread_is_never_in_question() -> None:
     assert set(run(Crew(1), 100, all_s=0.1, one_s=0.1)) == {1}
+
+
+def test_a_prompt_is_no_trial() -> None:
+    crew = Crew(4)
+    run(crew, FIRST, all_s=0.007, one_s=0.014)
+    assert (crew.threads, crew.settled) == (1, 4)
