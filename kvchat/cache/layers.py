@@ -5,7 +5,7 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Self
 from weakref import WeakSet
 
@@ -212,6 +212,21 @@ class AddressedLayer(StoredLayer):
         """
 
 
+class Described(NamedTuple):
+    """What a layer says of its tensors, and of which ones."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    memory: Memory
+    storages: dict[int, int]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address → bytes of the memory that the tensors lie in."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
 class GrowableLayer(AddressedLayer):
     """Keys and values as they are: `[1, kv_heads, capacity, head_dim]` each, `length` tokens filled.
 
@@ -228,8 +243,8 @@ class GrowableLayer(AddressedLayer):
         self._dtype = dtype
         self._holders: WeakSet[GrowableLayer] = WeakSet([self])
         """The layers that hold the same memory, this one among them."""
-        self._described: tuple[torch.Tensor, torch.Tensor, Memory] | None = None
-        """What `memory` said, and of which tensors."""
+        self._described: Described | None = None
+        """What was last said of the tensors; asked for every token."""
 
     @property
     def capacity(self) -> int:
@@ -237,8 +252,7 @@ class GrowableLayer(AddressedLayer):
         return 0 if self.keys is None else self.keys.shape[-2]
 
     def storages(self) -> dict[int, int]:
-        tensors = [t for t in (self.keys, self.values) if t is not None]
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return {} if self.keys is None else self._describe().storages
 
     @property
     def used_bytes(self) -> int:
@@ -292,12 +306,18 @@ class GrowableLayer(AddressedLayer):
             self._move(self.keys, self.values, rounded_up(end))
 
     def memory(self) -> Memory:
+        return self._describe().memory
+
+    def _describe(self) -> "Described":
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        if self._described is None or self._described[0] is not keys or self._described[1] is not values:
-            self._described = keys, values, _memory_of(keys, values)
-        return self._described[2]
+        known = self._described
+        if known is None or known.keys is not keys or known.values is not values:
+            known = self._described = Described(
+                keys, values, _memory_of(keys, values), bytes_of((keys, values))
+            )
+        return known
 
     def fill(self, tokens: int) -> None:
         if self.length + tokens > self.capacity:
@@ -310,7 +330,7 @@ class GrowableLayer(AddressedLayer):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def _writes_over_others(self, start: int) -> bool:
-        return any(other.length > start for other in self._holders if other is not self)
+        return len(self._holders) > 1 and any(o.length > start for o in self._holders if o is not self)
 
     def _move(self, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int) -> None:
         """Into memory of its own with room for `capacity` tokens."""

@@ -16,13 +16,21 @@ Which rows are quantised depends on lengths alone, never on the chunks in which 
 lengths, shapes, bits and bytes; it refuses to know token ids and when a precision is worth its error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self
 from weakref import WeakSet
 
 import torch
 
-from kvchat.cache.layers import GROWTH_STEP, AddressedLayer, Growth, HeadShape, Memory, StoredLayer
+from kvchat.cache.layers import (
+    GROWTH_STEP,
+    AddressedLayer,
+    Growth,
+    HeadShape,
+    Memory,
+    StoredLayer,
+    bytes_of,
+)
 
 BLOCK = 64
 """Rows of a block. 32 would quantise keys a little better and cost 3 % of bf16 more in scales."""
@@ -101,8 +109,12 @@ class SharedRows:
         self.step = step
         self.elsewhere = elsewhere
         self.count = 0
+        self.moves = 0
+        """How often the memory became another one."""
         self._tensors: dict[str, torch.Tensor] = {}
         self._holders: WeakSet[SharedRows] = WeakSet([self])
+        self._storages: tuple[int, dict[int, int]] = 0, {}
+        """What `storages` said, after so many moves."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The rows in use of one tensor."""
@@ -120,8 +132,9 @@ class SharedRows:
 
     def storages(self) -> dict[int, int]:
         """Address → bytes."""
-        storages = (tensor.untyped_storage() for tensor in self._tensors.values())
-        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+        if self._storages[0] != self.moves:
+            self._storages = self.moves, bytes_of(self._tensors.values())
+        return self._storages[1]
 
     def rounded_up(self, rows: int) -> int:
         """`rows`, up to the next growth step; no rows take no memory."""
@@ -139,7 +152,7 @@ class SharedRows:
 
         returns bytes copied.
         """
-        if not self._tensors or not any(o.count > start for o in self._holders if o is not self):
+        if not self._tensors or not self._writes_over_others(start):
             return 0
         self._move(start, self.rounded_up(end), {})
         return sum(tensor[:start].nbytes for tensor in self._tensors.values())
@@ -157,15 +170,16 @@ class SharedRows:
         """One tensor with its growth slack."""
         return self._tensors[name]
 
-    def reserve(self, rows: int, like: Mapping[str, torch.Tensor]) -> None:
+    def reserve(self, rows: int, like: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Makes room for so many rows after those in use, read by nobody else; a fresh one is as `like`."""
         if not self._tensors or not self._fits(self.count, self.count + rows):
-            self._move(self.count, self.rounded_up(self.count + rows), like)
+            self._move(self.count, self.rounded_up(self.count + rows), self._tensors or like())
 
     def _fits(self, start: int, end: int) -> bool:
-        return self.capacity >= end and not any(
-            other.count > start for other in self._holders if other is not self
-        )
+        return self.capacity >= end and not self._writes_over_others(start)
+
+    def _writes_over_others(self, start: int) -> bool:
+        return len(self._holders) > 1 and any(o.count > start for o in self._holders if o is not self)
 
     def _move(self, kept: int, capacity: int, like: Mapping[str, torch.Tensor]) -> None:
         """Into memory of its own; a fresh one takes shapes and dtypes from `like`."""
@@ -177,6 +191,7 @@ class SharedRows:
         self._tensors = moved
 
     def _leave(self) -> None:
+        self.moves += 1
         self._tensors = {}
         self._holders.discard(self)
         self._holders = WeakSet([self])
@@ -197,6 +212,7 @@ class SharedRows:
         """Another holder of the same rows."""
         other = SharedRows(self.step, self.elsewhere)
         other.count, other._tensors, other._holders = self.count, dict(self._tensors), self._holders
+        other.moves = 1
         self._holders.add(other)
         return other
 
@@ -257,6 +273,8 @@ class QuantizedLayer(AddressedLayer):
         """Rows that were quantised when the layer was last packed."""
         self._starts = torch.zeros(1, dtype=torch.int64)
         """What `memory` last pointed to."""
+        self._described: tuple[tuple[int, int, tuple[int, ...]], Memory] | None = None
+        """What `memory` last said, after so many moves of slots and residual, of slots of so many rows."""
 
     @property
     def _start(self) -> int:
@@ -347,15 +365,17 @@ class QuantizedLayer(AddressedLayer):
             self._slots.write(len(self._counts), self._quantised(exact, rows_of(counts)))
             self._counts += counts
             self._residual.write(0, {name: tensor[sum(counts) :] for name, tensor in exact.items()})
-        heads, key_dim, value_dim = self._shape
-        like = {
-            "keys": torch.empty(0, heads, key_dim, dtype=self._dtype),
-            "values": torch.empty(0, heads, value_dim, dtype=self._dtype),
-        }
-        self._residual.reserve(tokens, like)
+        shape, dtype = self._shape, self._dtype
+        self._residual.reserve(tokens, lambda: _empty(shape, dtype))
         self.is_initialized = True
 
     def memory(self) -> Memory:
+        state = (self._slots.moves, self._residual.moves, tuple(self._counts))
+        if self._described is None or self._described[0] != state:
+            self._described = state, self._memory()
+        return self._described[1]
+
+    def _memory(self) -> Memory:
         assert self._shape is not None
         self._starts = torch.tensor([0, *self._counts]).cumsum(0)
         keys, values = self._residual.whole("keys"), self._residual.whole("values")
@@ -567,6 +587,12 @@ class QuantizedLayer(AddressedLayer):
         self._residual.clear()
         self._settled = self.length = 0
         self.is_initialized = False
+
+
+def _empty(shape: HeadShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """No keys and no values, `[0, kv_heads, head_dim]`."""
+    dims = {"keys": shape.key_dim, "values": shape.value_dim}
+    return {name: torch.empty(0, shape.kv_heads, dim, dtype=dtype) for name, dim in dims.items()}
 
 
 def _shape_of(exact: Mapping[str, torch.Tensor]) -> HeadShape:

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -33,7 +34,6 @@ using Shorts = int16_t __attribute__((vector_size(32)));
 using UShorts = uint16_t __attribute__((vector_size(32)));
 using HalfFloats = float __attribute__((vector_size(16)));
 using HalfUShorts = uint16_t __attribute__((vector_size(16)));
-using HalfBytes = int8_t __attribute__((vector_size(8)));
 constexpr int64_t kLanes = 8;  // floats of a vector
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
@@ -82,11 +82,33 @@ inline Floats halves(const void* from) {  // 8 fp16
 #endif
 }
 
+inline Ints widened(const int8_t* from) {  // 8 of them; gcc would convert one after the other
+#ifdef __AVX2__
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  Ints v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
 template <typename T>
 using Memory = std::unique_ptr<T[]>;
 template <typename T>
 inline Memory<T> fresh(int64_t count) {  // not filled with zeros, as a vector would be
   return std::make_unique_for_overwrite<T[]>(count);
+}
+
+// Calls `work(begin, end)` for pieces of [0, count). A thread that is done takes the next piece: cores are seldom
+// equally free, and a layer begins when the last one is done.
+template <typename Work>
+inline void share(int64_t count, int64_t piece, const Work& work) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + piece - 1) / piece);
+  if (threads <= 1) return work(0, count);
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece)) < count;) work(begin, std::min(begin + piece, count));
+  });
 }
 
 // (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of four vectors
@@ -117,6 +139,7 @@ constexpr int64_t kGroup = 32;    // weights of a row that share a scale
 constexpr int64_t kTile = 8;      // rows whose weights lie together
 constexpr int64_t kTogether = 4;  // tokens that are multiplied in one go
 constexpr int64_t kSerial = 1 << 16;  // products that are not worth another thread
+constexpr int64_t kPieces = 4;    // for each thread
 
 // Weights of one group of a tile in memory: vectors of 16-bit lanes, two for each row, each lane holding the
 // weights of several pairs of columns one above the other; then the scales in fp16, and with 4 bits the minima.
@@ -134,7 +157,7 @@ struct Rounded {
         numbers(fresh<int16_t>(tokens * in)),
         scales(fresh<float>(tokens * groups)),
         sums(fresh<float>(tokens * groups)) {
-    at::parallel_for(0, tokens * groups, 4096, [&](int64_t begin, int64_t end) {
+    share(tokens * groups, 512, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) round(states + g * kGroup, g);
     });
   }
@@ -211,15 +234,19 @@ void multiply_tokens(const uint8_t* weights, const Rounded& states, int64_t toke
   int64_t n = 0;
   for (; n + kTogether <= tokens; n += kTogether)
     multiply<kBits, kTiles, kTogether>(weights, states, n, to, stride);
-  for (; n < tokens; ++n) multiply<kBits, kTiles, 1>(weights, states, n, to, stride);
+  switch (tokens - n) {
+    case 1: return multiply<kBits, kTiles, 1>(weights, states, n, to, stride);
+    case 2: return multiply<kBits, kTiles, 2>(weights, states, n, to, stride);
+    case 3: return multiply<kBits, kTiles, 3>(weights, states, n, to, stride);
+  }
 }
 
 template <int kBits>
 void multiply_all(const uint8_t* weights, const Rounded& states, int64_t tokens, float* to, int64_t tiles) {
   const int64_t tile_bytes = states.groups * kBlockBytes<kBits>, stride = tiles * kTile;
-  const int64_t products = 2 * kTile * states.groups * kGroup * tokens;  // of two tiles
-  const int64_t grain = std::max<int64_t>(1, kSerial / products);
-  at::parallel_for(0, (tiles + 1) / 2, grain, [&](int64_t begin, int64_t end) {
+  const int64_t pairs = (tiles + 1) / 2, products = 2 * kTile * states.groups * kGroup * tokens;  // of a pair
+  const int64_t piece = std::max({int64_t{1}, kSerial / products, pairs / (kPieces * at::get_num_threads())});
+  share(pairs, piece, [&](int64_t begin, int64_t end) {
     for (int64_t tile = 2 * begin; tile < std::min(2 * end, tiles); tile += 2) {
       const uint8_t* from = weights + tile * tile_bytes;
       const auto apply = tile + 1 < tiles ? multiply_tokens<kBits, 2> : multiply_tokens<kBits, 1>;
@@ -299,7 +326,11 @@ struct Rows {
 
   // Rows [begin, end) as fp32, `padded` numbers each; the padding is not written.
   void widen(int64_t begin, int64_t end, float* to, int64_t padded) const {
-    for (; begin < std::min(end, memory.first); to += padded) widen_quantised(begin++, to);
+    if (const int64_t stop = std::min(end, memory.first); begin < stop) {
+      widen_quantised(begin, stop, to, padded);
+      to += (stop - begin) * padded;
+      begin = stop;
+    }
     if (begin < end) widen_exact(begin - memory.first, end - begin, to, padded);
   }
 
@@ -325,46 +356,62 @@ struct Rows {
     for (; i < numbers; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16);
   }
 
-  void widen_quantised(int64_t row, float* to) const {
+  void widen_quantised(int64_t row, int64_t end, float* to, int64_t padded) const {
     const int64_t* starts = reinterpret_cast<const int64_t*>(memory.starts);
-    const int64_t slot = std::upper_bound(starts, starts + memory.slots, row) - starts - 1;
-    memory.bits == 8 ? widen_8(slot, row - starts[slot], to) : widen_4(slot, row - starts[slot], to);
-  }
-
-  const c10::Half* shared(const int64_t (&addresses)[2], int64_t slot, int64_t row) const {
-    const c10::Half* from = reinterpret_cast<const c10::Half*>(addresses[which]);
-    const int64_t block = slot * memory.heads + head;
-    return from ? from + (which == 0 ? block * dim() : block * kSlot + row) : nullptr;
-  }
-
-  // codes * scale + zero; keys have these per number, values per row. The dim is a multiple of 8.
-  template <typename Code>
-  void scaled(int64_t slot, int64_t row, float* to, Code code) const {
-    const c10::Half *scale = shared(memory.scales, slot, row), *zero = shared(memory.zeros, slot, row);
-    for (int64_t i = 0; i < dim(); i += kLanes) {
-      const Floats by = which == 0 ? halves(scale + i) : all(*scale);
-      const Floats add = !zero ? all(0) : which == 0 ? halves(zero + i) : all(*zero);
-      store(to + i, fused(code(i), by, add));
+    for (int64_t slot = std::upper_bound(starts, starts + memory.slots, row) - starts - 1; row < end; ++slot) {
+      const int64_t first = row - starts[slot], last = std::min(end, starts[slot + 1]) - starts[slot];
+      if (memory.bits == 8) widen_8(slot, first, last, to, padded);
+      else widen_4(slot, first, last, to, padded);
+      to += (last - first) * padded;
+      row += last - first;
     }
   }
 
-  void widen_8(int64_t slot, int64_t row, float* to) const {
-    const int8_t* codes = reinterpret_cast<const int8_t*>(memory.codes[which]);
-    codes += ((slot * memory.heads + head) * kSlot + row) * dim();
-    scaled(slot, row, to, [&](int64_t i) {
-      return __builtin_convertvector(__builtin_convertvector(load<HalfBytes>(codes + i), Ints), Floats);
+  const c10::Half* shared(const int64_t (&addresses)[2], int64_t block) const {
+    const c10::Half* from = reinterpret_cast<const c10::Half*>(addresses[which]);
+    return from ? from + block * (which == 0 ? dim() : kSlot) : nullptr;
+  }
+
+  // code * scale + zero of rows of a slot; keys share these by number, values by row. The dim is a multiple of 8.
+  template <typename Code>
+  void scaled(int64_t block, int64_t first, int64_t last, float* to, int64_t padded, Code code) const {
+    const c10::Half *scales = shared(memory.scales, block), *zeros = shared(memory.zeros, block);
+    if (which == 0) {
+      for (int64_t i = 0; i < dim(); i += kLanes) {
+        const Floats scale = halves(scales + i), zero = zeros ? halves(zeros + i) : all(0);
+        for (int64_t row = first; row < last; ++row)
+          store(to + (row - first) * padded + i, fused(code(row, i), scale, zero));
+      }
+    } else {
+      for (int64_t row = first; row < last; ++row) {
+        const Floats scale = all(scales[row]), zero = zeros ? all(zeros[row]) : all(0);
+        for (int64_t i = 0; i < dim(); i += kLanes)
+          store(to + (row - first) * padded + i, fused(code(row, i), scale, zero));
+      }
+    }
+  }
+
+  void widen_8(int64_t slot, int64_t first, int64_t last, float* to, int64_t padded) const {
+    const int64_t block = slot * memory.heads + head, step = dim();
+    const int8_t* codes = reinterpret_cast<const int8_t*>(memory.codes[which]) + block * kSlot * step;
+    scaled(block, first, last, to, padded, [=](int64_t row, int64_t i) {
+      return __builtin_convertvector(widened(codes + row * step + i), Floats);
     });
   }
 
-  void widen_4(int64_t slot, int64_t row, float* to) const {
-    using Bytes = uint8_t __attribute__((vector_size(8)));
-    const uint8_t* codes = reinterpret_cast<const uint8_t*>(memory.codes[which]);
-    codes += ((slot * memory.heads + head) * (kSlot / 2) + row % (kSlot / 2)) * dim();
-    const int shift = row < kSlot / 2 ? 0 : 4;
-    scaled(slot, row, to, [&](int64_t i) {
-      const Ints both = __builtin_convertvector(load<Bytes>(codes + i), Ints);
-      return __builtin_convertvector((both >> shift) & 15, Floats);
-    });
+  // The lower half of a byte is a number of a row of the slot's first half, the upper half one of the second's.
+  void widen_4(int64_t slot, int64_t first, int64_t last, float* to, int64_t padded) const {
+    const int64_t block = slot * memory.heads + head, step = dim();
+    const int8_t* codes = reinterpret_cast<const int8_t*>(memory.codes[which]) + block * (kSlot / 2) * step;
+    const auto half = [&](int64_t from, int64_t end, int shift) {
+      if (from >= end) return;
+      const int64_t skipped = shift ? kSlot / 2 : 0;
+      scaled(block, from, end, to + (from - first) * padded, padded, [=](int64_t row, int64_t i) {
+        return __builtin_convertvector((widened(codes + (row - skipped) * step + i) >> shift) & 15, Floats);
+      });
+    };
+    half(first, std::min(last, kSlot / 2), 0);
+    half(std::max(first, kSlot / 2), last, 4);
   }
 };
 
@@ -545,14 +592,14 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
         for (int64_t i = 0; i < memory.dim[0]; ++i) packed[r * how.key_padded + i] = one[i] * static_cast<float>(scale);
       }
     }
-    at::parallel_for(0, kv_heads * blocks * chunks, 1, [&](int64_t first, int64_t end) {
+    share(kv_heads * blocks * chunks, 1, [&](int64_t first, int64_t end) {
       for (int64_t each = first; each < end; ++each) {
         const int64_t job = each / chunks, chunk = each % chunks, head = job / blocks, block = job % blocks;
         attend_chunk(how, {memory, 0, head}, {memory, 1, head}, queries_of(job), tokens_of(block),
                      row + begin + block * kQueries, chunk * kChunk, part_of(job, chunk));
       }
     });
-    at::parallel_for(0, kv_heads * blocks, 4, [&](int64_t first, int64_t end) {
+    share(kv_heads * blocks, 4, [&](int64_t first, int64_t end) {
       std::vector<float> sum(how.value_padded);
       for (int64_t job = first; job < end; ++job) {
         const int64_t head = job / blocks, block = job % blocks, n = tokens_of(block);
