@@ -37,18 +37,25 @@ QUESTIONS = (
     "List the tools I need.",
     "Explain why yeast makes it rise.",
 )
-CODE = """\
-def word_counts(path):
-    counts = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            for word in line.lower().split():
-                counts[word] = counts.get(word, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: item[1], reverse=True))
+LIST = """\
+- apples from the market
+- two litres of milk
+- bread with seeds
+- a bar of dark chocolate
+- green tea
+- three onions
+- olive oil from Crete
+- a bunch of basil
+- paper towels
+- salt and black pepper
+- a pound of red lentils
+- lemons
+- butter for the cake
+- brown sugar
+- six eggs
+- a jar of plum jam
 """
-COPY = (
-    f"Here is a Python function:\n\n```python\n{CODE}```\n\nWrite exactly the same function again, unchanged."
-)
+COPY = f"Repeat this list:\n\n{LIST}"
 OPEN = "Tell me a story about a lighthouse keeper who collects lost sounds."
 DRAFT_TOKENS, DRAFT_RUNS = 128, 3
 DECODE_STEPS = {CacheMode.ON: 32, CacheMode.OFF: 3}

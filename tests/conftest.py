@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from kvchat.engine.load import LoadedModel
 
 REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
-THREADS = 2
+THREADS = 1
+"""Of torch, in each process: two of them run tests."""
 
 # a run in the background has it ignored, and so would every program that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait_politely()  # tests run where other things run too
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LEAST, MOST = 3, 15
 """Tokens of a guess: with the one before them 4 or 16, of which the kernels multiply 4 at a time."""
-NGRAM = 4
+NGRAM = 3
 """Tokens that have to agree before what followed them is guessed."""
 LONGEST_REST = 128
 """Tokens."""
@@ -50,16 +50,17 @@ class Pace:
         return min(self.width, allowed)
 
     def judge(self, proposed: int, accepted: int) -> None:
-        """Checking three guesses takes up to as long as a token does: one in three has to come true."""
+        """Checking three guesses takes up to as long as a token does: more than one has to come true."""
         if accepted == proposed:
             self.width = min(MOST, 2 * self.width + 1)
             self.failures = 0
-        elif 3 * accepted > proposed:
+            return
+        self.width = LEAST
+        if 3 * accepted > proposed:
             self.failures = max(0, self.failures - 1)
         else:
-            self.width = LEAST
             self.failures += 1
-            self.rest = min(LONGEST_REST, 2 ** (self.failures + 2))
+            self.rest = min(LONGEST_REST, 2**self.failures)
 
 
 class PromptLookup:
