@@ -29,6 +29,15 @@ settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where the real model is required, it is fetched and compiled before tests share the cores with that."""
+    if os.environ.get(REQUIRE_MODEL) == "1" and not hasattr(session.config, "workerinput"):
+        from kvchat.engine.prepare import prepare
+        from kvchat.paths import find_paths
+
+        prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
     """The tiny Llama with its tokenizer."""

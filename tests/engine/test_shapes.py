@@ -320,7 +320,7 @@ def test_a_model_can_what_the_table_says(shaped: LoadedModel) -> None:
     assert (shaped.facts.notes, shaped.facts.gap_refusal) == (shape.notes, shape.gap_refusal)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, PROMPT])
+@pytest.mark.parametrize("chunk", [1, 7])
 def test_chunks_equal_a_cold_pass(shaped: LoadedModel, chunk: int) -> None:
     reading, ids = Reading(shaped), some_ids(PROMPT)
     for start in range(0, PROMPT, chunk):
@@ -379,7 +379,7 @@ def test_a_crop_to_a_length_that_cannot_be_had_is_refused(shaped: LoadedModel) -
     reading.read(some_ids(2, 7))
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_failure_in_any_layer_leaves_no_trace(shaped: LoadedModel, layer: int, tokens: int) -> None:
     reading = one_turn(shaped)
@@ -392,7 +392,7 @@ def test_a_failure_in_any_layer_leaves_no_trace(shaped: LoadedModel, layer: int,
     reading.read(some_ids(QUESTION, 9))
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
 def test_a_failure_in_the_very_first_pass_leaves_an_empty_cache(shaped: LoadedModel, layer: int) -> None:
     reading = Reading(shaped)
     with failing_after(shaped.model, layer), pytest.raises(InterruptedError):
@@ -401,7 +401,7 @@ def test_a_failure_in_the_very_first_pass_leaves_an_empty_cache(shaped: LoadedMo
     reading.read(some_ids(QUESTION, 9))
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
 def test_a_stop_is_looked_at_before_every_layer(shaped: LoadedModel, layer: int) -> None:
     reading, asked = one_turn(shaped), count()
     with (

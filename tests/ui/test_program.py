@@ -70,7 +70,7 @@ def test_the_program_answers_survives_its_engine_and_leaves_the_terminal_as_it_w
     assert "textual" not in engine_packages
 
     chat.type(F4)
-    chat.until("thrown away each turn")
+    chat.until("cache turn · ready")
 
     killed = chat.now()
     engine.kill()
