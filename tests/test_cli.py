@@ -1008,9 +1008,8 @@ def smollm2_folder(smollm2: LoadedModel) -> Path:
 @pytest.mark.model
 def test_the_real_model_reads_its_new_tokens_only(kvchat: Shell, smollm2_folder: Path) -> None:
     questions = ("Name three rivers of Europe.", "Which of them is the longest?")
-    done = kvchat(
-        "run", "--json", "-m", smollm2_folder, "--precision", "fp32", "--max-tokens", "12", *questions
-    )
+    flags = ("--precision", "fp32", "--draft", "off", "--max-tokens", "12")
+    done = kvchat("run", "--json", "-m", smollm2_folder, *flags, *questions)
     first, second = (turn["stats"] for turn in done.turns)
     assert second["reused_tokens"] == first["kv_tokens"] > first["prompt_tokens"] > 0
     assert second["prefilled_tokens"] == second["prompt_tokens"] - first["kv_tokens"]
