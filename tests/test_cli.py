@@ -176,7 +176,8 @@ class Asking:
     folder: Path
 
     def command(self, *arguments: str | Path) -> list[str]:
-        model = ("-m", self.folder, "--precision", "fp32", "--threads", "1")
+        # tests count what is read, and a wrong guess is read too
+        model = ("-m", self.folder, "--precision", "fp32", "--threads", "1", "--draft", "off")
         return ["run", *map(str, (*model, *arguments))]
 
     def __call__(self, *arguments: str | Path, stdin: io.StringIO | str = "") -> Done:
