@@ -376,6 +376,8 @@ class PoolState:
     """What happened since the last report."""
     free_bytes: int = 0
     """Memory that the system could still give; 0 where that is not known."""
+    draft_bytes: int = 0
+    """Of those in memory, what a draft model holds for itself."""
 
 
 @dataclass(frozen=True, slots=True)

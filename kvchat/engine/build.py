@@ -13,7 +13,7 @@ from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel, load_model
 from kvchat.errors import KvchatError
 
-LOOKUP, NO_DRAFT = "lookup", "off"
+LOOKUP = "lookup"
 SHARE_OF_MEMORY = 4
 """Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
 
@@ -39,13 +39,17 @@ def open_engine(
     """
     available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
     disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
-    return LocalEngine(
+    guesser = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
+    engine = LocalEngine(
         loaded,
         budget_bytes=available if budget is None else budget,
         disk=disk,
         report=report,
-        new_drafter=_drafters(loaded, draft),
+        new_drafter=_drafters(guesser or draft),
     )
+    if guesser:
+        engine.caches.host(guesser)
+    return engine
 
 
 def load_draft(draft: str, folder: Path | None, threads: int | None) -> LoadedModel | str:
@@ -53,15 +57,17 @@ def load_draft(draft: str, folder: Path | None, threads: int | None) -> LoadedMo
     return draft if folder is None else load_model(folder, draft, threads=threads)
 
 
-def _drafters(loaded: LoadedModel, draft: LoadedModel | str) -> Callable[[], Drafter | None]:
-    if draft == LOOKUP:
-        return PromptLookup
-    if not isinstance(draft, LoadedModel):
-        return lambda: None
+def _drafters(draft: object) -> Callable[[], Drafter | None]:
+    if isinstance(draft, DraftModel):
+        return lambda: draft
+    return PromptLookup if draft == LOOKUP else lambda: None
+
+
+def _draft_model(loaded: LoadedModel, draft: LoadedModel) -> DraftModel:
+    """It keeps what it has read from turn to turn."""
     if draft.facts.tokenizer != loaded.facts.tokenizer:
         raise KvchatError(
             f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess for it. "
             "Take a model of the same family, or --draft lookup."
         )
-    model = DraftModel(draft)  # keeps what it has read from turn to turn
-    return lambda: model
+    return DraftModel(draft)

@@ -7,6 +7,7 @@ refuses to know prompts and texts, but for the messages a cache was read from, w
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import psutil
 
@@ -52,6 +53,22 @@ class Kept:
     last_used: float = field(default_factory=time.time)
 
 
+class Guest(Protocol):
+    """Holds a cache that is no conversation's, under the same budget."""
+
+    room: Callable[[], int]
+    """Bytes that the budget has left for it."""
+
+    @property
+    def storage_bytes(self) -> int:
+        """What it holds."""
+        ...
+
+    def clear(self) -> int:
+        """Frees that; returns how many tokens it was."""
+        ...
+
+
 class Caches:
     """Every cache there is."""
 
@@ -69,6 +86,7 @@ class Caches:
         self._timeline = timeline
         self._kept: dict[str, Kept] = {}
         self._pinned: set[str] = set()
+        self._guest: Guest | None = None
         self.budget_bytes = budget_bytes
         self.active = ""
         """The conversation that never makes room."""
@@ -133,13 +151,23 @@ class Caches:
         if self._disk:
             self._disk.remove(conversation)
 
+    def host(self, guest: Guest) -> None:
+        """Counts a draft model's cache as well; it makes room before any conversation does."""
+        self._guest = guest
+        guest.room = lambda: self.budget_bytes - self.used_bytes
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of the draft model's cache."""
+        return self._guest.storage_bytes if self._guest else 0
+
     @property
     def used_bytes(self) -> int:
         """Bytes of all caches in memory; what forks share counts once."""
         held: dict[int, int] = {}
         for kept in self._kept.values():
             held |= kept.kv.storages()
-        return sum(held.values())
+        return sum(held.values()) + self.draft_bytes
 
     def make_room(self, needed_bytes: Callable[[], int]) -> None:
         """Frees memory until so many more bytes fit into the budget; asked before they are allocated.
@@ -150,6 +178,9 @@ class Caches:
             BudgetFullError: they don't, even with every cache but the active one gone.
         """
         while self.used_bytes + needed_bytes() > self.budget_bytes:
+            if self._guest and self.draft_bytes:
+                self._show_out(self._guest)
+                continue
             relief = next_relief(self._held())
             if relief is None:
                 raise BudgetFullError(
@@ -157,6 +188,11 @@ class Caches:
                     "or choose a smaller KV precision with /kv."
                 )
             self._relieve(*relief)
+
+    def _show_out(self, guest: Guest) -> None:
+        size, tokens = guest.storage_bytes, guest.clear()
+        note = "the draft model's own cache: the KV budget was full"
+        self._timeline.tell(self.active, CacheEventKind.DROP, tokens, size=size, note=note)
 
     def _held(self) -> list[Held]:
         return [
@@ -266,6 +302,7 @@ class Caches:
             self._disk.cap_bytes if self._disk else 0,
             tuple(events),
             int(psutil.virtual_memory().available),
+            self.draft_bytes,
         )
 
     def _hot(self, name: str, kept: Kept, disk_bytes: int, going: Sequence[str]) -> WarmCache:

@@ -5,7 +5,8 @@ rests longer each time none did. A wrong guess costs time and never changes an a
 from the model's own logits, and what was read too far is taken back by a crop.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -92,24 +93,42 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Guesses what a smaller model would say."""
+    """Guesses what a smaller model would say. Its own cache counts in the budget, and is the first to go."""
 
     def __init__(self, loaded: "LoadedModel") -> None:
         """The model has to have the tokenizer of the one that checks."""
         self._loaded = loaded
         self._kv = loaded.new_kv()
         self._pace = Pace()
+        self.room: Callable[[], int] = lambda: sys.maxsize
+
+    @property
+    def storage_bytes(self) -> int:
+        """What its cache takes."""
+        return self._kv.storage_bytes
+
+    def clear(self) -> int:
+        """Frees its cache; returns how many tokens it has to read again."""
+        tokens = len(self._kv)
+        self._kv.clear()
+        return tokens
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """The most probable tokens, one after the other; reads what it has not read yet."""
+        """The most probable tokens, one after the other; reads what it has not read yet.
+
+        None where the budget has no room to read: no conversation loses its cache for guesses.
+        """
         room = self._loaded.facts.context_limit - len(tokens) - 1
         width = self._pace.most(min(most, room))
         if width <= 0:
             return []
         self._kv.truncate(self._kv.reachable(min(common_prefix(self._kv.ids, tokens), len(tokens) - 1)))
+        unread = list(tokens[len(self._kv.ids) :])
+        needed = self._kv.bytes_to_read(len(unread) + width)
+        if needed and needed > self.room():
+            return []
         reader = self._loaded.reader(self._kv)
         guesses: list[int] = []
-        unread = list(tokens[len(self._kv.ids) :])
         while len(guesses) < width:
             guesses.append(int(reader.read(unread)[-1].argmax()))
             unread = guesses[-1:]

@@ -10,10 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MambaConfig
 
-from kvchat.contract import CacheMode, EvictionPolicy, FinishReason, KVPrecision, Sampling, Tokens
+from kvchat.cache.layers import GROWTH_STEP
+from kvchat.contract import (
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    FinishReason,
+    KVPrecision,
+    Sampling,
+    Tokens,
+    TurnEvent,
+)
 from kvchat.engine.build import open_engine
 from kvchat.engine.draft import LEAST, LONGEST_REST, MOST, NGRAM, Drafter, DraftModel, Pace, PromptLookup
-from kvchat.engine.engine import LocalEngine
+from kvchat.engine.engine import UNBOUNDED, LocalEngine
 from kvchat.engine.load import LoadedModel, assemble
 from kvchat.errors import KvchatError
 from tests.engine.driving import TOLERANCE, Chat, Played, assert_equals_cold, sentences, stopping_at
@@ -87,9 +97,13 @@ def lookup() -> PromptLookup:
     return PromptLookup()
 
 
-def small_model() -> DraftModel:
+def small() -> LoadedModel:
     chat = tiny_chat()
-    return DraftModel(assemble(seeded_model(tiny_config(chat), seed=1), chat, "small"))
+    return assemble(seeded_model(tiny_config(chat), seed=1), chat, "small")
+
+
+def small_model() -> DraftModel:
+    return DraftModel(small())
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
@@ -329,6 +343,54 @@ def test_a_model_with_another_tokenizer_cannot_guess(tiny: LoadedModel) -> None:
         open_engine(tiny, None, None, 0, draft=other)
     drafter = open_engine(tiny, None, None, 0, draft=tiny)._tools.new_drafter()
     assert isinstance(drafter, DraftModel)
+
+
+# ---- the draft model's own cache ---------------------------------------------------------------------------
+
+
+def with_draft_model(tiny: LoadedModel, budget: int) -> tuple[LocalEngine, Callable[[TurnEvent], None]]:
+    """An engine that guesses by another model, and a watch over its budget."""
+    engine = open_engine(tiny, budget, None, 0, draft=small())
+
+    def guard(_event: TurnEvent) -> None:
+        assert engine.caches.used_bytes <= budget
+
+    return engine, guard
+
+
+def test_the_draft_models_cache_counts_in_the_budget(tiny: LoadedModel) -> None:
+    engine, guard = with_draft_model(tiny, UNBOUNDED)
+    Chat(engine, tiny, sampling=GREEDY).ask("Which pass is open?", guard)
+    (cache,), pool = engine.pool().caches, engine.pool()
+    assert pool.draft_bytes == tiny.new_kv().bytes_at(GROWTH_STEP)
+    assert pool.used_bytes == cache.bytes + pool.draft_bytes
+
+
+def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -> None:
+    """Room for three caches: two conversations and the guesses, until a third conversation comes."""
+    engine, guard = with_draft_model(tiny, 3 * tiny.new_kv().bytes_at(GROWTH_STEP))
+    for name in "ab":
+        Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
+    assert engine.pool().draft_bytes > 0
+    played = Chat(engine, tiny, "c", sampling=GREEDY).ask("Which pass is open?", guard)
+    gone = [e for e in played.finished.pool.events if e.kind is CacheEventKind.DROP]
+    assert [(e.conversation, e.note) for e in gone] == [
+        ("c", "the draft model's own cache: the KV budget was full")
+    ]
+    assert {cache.conversation for cache in engine.pool().caches} == {"a", "b", "c"}
+    assert (engine.pool().draft_bytes, played.finished.stats.drafted_tokens) == (0, 0)
+
+
+def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
+    one = tiny.new_kv().bytes_at(GROWTH_STEP)
+    answers = []
+    for budget in (one, UNBOUNDED):
+        engine, guard = with_draft_model(tiny, budget)
+        answers.append(Chat(engine, tiny, sampling=GREEDY).ask("Which pass is open?", guard))
+    small, large = answers
+    assert small.tokens == large.tokens
+    assert (small.finished.stats.drafted_tokens, small.finished.pool.draft_bytes) == (0, 0)
+    assert large.finished.stats.drafted_tokens > 0
 
 
 # ---- how much to guess -------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from textual.widgets import DataTable, Static
 
-from kvchat.contract import CacheAct, Drop, Pin, SetBudget, Spill, Warm, WarmCache
+from kvchat.contract import CacheAct, Drop, Pin, PoolState, SetBudget, Spill, Warm, WarmCache
 from kvchat.session import Session
-from kvchat.ui.screens.caches import CachesScreen
+from kvchat.ui.screens.caches import CachesScreen, budget_line
 from kvchat.ui.screens.dialogs import AskLine
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
@@ -73,6 +73,13 @@ async def test_every_conversation_has_a_row_with_where_its_cache_is(size: tuple[
         assert "2.59 GB of 8.00 GB" in budget(screen)
         for words in ("KV caches", "● in memory", "◐ on disk", "○ cold", "Going", "Esc back"):
             await chat.until_visible(words)
+
+
+def test_the_budget_names_what_a_draft_model_holds() -> None:
+    pool = PoolState((), 43_000_000, 2_000_000_000, 0, 0)
+    assert "draft" not in budget_line(pool)
+    told = budget_line(replace(pool, draft_bytes=12_000_000))
+    assert "memory 43.0 MB of 2.00 GB, the draft model 12.0 MB of it" in told
 
 
 async def test_the_list_of_conversations_has_the_same_signs() -> None:

@@ -50,6 +50,8 @@ def budget_line(pool: PoolState | None) -> str:
     disk = f"disk   {megabytes(pool.disk_bytes)} of {megabytes(pool.disk_cap_bytes)}"
     saved = disk if pool.disk_cap_bytes else "nothing is saved to disk"
     memory = f"memory {megabytes(pool.used_bytes)} of {megabytes(pool.budget_bytes)}"
+    if pool.draft_bytes:
+        memory += f", the draft model {megabytes(pool.draft_bytes)} of it"
     return f"{bar}  {memory}\n{'':{BAR_CELLS}}  {saved}"
 
 
