@@ -419,6 +419,50 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path: Path) -> None:
     assert prepare("Qwen/Qwen3-0.6B", tmp_path, ignore) == snapshot
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The models that a step is made of, on a machine with a compiler."""
+    asked: list[Path] = []
+    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: "g++")
+    monkeypatch.setattr("kvchat.engine.compile.prepare_step", lambda folder, *_: asked.append(folder))
+    return asked
+
+
+def test_a_hub_model_is_compiled_when_it_is_fetched(
+    compiled: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetch(repo: str, _report: object) -> Path:
+        snapshot = cached_snapshot(repo)
+        (snapshot / "model.safetensors").touch()
+        return snapshot
+
+    monkeypatch.setattr("kvchat.engine.prepare.fetch_hub", fetch)
+    fetched = prepare("maker/tiny", tmp_path, ignore)
+    assert compiled == [fetched]
+
+
+def test_a_hub_model_that_was_here_is_compiled_again_only_where_it_was_before(
+    compiled: list[Path], tmp_path: Path
+) -> None:
+    snapshot = cached_snapshot("maker/tiny")
+    (snapshot / "model.safetensors").touch()
+    prepare("maker/tiny", tmp_path, ignore)
+    assert compiled == []
+    (snapshot / "compiled" / "fp32-of-another-torch").mkdir(parents=True)
+    prepare("maker/tiny", tmp_path, ignore)
+    assert compiled == [snapshot]
+
+
+def test_nothing_is_written_unasked_into_a_folder_of_the_users_own(
+    compiled: list[Path], converted: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(converted, own)
+    (own / "kvchat.json").unlink(missing_ok=True)
+    assert prepare(str(own), tmp_path / "models", ignore) == own
+    assert compiled == []
+
+
 def test_a_hub_model_is_complete_with_its_last_shard(tmp_path: Path) -> None:
     snapshot = cached_snapshot("maker/tiny")
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

