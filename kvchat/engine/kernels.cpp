@@ -303,6 +303,7 @@ at::Tensor lookup(const at::Tensor& ids, const at::Tensor& blocks) {
 constexpr int64_t kChunk = 128;   // rows of the cache whose softmax is computed on its own
 constexpr int64_t kAtOnce = 32;   // rows that are widened to fp32 together
 constexpr int64_t kQueries = 16;  // tokens that share what was widened
+constexpr int64_t kFew = 3;       // query heads that read a row too seldom for it to be written down in fp32
 constexpr int64_t kTokens = 64;   // tokens whose parts are held together
 constexpr int64_t kSlot = 64;     // rows of a quantised block
 
@@ -316,6 +317,57 @@ struct Layer {
   int64_t codes[2], scales[2], zeros[2];     // addresses; `quantize.py` has the layout
 };
 
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// Rows as fp32, a vector of numbers at a time: of a buffer, of bf16, and of 8 bits, where keys share a
+// scale and a zero point by number, and values a scale by row. All give the same numbers. `ask` fetches what is read
+// `kAtOnce` rows later.
+struct Widened {
+  const float* rows;
+  int64_t step;
+  Floats at(int64_t row, int64_t i) const { return load<Floats>(rows + row * step + i); }
+  void ask(int64_t, int64_t) const {}
+};
+
+inline Floats widened(const uint16_t* from) {  // a bf16 is the upper half of a float
+#ifdef __AVX2__
+  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(from)) << 16);  // gcc would take four steps
+#else
+  return (Floats)(__builtin_convertvector(load<HalfUShorts>(from), Ints) << 16);
+#endif
+}
+
+struct Sixteen {
+  const uint16_t* rows;
+  int64_t step;
+  Floats at(int64_t row, int64_t i) const { return widened(rows + row * step + i); }
+  void ask(int64_t row, int64_t count) const { prefetch(rows + (row + kAtOnce) * step, count * step); }
+};
+
+struct EightBitKeys {
+  const int8_t *rows, *next;
+  const c10::Half *scales, *zeros;
+  int64_t step;
+  Floats at(int64_t row, int64_t i) const {
+    const Floats code = __builtin_convertvector(widened(rows + row * step + i), Floats);
+    return fused(code, halves(scales + i), halves(zeros + i));
+  }
+  void ask(int64_t row, int64_t count) const { prefetch(next + row * step, count * step); }
+};
+
+struct EightBitValues {
+  const int8_t *rows, *next;
+  const c10::Half* scales;
+  int64_t step;
+  Floats at(int64_t row, int64_t i) const {
+    return __builtin_convertvector(widened(rows + row * step + i), Floats) * all(scales[row]);
+  }
+  void ask(int64_t row, int64_t count) const { prefetch(next + row * step, count * step); }
+};
+
 // One head's keys (0) or values (1).
 struct Rows {
   const Layer& memory;
@@ -323,6 +375,31 @@ struct Rows {
   int64_t head;
 
   int64_t dim() const { return memory.dim[which]; }
+
+  // Hands rows [begin, end), `kAtOnce` at most, to `use`. What few queries read is widened on the way, which
+  // saves writing it down; else it is widened once, into `wide`. Zeros stand there for what is missing: a weight
+  // of 0 must not meet what is no number.
+  template <typename Use>
+  void visit(int64_t begin, int64_t end, int64_t queries, float* wide, int64_t padded, const Use& use) const {
+    if (queries <= kFew && end - begin == kAtOnce && padded == dim()) {
+      if (begin >= memory.first && memory.width == 2)
+        return use(Sixteen{exact_row<uint16_t>(begin - memory.first), memory.row_step[which]});
+      if (end <= memory.first && memory.bits == 8) {
+        const auto [slot, row] = place(begin);
+        if (row + kAtOnce <= in_slot(slot)) {
+          const int8_t* codes = codes_8(slot) + row * dim();
+          const int8_t* next = codes + (row ? (memory.heads - 1) * kSlot + kAtOnce : kAtOnce) * dim();
+          const int64_t block = slot * memory.heads + head;
+          const c10::Half *scales = shared(memory.scales, block), *zeros = shared(memory.zeros, block);
+          if (which == 0) return use(EightBitKeys{codes, next, scales, zeros, dim()});
+          return use(EightBitValues{codes, next, scales + row, dim()});
+        }
+      }
+    }
+    if (padded > dim() || end - begin < kAtOnce) std::fill(wide, wide + kAtOnce * padded, 0.0f);
+    widen(begin, end, wide, padded);
+    use(Widened{wide, padded});
+  }
 
   // Rows [begin, end) as fp32, `padded` numbers each; the padding is not written.
   void widen(int64_t begin, int64_t end, float* to, int64_t padded) const {
@@ -334,15 +411,21 @@ struct Rows {
     if (begin < end) widen_exact(begin - memory.first, end - begin, to, padded);
   }
 
+  template <typename T>
+  const T* exact_row(int64_t row) const {
+    const int64_t start = head * memory.head_step[which] + row * memory.row_step[which];
+    return reinterpret_cast<const T*>(memory.exact[which]) + start;
+  }
+
   void widen_exact(int64_t row, int64_t count, float* to, int64_t padded) const {
-    const int64_t step = memory.row_step[which], start = head * memory.head_step[which] + row * step;
+    const int64_t step = memory.row_step[which];
     const auto copy = [&](auto* from, int64_t numbers, int64_t rows) {
       for (; rows; --rows, from += step, to += padded) widen_numbers(from, numbers, to);
     };
     const bool dense = step == dim() && padded == dim();  // a row ends where the next begins
     const int64_t numbers = dense ? count * dim() : dim(), rows = dense ? 1 : count;
-    if (memory.width == 4) copy(reinterpret_cast<const float*>(memory.exact[which]) + start, numbers, rows);
-    else copy(reinterpret_cast<const uint16_t*>(memory.exact[which]) + start, numbers, rows);
+    if (memory.width == 4) copy(exact_row<float>(row), numbers, rows);
+    else copy(exact_row<uint16_t>(row), numbers, rows);
   }
 
   static void widen_numbers(const float* from, int64_t numbers, float* to) {
@@ -350,16 +433,24 @@ struct Rows {
   }
 
   static void widen_numbers(const uint16_t* from, int64_t numbers, float* to) {
-    int64_t i = 0;  // a bf16 is the upper half of a float
-    for (; i + kLanes <= numbers; i += kLanes)
-      store(to + i, (Floats)(__builtin_convertvector(load<HalfUShorts>(from + i), Ints) << 16));
+    int64_t i = 0;
+    for (; i + kLanes <= numbers; i += kLanes) store(to + i, widened(from + i));
     for (; i < numbers; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16);
   }
 
+  const int64_t* starts() const { return reinterpret_cast<const int64_t*>(memory.starts); }
+
+  int64_t in_slot(int64_t slot) const { return starts()[slot + 1] - starts()[slot]; }
+
+  // The slot that a quantised row lies in, and its number there.
+  std::pair<int64_t, int64_t> place(int64_t row) const {
+    const int64_t slot = std::upper_bound(starts(), starts() + memory.slots, row) - starts() - 1;
+    return {slot, row - starts()[slot]};
+  }
+
   void widen_quantised(int64_t row, int64_t end, float* to, int64_t padded) const {
-    const int64_t* starts = reinterpret_cast<const int64_t*>(memory.starts);
-    for (int64_t slot = std::upper_bound(starts, starts + memory.slots, row) - starts - 1; row < end; ++slot) {
-      const int64_t first = row - starts[slot], last = std::min(end, starts[slot + 1]) - starts[slot];
+    for (auto [slot, first] = place(row); row < end; ++slot, first = 0) {
+      const int64_t last = std::min(first + end - row, in_slot(slot));
       if (memory.bits == 8) widen_8(slot, first, last, to, padded);
       else widen_4(slot, first, last, to, padded);
       to += (last - first) * padded;
@@ -391,9 +482,13 @@ struct Rows {
     }
   }
 
+  const int8_t* codes_8(int64_t slot) const {
+    return reinterpret_cast<const int8_t*>(memory.codes[which]) + (slot * memory.heads + head) * kSlot * dim();
+  }
+
   void widen_8(int64_t slot, int64_t first, int64_t last, float* to, int64_t padded) const {
     const int64_t block = slot * memory.heads + head, step = dim();
-    const int8_t* codes = reinterpret_cast<const int8_t*>(memory.codes[which]) + block * kSlot * step;
+    const int8_t* codes = codes_8(slot);
     scaled(block, first, last, to, padded, [=](int64_t row, int64_t i) {
       return __builtin_convertvector(widened(codes + row * step + i), Floats);
     });
@@ -431,15 +526,16 @@ struct Attention {
 };
 
 // Scores of queries against `kAtOnce` keys; both `padded` numbers wide.
-template <int kRows>
-inline void score(const float* queries, const float* keys, int64_t padded, float* to) {
+template <int kRows, typename Source>
+inline void score(const float* queries, const Source& keys, int64_t padded, float* to) {
   for (int64_t k = 0; k < kAtOnce; k += 4) {
+    keys.ask(k, 4);
     Floats sum[kRows][4] = {};
     for (int64_t i = 0; i < padded; i += kLanes) {
       Floats query[kRows];
       for (int r = 0; r < kRows; ++r) query[r] = load<Floats>(queries + r * padded + i);
       for (int j = 0; j < 4; ++j) {
-        const Floats key = load<Floats>(keys + (k + j) * padded + i);
+        const Floats key = keys.at(k + j, i);
         for (int r = 0; r < kRows; ++r) sum[r][j] = fused(query[r], key, sum[r][j]);
       }
     }
@@ -448,26 +544,28 @@ inline void score(const float* queries, const float* keys, int64_t padded, float
 }
 
 // Adds `kAtOnce` values, weighted, to the sums of queries: `kVectors` vectors of them.
-template <int kRows, int kVectors>
-inline void add_values(const float* weights, const float* values, int64_t padded, float* sums) {
+template <int kRows, int kVectors, typename Source>
+inline void add_values(const float* weights, const Source& values, int64_t from, int64_t padded, float* sums) {
   Floats sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load<Floats>(sums + r * padded + v * kLanes);
-  for (int64_t k = 0; k < kAtOnce; ++k)
+  for (int64_t k = 0; k < kAtOnce; ++k) {
+    if (from == 0) values.ask(k, 1);
     for (int v = 0; v < kVectors; ++v) {
-      const Floats value = load<Floats>(values + k * padded + v * kLanes);
+      const Floats value = values.at(k, from + v * kLanes);
       for (int r = 0; r < kRows; ++r) sum[r][v] = fused(value, all(weights[r * kChunk + k]), sum[r][v]);
     }
+  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(sums + r * padded + v * kLanes, sum[r][v]);
 }
 
-template <int kRows>
-inline void add_all_values(const float* weights, const float* values, int64_t padded, float* sums) {
+template <int kRows, typename Source>
+inline void add_all_values(const float* weights, const Source& values, int64_t padded, float* sums) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= padded; i += 4 * kLanes)
-    add_values<kRows, 4>(weights, values + i, padded, sums + i);
-  for (; i < padded; i += kLanes) add_values<kRows, 1>(weights, values + i, padded, sums + i);
+    add_values<kRows, 4>(weights, values, i, padded, sums + i);
+  for (; i < padded; i += kLanes) add_values<kRows, 1>(weights, values, i, padded, sums + i);
 }
 
 // One chunk for `tokens` tokens, the first of which is row `row` of the cache; queries [groups * tokens, dim].
@@ -479,14 +577,13 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
   const int64_t wide_size = kAtOnce * std::max(how.key_padded, how.value_padded);
   const Memory<float> buffer = fresh<float>(rows * kChunk + wide_size);
   float *scores = buffer.get(), *wide = scores + rows * kChunk;
-  std::fill(wide, wide + wide_size, 0.0f);
-  for (int64_t at = start; at < end; at += kAtOnce) {
-    keys.widen(at, std::min(at + kAtOnce, end), wide, how.key_padded);
-    int64_t r = 0;
-    float* to = scores + at - start;
-    for (; r + 3 <= rows; r += 3) score<3>(queries + r * how.key_padded, wide, how.key_padded, to + r * kChunk);
-    for (; r < rows; ++r) score<1>(queries + r * how.key_padded, wide, how.key_padded, to + r * kChunk);
-  }
+  for (int64_t at = start; at < end; at += kAtOnce)
+    keys.visit(at, std::min(at + kAtOnce, end), rows, wide, how.key_padded, [&](const auto& source) {
+      int64_t r = 0;
+      float* to = scores + at - start;
+      for (; r + 3 <= rows; r += 3) score<3>(queries + r * how.key_padded, source, how.key_padded, to + r * kChunk);
+      for (; r < rows; ++r) score<1>(queries + r * how.key_padded, source, how.key_padded, to + r * kChunk);
+    });
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scores + r * kChunk;
     const int64_t own = row + r % tokens;  // the last row in sight
@@ -515,18 +612,15 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
     part.totals[r] = four[0];
   }
   std::fill(part.sums, part.sums + rows * how.value_padded, 0.0f);
-  for (int64_t at = start; at < end; at += kAtOnce) {
-    const int64_t stop = std::min(at + kAtOnce, end);
-    values.widen(at, stop, wide, how.value_padded);
-    // a weight of 0 must not meet what is no number
-    std::fill(wide + (stop - at) * how.value_padded, wide + kAtOnce * how.value_padded, 0.0f);
-    int64_t r = 0;
-    const float* weights = scores + at - start;
-    for (; r + 3 <= rows; r += 3)
-      add_all_values<3>(weights + r * kChunk, wide, how.value_padded, part.sums + r * how.value_padded);
-    for (; r < rows; ++r)
-      add_all_values<1>(weights + r * kChunk, wide, how.value_padded, part.sums + r * how.value_padded);
-  }
+  for (int64_t at = start; at < end; at += kAtOnce)
+    values.visit(at, std::min(at + kAtOnce, end), rows, wide, how.value_padded, [&](const auto& source) {
+      int64_t r = 0;
+      const float* weights = scores + at - start;
+      for (; r + 3 <= rows; r += 3)
+        add_all_values<3>(weights + r * kChunk, source, how.value_padded, part.sums + r * how.value_padded);
+      for (; r < rows; ++r)
+        add_all_values<1>(weights + r * kChunk, source, how.value_padded, part.sums + r * how.value_padded);
+    });
 }
 
 void append(const Layer& memory, int which, const at::Tensor& states, int64_t row) {
