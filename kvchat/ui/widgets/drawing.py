@@ -5,6 +5,7 @@ while, and an empty screen needs none of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache
 
 from markdown_it import MarkdownIt
@@ -69,9 +70,18 @@ class MarkdownLines(Markdown):
         "table_open": AlignedTable,
     }
 
-    def __init__(self, tokens: list[Token], code_theme: str) -> None:
-        super().__init__("", code_theme=code_theme, hyperlinks=False)
-        self.parsed = tokens
+    @classmethod
+    def of(cls, tokens: list[Token], code_theme: str) -> "MarkdownLines":
+        """Those tokens, with code in the colours of that theme."""
+        made = copy(cls._of_nothing(code_theme))
+        made.parsed = tokens
+        return made
+
+    @classmethod
+    @cache
+    def _of_nothing(cls, code_theme: str) -> "MarkdownLines":
+        """Made once for a theme: Rich makes a parser of its own each time, which takes as long as a draw."""
+        return cls("", code_theme=code_theme, hyperlinks=False)
 
 
 def top_level_blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
@@ -100,7 +110,7 @@ def console_of(width: int, styles: Mapping[str, Style]) -> Console:
 def draw_block(tokens: list[Token], console: Console, code_theme: str) -> list[Strip]:
     """One block as lines, without blank ones around it."""
     try:
-        lines = console.render_lines(MarkdownLines(tokens, code_theme), pad=False)
+        lines = console.render_lines(MarkdownLines.of(tokens, code_theme), pad=False)
     except Exception:  # whatever a model writes is shown: as plain text, where Rich can't lay it out
         text = "\n".join(token.content for token in tokens if token.content)
         lines = console.render_lines(Text(text), pad=False)
