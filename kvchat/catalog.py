@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,7 +77,15 @@ def load_cards(folder: Path | None = None) -> tuple[ModelCard, ...]:
     Raises:
         KvchatError: a card is broken (names file and field), or there are no cards.
     """
-    folder = folder or find_folder(Path(__file__).parent)
+    return _cards_in(folder) if folder else _own_cards()
+
+
+@cache
+def _own_cards() -> tuple[ModelCard, ...]:
+    return _cards_in(find_folder(Path(__file__).parent))
+
+
+def _cards_in(folder: Path) -> tuple[ModelCard, ...]:
     cards = [read_card(path) for path in sorted(folder.glob("*.toml"))]
     if not cards:
         raise KvchatError(f"There are no model cards in {folder}: this installation of kvchat is incomplete.")

@@ -4,6 +4,7 @@ Everything heavy is imported inside the command that needs it: the child process
 module again, and the screen must paint before torch is there.
 """
 
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +23,13 @@ import click
 from click.core import ParameterSource
 
 from kvchat import settings
-from kvchat.cache_commands import cache as cache_commands
-from kvchat.cache_commands import collect_garbage
 from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
-from kvchat.config_commands import config as config_commands
 from kvchat.config_file import read_config
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
-from kvchat.doctor import doctor
 from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options, screen_options
-from kvchat.headless import INTERRUPTED, run_turns
 from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
-from kvchat.session_commands import sessions as session_commands
 from kvchat.text import megabytes
 
 if TYPE_CHECKING:
@@ -51,8 +47,39 @@ OWN_FLAGS = {"-h", "--help", "--version"}
 """Of `kvchat` itself; any other flag without a command belongs to the chat."""
 
 
+ELSEWHERE = {
+    "cache": "kvchat.cache_commands",
+    "config": "kvchat.config_commands",
+    "doctor": "kvchat.doctor",
+    "sessions": "kvchat.session_commands",
+}
+"""Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
+
+
+class Defaults(dict[str, Any]):
+    """What the file says, for whichever command is called: every command asks here for its own."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._config = dict(config)
+
+    def get(self, command: str, default: Any = None) -> dict[str, Any]:  # noqa: ANN401 - dict's own
+        """The settings; of a group also by the name of each of its commands."""
+        group = cli.get_command(click.Context(cli), command)
+        inner = group.commands if isinstance(group, click.Group) else ()
+        return self._config | dict.fromkeys(inner, self._config)
+
+
 class ChatByDefault(click.Group):
     """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE and cmd_name not in self.commands:
+            self.add_command(getattr(import_module(ELSEWHERE[cmd_name]), cmd_name), cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] not in OWN_FLAGS):
@@ -128,18 +155,31 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
 
         code = talk(opened(), engine_of(folder, name), shown_name(name))
     else:
+        gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
         from kvchat.ui.app import ChatApp
         from kvchat.ui.models import ModelShelf
 
         shelf = ModelShelf(paths.models, engine_of, lambda wanted: _pull_command(wanted, given["data_dir"]))
+
+        def open_painted() -> "Session":
+            gc.freeze()
+            gc.enable()
+            return opened()
+
         app = ChatApp(
-            opened, engine_of(folder, name), model=shown_name(name), preferences=preferences, shelf=shelf
+            open_painted,
+            engine_of(folder, name),
+            model=shown_name(name),
+            preferences=preferences,
+            shelf=shelf,
         )
         if given["tour"]:
             app.begin_with("tour")
         app.run()
         code = app.return_code or 0
     options.log_file.unlink(missing_ok=True)
+    from kvchat.cache_commands import collect_garbage
+
     with suppress(KvchatError):  # the next chat tries again
         collect_garbage(paths)
     if code:
@@ -178,6 +218,7 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     session = open_session(ctx, paths)
     loaded = _load(session.current.model, paths, given)
     from kvchat.engine.build import load_draft, open_engine
+    from kvchat.headless import run_turns
 
     folder = None if given["private"] else paths.kv
     draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"])
@@ -444,7 +485,7 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
 
 def lacks_step(folder: Path) -> bool:
     """Whether a model that was converted here waits to be compiled, perhaps again."""
-    from kvchat.engine.prepare import wants_step
+    from kvchat.engine.package import wants_step
 
     return wants_step(folder)
 
@@ -502,6 +543,8 @@ def _pull_command(name: str, data_dir: Path | None) -> list[str]:
 @contextmanager
 def _cleaning_up() -> Iterator[None]:
     """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
+    from kvchat.headless import INTERRUPTED
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -624,10 +667,6 @@ def rm(name: str, data_dir: Path | None) -> None:
     click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
 
 
-for group in (cache_commands, config_commands, doctor, session_commands):
-    cli.add_command(group)
-
-
 def main() -> None:
     """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
@@ -635,13 +674,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
     try:
         config = dict(read_config(find_paths().config_file).values)
-        defaults = dict.fromkeys(cli.commands, config)
-        defaults |= {
-            group.name: config | dict.fromkeys(group.commands, config)
-            for group in (models, cache_commands, session_commands)
-            if group.name
-        }
-        cli(prog_name="kvchat", default_map=defaults)
+        cli(prog_name="kvchat", default_map=Defaults(config))
     except KvchatError as error:
         click.echo(f"kvchat: {error}", err=True)
         sys.exit(1)

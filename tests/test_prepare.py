@@ -145,7 +145,7 @@ def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes minutes and has tests of its own."""
-    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: None)
+    monkeypatch.setattr("kvchat.engine.package.compiler", lambda: None)
 
 
 def left_in(models: Path) -> list[str]:
@@ -275,7 +275,7 @@ def test_what_is_converted_is_compiled_where_that_is_possible(
         asked.append((folder, weights))
         raise KvchatError("It can't be compiled.")
 
-    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: "g++")
+    monkeypatch.setattr("kvchat.engine.package.compiler", lambda: "g++")
     monkeypatch.setattr("kvchat.engine.compile.prepare_step", refuse)
     folder = prepare(str(tiny), tmp_path, ignore)
     assert asked == [(folder, "gguf")]
@@ -423,7 +423,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path: Path) -> None:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The models that a step is made of, on a machine with a compiler."""
     asked: list[Path] = []
-    monkeypatch.setattr("kvchat.engine.prepare.compiler", lambda: "g++")
+    monkeypatch.setattr("kvchat.engine.package.compiler", lambda: "g++")
     monkeypatch.setattr("kvchat.engine.compile.prepare_step", lambda folder, *_: asked.append(folder))
     return asked
 

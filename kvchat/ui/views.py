@@ -1,4 +1,4 @@
-"""Opens the screens that look into the cache.
+"""Opens the screens that look into the cache; each is imported when it is opened first.
 
 It knows which session, turns and desk they look at; what they draw is theirs.
 """
@@ -6,6 +6,7 @@ It knows which session, turns and desk they look at; what they draw is theirs.
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from textual.app import App
 
@@ -15,12 +16,11 @@ from kvchat.session import Session
 from kvchat.ui.bridge import EngineBridge
 from kvchat.ui.desk import CacheDesk
 from kvchat.ui.race import UNCACHED_TOKENS, without_cache
-from kvchat.ui.screens.caches import CachesScreen
-from kvchat.ui.screens.map import MapScreen
-from kvchat.ui.screens.race import RaceScreen
-from kvchat.ui.screens.timeline import TimelineScreen
-from kvchat.ui.tour import Guide
 from kvchat.ui.turns import Turns
+
+if TYPE_CHECKING:
+    from kvchat.ui.screens.caches import CachesScreen
+    from kvchat.ui.tour import Guide
 
 SEEDS = 1 << 31
 
@@ -37,22 +37,36 @@ class Views:
         self._turns = turns
         self._desk = desk
         self._guide: Guide | None = None
+        self._caches: CachesScreen | None = None
+        """The list of caches that was opened last."""
 
     def map(self) -> None:
         """The cache of the open conversation, token by token."""
+        from kvchat.ui.screens.map import MapScreen
+
         request = self._session.request_as_if() if self._session.current.messages else None
         self._app.push_screen(MapScreen(request, lambda asked: self._desk.act(Inspect(asked)), self._title))
 
     def timeline(self, conversation: str = "") -> None:
         """Everything that happened to a cache; that of the open conversation without a name."""
+        from kvchat.ui.screens.timeline import TimelineScreen
+
         title = self._title(conversation or self._session.current.id)
         self._app.push_screen(TimelineScreen(title, self._session.events(conversation)))
 
     def caches(self, ask_budget: Callable[[], None]) -> None:
         """Every cache, and what can be done to it."""
+        from kvchat.ui.screens.caches import CachesScreen
+
         summaries = self._session.conversations()
         screen = CachesScreen(summaries, self._turns.pool, self._desk.act, ask_budget, self.timeline)
+        self._caches = screen
         self._app.push_screen(screen)
+
+    def show_pool(self) -> None:
+        """Shows the caches as they are now, where the list of them is open."""
+        if self._caches:
+            self._caches.show(self._turns.pool)
 
     async def race(self, text: str) -> None:
         """The same prompt with and without a cache; a new question is asked, and its answer kept.
@@ -64,6 +78,8 @@ class Views:
         """
         if self._turns.answering:
             raise KvchatError("An answer is still being written. Esc stops it.")
+        from kvchat.ui.screens.race import RaceScreen
+
         scratch = f"race-{secrets.token_hex(4)}"
         again = None if text else self._again(scratch)
         screen = RaceScreen(
@@ -82,12 +98,14 @@ class Views:
         if again:
             self._bridge.run_turn(again)
 
-    def tour(self) -> Guide:
+    def tour(self) -> "Guide":
         """Sets the conversations aside and opens an empty one for the tour.
 
         Raises:
             KvchatError: an answer is under way.
         """
+        from kvchat.ui.tour import Guide
+
         self._session.aside()
         self._session.configure(
             mode=CacheMode.ON, system_prompt="", kv=KVPrecision.AUTO, policy=EvictionPolicy.TURNS

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ from kvchat.engine.engine import LocalEngine
 from kvchat.engine.forward import CachedReader
 from kvchat.engine.identity import identify
 from kvchat.engine.load import LoadedModel, load_model
-from kvchat.engine.package import REFUSAL, fingerprint, package_folder, remove_stale
+from kvchat.engine.package import (
+    LIBRARIES,
+    REFUSAL,
+    fingerprint,
+    installed_version,
+    package_folder,
+    remove_stale,
+)
 from kvchat.engine.prepare import prepare
 from kvchat.errors import KvchatError
 from kvchat.paths import find_paths
@@ -479,7 +487,7 @@ def test_a_package_belongs_to_its_model_precision_and_machine(
     assert mine == fingerprint(llama.folder, "fp32")
     assert find_step(other, "fp32") is None
     assert fingerprint(other, "bf16") != mine
-    for name in ("cpu_features", "version"):
+    for name in ("cpu_features", "installed_version"):
         with monkeypatch.context() as patch:
             patch.setattr(f"kvchat.engine.package.{name}", lambda *_: "another")
             assert fingerprint(other, "fp32") != mine
@@ -517,6 +525,16 @@ def test_a_damaged_description_is_refused_by_a_sentence(llama: Built, tmp_path: 
         (tmp_path / "package.json").write_text(json.dumps(saved | change))
         with pytest.raises(KvchatError, match="is damaged"):
             Description.load(tmp_path)
+
+
+def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LIBRARIES:
+        assert installed_version(name) == version(name)
+    (tmp_path / "torch-0.0.1.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_version("torch") == "0.0.1"
+    with pytest.raises(PackageNotFoundError):
+        installed_version("no-such-package")
 
 
 def test_packages_for_other_versions_of_the_same_precision_are_removed(tmp_path: Path) -> None:

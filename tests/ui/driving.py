@@ -22,7 +22,7 @@ from kvchat.ui.app import ChatApp
 from kvchat.ui.models import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
-from kvchat.ui.widgets.conversations import ConversationList
+from kvchat.ui.widgets.conversations import ConversationList, Row
 from kvchat.ui.widgets.markdown import MarkdownText
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
@@ -31,6 +31,7 @@ from tests.ui.scripted import PATIENCE_S, Gate, ScriptedEngine
 
 SIZE = (116, 30)
 MODEL = "Scripted"
+LISTED_CELLS = 31
 LOOK_EVERY_S = 0.01
 LOOKS = round(PATIENCE_S / LOOK_EVERY_S)
 """Counted, not timed: a machine that stands still for a while has not looked."""
@@ -122,7 +123,8 @@ class Chat:
 
     def listed(self) -> list[str]:
         """The lines of the list of conversations."""
-        return [str(option.prompt) for option in self.conversations.options]
+        rows = [option.prompt for option in self.conversations.options]
+        return [str(row.content(LISTED_CELLS)) for row in rows if isinstance(row, Row)]
 
     def questions(self) -> list[str]:
         """The user's messages in the transcript."""

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from textual.widgets import Static
 
 from kvchat.contract import Count, Miss
 from kvchat.ui.widgets.prompt import LONG_PASTE
+from kvchat.ui.widgets.reckoning import GAP, HINTS, ReckoningLine, hints_in
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 from tests.ui.test_hostile import WORST, assert_harmless
@@ -34,7 +34,12 @@ def counting() -> ScriptedEngine:
 
 
 def under_the_prompt(chat: Chat) -> list[str]:
-    return str(chat.screen.query_one("#reckoning", Static).content).splitlines()
+    return str(chat.screen.query_one(ReckoningLine).render()).splitlines()
+
+
+def hints(chat: Chat) -> list[str]:
+    """What stands there while there is nothing to reckon."""
+    return [hints_in(chat.screen.query_one(ReckoningLine).size.width)]
 
 
 async def until_under(chat: Chat, *lines: str) -> None:
@@ -47,15 +52,41 @@ async def until_under(chat: Chat, *lines: str) -> None:
 async def test_tokens_and_what_would_be_read_stand_under_the_prompt() -> None:
     engine = counting()
     async with running(engine) as chat:
-        assert under_the_prompt(chat) == [" "]
+        assert under_the_prompt(chat) == hints(chat) == ["Enter sends · Ctrl+J breaks the line"]
         await chat.write("Which pass is open?")
         await until_under(chat, "4 tokens · will read 1,204 new")
         await chat.press("enter")
         await chat.until_idle()
-        await until_under(chat, " ")
+        await until_under(chat, *hints(chat))
         await chat.write("one")
         await until_under(chat, "1 token · will read 1,204 new")
         assert engine.acts == []
+
+
+async def test_typing_moves_nothing() -> None:
+    async with running(counting()) as chat:
+        before = chat.prompt.region, chat.transcript.region
+        await chat.press("a")
+        assert (chat.prompt.region, chat.transcript.region) == before
+        await until_under(chat, "1 token · will read 1,204 new")
+        assert (chat.prompt.region, chat.transcript.region) == before
+
+
+@pytest.mark.parametrize("width", range(0, 110, 7))
+def test_hints_are_never_cut(width: int) -> None:
+    assert len(hints_in(width)) <= width
+    assert hints_in(width) in {GAP.join(HINTS[:count]) for count in range(len(HINTS) + 1)}
+    assert hints_in(200) == GAP.join(HINTS)
+
+
+async def test_another_width_has_room_for_other_hints() -> None:
+    async with running(size=(200, 40)) as chat:
+        await chat.until_visible("Up brings back what you sent")
+        await chat.pilot.resize_terminal(60, 20)
+        await chat.until(lambda: "Up brings" not in chat.visible(), "the last hint is gone")
+        assert "Tab goes to the messages" not in chat.visible()
+        assert "Ctrl+J breaks the line" in chat.visible()
+        assert chat.screen.query_one(ReckoningLine).size.height == 1
 
 
 async def test_every_pause_asks_once_and_known_texts_are_not_counted_again() -> None:
@@ -95,7 +126,7 @@ async def test_commands_and_an_engine_that_is_not_ready_say_nothing() -> None:
     async with running(engine) as chat:
         await chat.write("/policy")
         await chat.pilot.pause(0.5)
-        assert under_the_prompt(chat) == [" "]
+        assert under_the_prompt(chat) == hints(chat)
         engine.die("gone")
         await chat.until(lambda: engine.starts == 2, "it starts again")
         assert engine.typed == []

@@ -1,11 +1,12 @@
 """Several conversations: the list, switching, renaming, deleting, also while an answer is being written."""
 
 import pytest
+from rich.cells import cell_len
 
 from kvchat import session as conductor
 from kvchat.session import Session
 from kvchat.ui.screens.dialogs import Confirm
-from kvchat.ui.widgets.conversations import TitleField
+from kvchat.ui.widgets.conversations import BADGE_CELLS, SIZE_CELLS, Row, TitleField
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
 
@@ -101,6 +102,29 @@ async def test_the_list_says_what_is_warm() -> None:
         await chat.ask("And water?")
         assert [line[0] for line in chat.listed()] == ["●", "○"]
         assert "MB" in chat.listed()[0]
+
+
+@pytest.mark.parametrize("width", [16, 31, 80])
+def test_a_row_is_as_wide_as_the_list_and_its_bytes_stand_at_the_right(width: int) -> None:
+    for title in ("Alps", "Which pass over the mountains is open in May", "山" * 30):
+        for size in ("", "3.2 MB", "on disk", "1234.56 GB"):
+            line = str(Row(title, "hot", size, current=False).content(width))
+            assert cell_len(line) == width
+            assert line.endswith(size)
+            cut = title not in line
+            assert ("…" in line) is cut
+            room = width - BADGE_CELLS - (max(SIZE_CELLS, len(size) + 1) if size else 0)
+            assert cut is (cell_len(title) > room)
+
+
+async def test_titles_have_the_room_that_the_list_has() -> None:
+    title = "Which pass over the mountains is open in late May and June"
+    session = session_over()
+    saved_conversation(session._store, ("user", "x"), ("assistant", "y"), title=title)
+    async with running(session=session, size=(116, 30)) as chat:
+        await chat.until_visible("○ Which pass over the mountain… ▕")
+        await chat.pilot.resize_terminal(180, 30)
+        await chat.until_visible("○ Which pass over the mountains is open…  ▕")
 
 
 @pytest.mark.parametrize("size", [(60, 20), (116, 30)])

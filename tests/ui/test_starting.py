@@ -1,6 +1,8 @@
 """The first moments: the screen paints before the conversations are open; nothing typed meanwhile is lost."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +71,24 @@ async def test_the_engine_starts_once_and_the_status_says_how_far_it_is() -> Non
         await chat.until(lambda: "eager bf16" in chat.status(), "the engine is ready")
         await chat.until_visible("eager bf16 · 2 threads")
         assert engine.starts == 1
+
+
+def test_the_first_paint_waits_for_nothing_that_is_needed_later() -> None:
+    """What the chat imports before it paints; each of these takes tens of milliseconds."""
+    later = {
+        "markdown_it",
+        "pygments.lexers",
+        "rich.markdown",
+        "rich.progress",
+        "filelock",
+        "email",
+        "sqlite3",
+    }
+    later |= {"importlib.metadata", "kvchat.exports", "kvchat.doctor", "kvchat.engine.prepare"}
+    later |= {"kvchat.ui.screens.dialogs", "kvchat.ui.widgets.drawing"}
+    modules = "kvchat.cli, kvchat.link, kvchat.locate, kvchat.ui.models, kvchat.ui.keys, kvchat.ui.app"
+    program = f"import sys, {modules}, kvchat.engine.package as _; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "kvchat.ui.screens.chat" in imported
+    assert imported.isdisjoint(later)

@@ -1,12 +1,8 @@
 """What is done with KV caches, and what shows them."""
 
-from textual import on
-
 from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
 from kvchat.ui.actions.stage import Stage
-from kvchat.ui.screens.dialogs import AskLine, Explanation
-from kvchat.ui.widgets.card import TourCard
 from kvchat.ui.words import miss_words
 
 
@@ -26,6 +22,8 @@ class CacheActions(Stage):
 
     def action_why(self) -> None:
         """Explains the last miss."""
+        from kvchat.ui.screens.dialogs import Explanation
+
         figures = self._turns.figures
         why = miss_words(figures.last_miss, figures.state.turn.reuse_note)
         self.app.push_screen(Explanation("Why was something read again?", why))
@@ -53,6 +51,8 @@ class CacheActions(Stage):
 
     async def action_tour(self) -> None:
         """Begins the tour, in a conversation that is not saved."""
+        from kvchat.ui.widgets.card import TourCard
+
         with self._telling():
             if self.query(TourCard):
                 return
@@ -61,9 +61,9 @@ class CacheActions(Stage):
             await self._opened()
             await self.query_one("#middle").mount(TourCard(guide, self._refresh_all), before=self._prompt)
 
-    @on(TourCard.Ended)
-    async def _tour_ended(self) -> None:
-        await self.query(TourCard).remove()
+    async def on_tour_card_ended(self) -> None:
+        """Goes back to the conversations."""
+        await self.query("#tour").remove()
         with self._telling():
             self._views.end_tour()
             await self._opened()
@@ -87,6 +87,8 @@ class CacheActions(Stage):
 
     def action_budget(self, size: str = "") -> None:
         """Changes how much memory all caches may take."""
+        from kvchat.ui.screens.dialogs import AskLine
+
         if size:
             self._desk.budget(size)
         else:

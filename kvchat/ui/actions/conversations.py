@@ -5,9 +5,6 @@ from textual import on
 from kvchat.conversation import Hit, Preset
 from kvchat.text import one_line
 from kvchat.ui.actions.stage import Stage
-from kvchat.ui.screens.dialogs import AskLine, Confirm
-from kvchat.ui.screens.options import OptionsScreen, Presets
-from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.transcript import Transcript
 
@@ -79,6 +76,8 @@ class ConversationActions(Stage):
 
     def action_search(self, words: str = "") -> None:
         """Searches in all conversations."""
+        from kvchat.ui.screens.search import SearchScreen
+
         self.app.push_screen(SearchScreen(self._session.search, words), self._open_hit)
 
     async def _open_hit(self, chosen: tuple[Hit, list[str]] | None) -> None:
@@ -99,6 +98,8 @@ class ConversationActions(Stage):
 
     async def action_import(self, name: str = "") -> None:
         """Reads conversations from a file, or asks which one."""
+        from kvchat.ui.screens.dialogs import AskLine
+
         if name:
             with self._telling():
                 await self._archive.import_file(name)
@@ -112,6 +113,8 @@ class ConversationActions(Stage):
 
     def action_system(self, text: str = "") -> None:
         """Sets the system prompt, or asks for it."""
+        from kvchat.ui.screens.dialogs import AskLine
+
         if text:
             self._set_system(text)
         else:
@@ -125,6 +128,8 @@ class ConversationActions(Stage):
 
     def action_options(self) -> None:
         """Shows how this conversation answers."""
+        from kvchat.ui.screens.options import OptionsScreen, Presets
+
         current, session = self._session.current, self._session
         presets = Presets(session.presets, session.save_preset, session.delete_preset)
         self.app.push_screen(OptionsScreen(current.system_prompt, current.sampling, presets), self._use)
@@ -151,6 +156,8 @@ class ConversationActions(Stage):
             self._ask_delete(self._session.current.id)
 
     def _ask_title(self, conversation: str) -> None:
+        from kvchat.ui.screens.dialogs import AskLine
+
         title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
         self.app.push_screen(AskLine("Title", title), lambda new: self._rename(conversation, new or ""))
 
@@ -160,6 +167,8 @@ class ConversationActions(Stage):
             self._refresh_all()
 
     def _ask_delete(self, conversation: str) -> None:
+        from kvchat.ui.screens.dialogs import Confirm
+
         title = next((s.title for s in self._session.conversations() if s.id == conversation), "")
 
         async def delete(sure: bool | None) -> None:

@@ -1,12 +1,7 @@
 """What belongs to the program as a whole: help, settings, colours, the model, the panel, leaving."""
 
 from kvchat.ui.actions.stage import Stage
-from kvchat.ui.models import switch_price
-from kvchat.ui.screens.dialogs import Help
-from kvchat.ui.screens.models import ModelScreen
-from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.themes import checked_theme
-from kvchat.ui.tuning import Tuning
 
 
 class ProgramActions(Stage):
@@ -14,10 +9,15 @@ class ProgramActions(Stage):
 
     def action_help(self) -> None:
         """Shows the keys."""
+        from kvchat.ui.screens.dialogs import Help
+
         self.app.push_screen(Help(self._commands))
 
     def action_settings(self) -> None:
         """Shows every setting."""
+        from kvchat.ui.screens.settings import SettingsScreen
+        from kvchat.ui.tuning import Tuning
+
         tuning = Tuning(self.app, self._session, self._desk.budget)
         self.app.push_screen(SettingsScreen(self._preferences, tuning.changed))
 
@@ -31,6 +31,9 @@ class ProgramActions(Stage):
 
     def action_model(self, name: str = "") -> None:
         """Lets another model answer, or offers the models."""
+        from kvchat.ui.models import switch_price
+        from kvchat.ui.screens.models import ModelScreen
+
         if not self._shelf:
             self._say("No other model can be had here.")
         elif name:
@@ -50,6 +53,8 @@ class ProgramActions(Stage):
                 self._refresh_all()
 
     def _download_went_on(self) -> None:
+        from kvchat.ui.screens.models import ModelScreen
+
         for screen in self.app.screen_stack:
             if isinstance(screen, ModelScreen) and screen.is_mounted:
                 screen.show()

@@ -1,11 +1,13 @@
 """What every action of the chat stands on: the session and who works with it, and how all is drawn again.
 
-The actions are in modules of their own, by topic; the screen itself composes and routes.
+The actions are in modules of their own, by topic; the screen itself composes and routes. What opens over the
+chat is imported where it is opened: the first paint waits for none of it.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from textual.content import Content
 from textual.screen import Screen
@@ -16,18 +18,10 @@ from kvchat.catalog import load_cards
 from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import clean, one_line
-from kvchat.ui.archive import Archive
 from kvchat.ui.bridge import EngineBridge, EngineFactory
 from kvchat.ui.commands import remapped
-from kvchat.ui.desk import CacheDesk
-from kvchat.ui.models import ModelDesk, ModelShelf
 from kvchat.ui.preferences import Preferences
-from kvchat.ui.reckoner import Reckoner
-from kvchat.ui.screens.caches import CachesScreen
-from kvchat.ui.screens.dialogs import Confirm
 from kvchat.ui.themes import NAMES
-from kvchat.ui.turns import Turns
-from kvchat.ui.views import Views
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import CachePanel
@@ -36,17 +30,25 @@ from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.strip import ReuseStrip, counts_of
 from kvchat.ui.widgets.welcome import Welcome
 
+if TYPE_CHECKING:
+    from kvchat.ui.archive import Archive
+    from kvchat.ui.desk import CacheDesk
+    from kvchat.ui.models import ModelDesk, ModelShelf
+    from kvchat.ui.reckoner import Reckoner
+    from kvchat.ui.turns import Turns
+    from kvchat.ui.views import Views
+
 
 class Stage(Screen[None]):
     """Holds who works together; all but the widgets comes with the session, after the first paint."""
 
     _session: Session
-    _turns: Turns
-    _desk: CacheDesk
-    _views: Views
-    _archive: Archive
-    _reckoner: Reckoner
-    _models: ModelDesk
+    _turns: "Turns"
+    _desk: "CacheDesk"
+    _views: "Views"
+    _archive: "Archive"
+    _reckoner: "Reckoner"
+    _models: "ModelDesk"
     """Only where there is a shelf."""
 
     def __init__(
@@ -55,7 +57,7 @@ class Stage(Screen[None]):
         factory: EngineFactory,
         model: str,
         preferences: Preferences,
-        shelf: ModelShelf | None,
+        shelf: "ModelShelf | None",
     ) -> None:
         """Without a `shelf` there is one model, and no other to choose."""
         super().__init__()
@@ -140,11 +142,11 @@ class Stage(Screen[None]):
         summaries = self._session.conversations()
         self.query_one(ConversationList).show(summaries, self._turns.warm, current.id)
         self.query_one("#none-yet").display = not summaries
-        for screen in self.app.screen_stack:
-            if isinstance(screen, CachesScreen):
-                screen.show(self._turns.pool)
+        self._views.show_pool()
 
     def _confirm(self, question: str, yes: str, act: Callable[[], None]) -> None:
+        from kvchat.ui.screens.dialogs import Confirm
+
         def answered(sure: bool | None) -> None:
             if sure:
                 with self._telling():

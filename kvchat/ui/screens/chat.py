@@ -1,7 +1,9 @@
 """The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
 
 import time
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 from textual import on
 from textual.app import ComposeResult
@@ -14,15 +16,9 @@ from kvchat.ui.actions.answers import AnswerActions
 from kvchat.ui.actions.caches import CacheActions
 from kvchat.ui.actions.conversations import ConversationActions
 from kvchat.ui.actions.program import ProgramActions
-from kvchat.ui.archive import Archive
 from kvchat.ui.commands import bindings, parse_slash
-from kvchat.ui.desk import CacheDesk
 from kvchat.ui.listening import tell
 from kvchat.ui.messages import EngineStatus, TurnProgress
-from kvchat.ui.models import ModelDesk
-from kvchat.ui.reckoner import Reckoner
-from kvchat.ui.turns import Turns
-from kvchat.ui.views import Views
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.keyline import KeyLine
@@ -42,6 +38,8 @@ DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 1.0
 """The figures are drawn this often at most while an answer streams."""
+DRAWING = "kvchat.ui.widgets.drawing"
+"""What draws answers; heavy, and not needed before there is one."""
 NONE_YET = "None yet. The first message starts one; it is kept here, with its cache."
 
 
@@ -84,6 +82,25 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
         except KvchatError as error:
             self.app.exit(return_code=1, message=f"kvchat: {error}")
             return
+        self._bridge.start()  # takes longest: the rest is done meanwhile
+        self._gather()
+        self._begun = True
+        self._prompt.set_history(self._session.history())
+        await self._opened(typed=self._prompt.text)
+        if self.first_command:
+            await self.run_action(self.first_command)
+        # by the time that the model answers it is there
+        Thread(target=import_module, args=(DRAWING,), daemon=True, name="drawing").start()
+
+    def _gather(self) -> None:
+        """Makes who works with the session; imported here, since nothing of it is painted first."""
+        from kvchat.ui.archive import Archive
+        from kvchat.ui.desk import CacheDesk
+        from kvchat.ui.models import ModelDesk
+        from kvchat.ui.reckoner import Reckoner
+        from kvchat.ui.turns import Turns
+        from kvchat.ui.views import Views
+
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
@@ -95,12 +112,6 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
             self._models = ModelDesk(
                 self._session, self._bridge, self._shelf, self._say, self._download_went_on
             )
-        self._begun = True
-        self._prompt.set_history(self._session.history())
-        self._bridge.start()
-        await self._opened(typed=self._prompt.text)
-        if self.first_command:
-            await self.run_action(self.first_command)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Commands wait until the session is open."""

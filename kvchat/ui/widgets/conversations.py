@@ -1,11 +1,16 @@
 """The list of conversations, with what of each is warm."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from textual.binding import Binding
 from textual.content import Content
+from textual.css.styles import RulesMap
 from textual.message import Message
+from textual.strip import Strip
+from textual.style import Style
+from textual.visual import RenderOptions, Visual
 from textual.widget import Widget
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
@@ -15,7 +20,10 @@ from kvchat.conversation import Summary
 from kvchat.text import megabytes, one_line
 
 GLYPHS = {"hot": "●", "disk": "◐", "cold": "○"}
-TITLE_CELLS = 19
+STYLES = {"hot": "$success", "disk": "$text-muted", "cold": "$text-muted"}
+BADGE_CELLS = 2
+SIZE_CELLS = 9
+"""Of a size, and the gap before it."""
 
 
 def fitted(text: str, cells: int) -> str:
@@ -23,6 +31,49 @@ def fitted(text: str, cells: int) -> str:
     if cell_len(text) <= cells:
         return set_cell_size(text, cells)
     return set_cell_size(set_cell_size(text, cells - 1).rstrip() + "…", cells)
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Visual):
+    """A conversation on one line, as wide as the list is; its bytes stand at the right edge."""
+
+    title: str
+    where: str
+    """A key of `GLYPHS`."""
+    size: str
+    current: bool
+
+    @classmethod
+    def of(cls, summary: Summary, warm: WarmCache | None, *, current: bool) -> "Row":
+        """What is known of a conversation and its cache; `current` is the open one."""
+        title = ("✱ " if summary.private else "") + (one_line(summary.title) or "untitled")
+        where = "hot" if warm and warm.hot else "disk" if warm and warm.disk_bytes else "cold"
+        size = megabytes(warm.bytes) if warm and warm.hot else "on disk" if where == "disk" else ""
+        return cls(title, where, size, current)
+
+    def content(self, width: int) -> Content:
+        """The line in so many cells; the title has what the rest leaves."""
+        taken = max(SIZE_CELLS, cell_len(self.size) + 1) if self.size else 0
+        title = fitted(self.title, max(1, width - BADGE_CELLS - taken))
+        return Content.assemble(
+            (f"{GLYPHS[self.where]} ", STYLES[self.where]),
+            (title, "bold $text-accent" if self.current else ""),
+            (f"{self.size:>{taken}}" if taken else "", "$text-muted"),
+        )
+
+    def render_strips(
+        self, width: int, height: int | None, style: Style, options: RenderOptions
+    ) -> list[Strip]:
+        """That line."""
+        return self.content(width).render_strips(width, height, style, options)
+
+    def get_optimal_width(self, rules: RulesMap, container_width: int) -> int:
+        """All there is."""
+        return container_width
+
+    def get_height(self, rules: RulesMap, width: int) -> int:
+        """Always one line."""
+        return 1
 
 
 class TitleField(Input):
@@ -33,7 +84,7 @@ class TitleField(Input):
     def __init__(self, conversation: str, title: str, row: int) -> None:
         super().__init__(one_line(title), compact=True, id="title-field")
         self._conversation = conversation
-        self.styles.offset = (2, row)
+        self.styles.offset = (1 + BADGE_CELLS, row)
 
     def on_mount(self) -> None:
         """Takes the keys."""
@@ -85,14 +136,15 @@ class ConversationList(OptionList):
             self.conversation = conversation
 
     def show(self, summaries: Sequence[Summary], warm: Mapping[str, WarmCache], current: str) -> None:
-        """Fills the list; `current` is marked."""
+        """Fills the list where something changed; `current` is marked."""
         self._titles = {summary.id: summary.title for summary in summaries}
         highlighted = (self.has_focus and self._highlighted_id()) or current
-        self.clear_options()
-        self.add_options(Option(self._label(s, warm.get(s.id), s.id == current), id=s.id) for s in summaries)
-        ids = [s.id for s in summaries]
-        if highlighted in ids:
-            self.highlighted = ids.index(highlighted)
+        rows = {s.id: Row.of(s, warm.get(s.id), current=s.id == current) for s in summaries}
+        if rows != {option.id: option.prompt for option in self.options} or [*rows] != self._ids():
+            self.clear_options()
+            self.add_options(Option(row, id=conversation) for conversation, row in rows.items())
+        if highlighted in rows:
+            self.highlighted = [*rows].index(highlighted)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Enter, or a click."""
@@ -115,12 +167,5 @@ class ConversationList(OptionList):
     def _highlighted_id(self) -> str | None:
         return None if self.highlighted is None else self.get_option_at_index(self.highlighted).id
 
-    def _label(self, summary: Summary, warm: WarmCache | None, current: bool) -> Content:
-        title = ("✱ " if summary.private else "") + (one_line(summary.title) or "untitled")
-        where = "hot" if warm and warm.hot else "disk" if warm and warm.disk_bytes else "cold"
-        size = megabytes(warm.bytes) if warm and warm.hot else "on disk" if where == "disk" else ""
-        return Content.assemble(
-            (f"{GLYPHS[where]} ", "$success" if where == "hot" else "$text-muted"),
-            (fitted(title, TITLE_CELLS), "bold $text-accent" if current else ""),
-            (f"{size:>9}", "$text-muted"),
-        )
+    def _ids(self) -> list[str | None]:
+        return [option.id for option in self.options]

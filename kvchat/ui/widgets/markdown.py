@@ -6,26 +6,20 @@ streams in draws only its last block anew.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from functools import cache
+from typing import TYPE_CHECKING
 
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, TableElement
 from rich.segment import Segment
 from rich.style import Style
-from rich.syntax import Syntax
-from rich.table import Table
-from rich.text import Text
-from rich.theme import Theme
 from textual.geometry import Region, Size
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
 
 from kvchat.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FOUND = "bold $text on $warning 60%"
 """Words that were searched for, where a text is drawn by Textual itself."""
@@ -47,77 +41,12 @@ def markdown_of(text: str) -> str:
     return clean(text).replace("\u2028", "\n").replace("\u2029", "\n")
 
 
-@cache
-def parser() -> MarkdownIt:
-    """Markdown as models write it; raw HTML stays visible as text. Made once: that takes a millisecond."""
-    return MarkdownIt("gfm-like").disable(["html_block", "html_inline"])
-
-
 def code_blocks(text: str) -> list[str]:
     """The code blocks of an answer, in order, without their fences; an open fence counts too."""
+    from kvchat.ui.widgets.drawing import parser
+
     tokens = parser().parse(markdown_of(text))
     return [token.content for token in tokens if token.type in ("fence", "code_block")]
-
-
-class LeftHeading(Heading):
-    """A heading that starts where the text does."""
-
-    LEVEL_ALIGN = {}
-
-
-class Fence(CodeBlock):
-    """Code on the theme's own background; long lines are wrapped, so that all of them can be read."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        background = console.get_style("kvchat.fence").bgcolor
-        yield Syntax(
-            str(self.text).rstrip(),
-            self.lexer_name,
-            theme=self.theme,
-            word_wrap=True,
-            padding=(0, 1),
-            background_color=background.name if background else "default",
-        )
-
-
-class AlignedTable(TableElement):
-    """A table whose columns stand as the Markdown says."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for part in super().__rich_console__(console, options):
-            if isinstance(part, Table):
-                for column in part.columns:
-                    cells = [cell for cell in column.cells if isinstance(cell, Text)]
-                    column.justify = (cells[0].justify if cells else None) or "left"
-            yield part
-
-
-class MarkdownLines(Markdown):
-    """Rich's Markdown from tokens of our parser."""
-
-    elements = {
-        **Markdown.elements,
-        "heading_open": LeftHeading,
-        "fence": Fence,
-        "code_block": Fence,
-        "table_open": AlignedTable,
-    }
-
-    def __init__(self, tokens: list[Token], code_theme: str) -> None:
-        super().__init__("", code_theme=code_theme, hyperlinks=False)
-        self.parsed = tokens
-
-
-def top_level_blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
-    """The tokens of each block that stands in no other."""
-    block: list[Token] = []
-    depth = 0
-    for token in tokens:
-        block.append(token)
-        depth += token.nesting
-        if depth == 0:
-            yield block
-            block = []
 
 
 class MarkdownText(Widget):
@@ -232,6 +161,8 @@ class MarkdownText(Widget):
 
     def _draw(self, width: int) -> None:
         """Draws from the last block on."""
+        from kvchat.ui.widgets.drawing import draw_block, parser, top_level_blocks
+
         text = self.source[self._settled_at :]
         blocks = list(top_level_blocks(parser().parse(text)))
         console, code_theme = self._drawing_on(width)
@@ -244,45 +175,20 @@ class MarkdownText(Widget):
     def _separated(self, lines: list[Strip]) -> list[Strip]:
         return [Strip([]), *lines] if self._settled and lines else lines
 
-    def _drawing_on(self, width: int) -> tuple[Console, str]:
+    def _drawing_on(self, width: int) -> "tuple[Console, str]":
         """(where Rich draws, the theme of code)."""
+        from kvchat.ui.widgets.drawing import console_of
+
         if self._drawing is None or self._drawing[0] != width:
-            self._drawing = (width, self._made_console(width))
+            self._drawing = (width, console_of(width, self._styles()))
         return self._drawing[1], "monokai" if self.app.current_theme.dark else "friendly"
 
-    def _made_console(self, width: int) -> Console:
-        styles = {
+    def _styles(self) -> dict[str, Style]:
+        return {
             style: self.get_component_rich_style(f"markdown--{name}", partial=True)
             for name, rich_names in STYLES.items()
             for style in rich_names
         }
-        return Console(
-            width=width,
-            force_terminal=True,
-            color_system="truecolor",
-            legacy_windows=False,
-            theme=Theme(styles),
-        )
-
-
-def draw_block(tokens: list[Token], console: Console, code_theme: str) -> list[Strip]:
-    """One block as lines, without blank ones around it."""
-    try:
-        lines = console.render_lines(MarkdownLines(tokens, code_theme), pad=False)
-    except Exception:  # whatever a model writes is shown: as plain text, where Rich can't lay it out
-        text = "\n".join(token.content for token in tokens if token.content)
-        lines = console.render_lines(Text(text), pad=False)
-    strips = [Strip(line) for line in lines]
-    while strips and is_blank(strips[0]):
-        del strips[0]
-    while strips and is_blank(strips[-1]):
-        del strips[-1]
-    return strips
-
-
-def is_blank(strip: Strip) -> bool:
-    """Whether nothing of it can be seen."""
-    return not strip.text.strip() and not any(s.style and s.style.bgcolor for s in strip)
 
 
 def styled(strip: Strip, start: int, end: int, style: Style) -> Strip:

@@ -371,16 +371,19 @@ class CachePanel(Static):
 
     def __init__(self) -> None:
         super().__init__(id="panel-content")
+        # there are none, and looking for some in every line took a tenth of a draw
+        self.auto_links = False
         self._shown = PanelState()
         self._dense = False
 
     def show(self, state: PanelState) -> None:
         """Draws what changed."""
         if state != self._shown:
-            before, self._shown = panel_content(self._shown, dense=self._dense), state
+            self._shown = state
             content = panel_content(state, dense=self._dense)
+            before = str(self.content).count("\n")
             # while an answer streams it is drawn often, and a layout of the whole screen costs the most
-            self.update(content, layout=content.plain.count("\n") != before.plain.count("\n"))
+            self.update(content, layout=content.plain.count("\n") != before)
 
     def on_mount(self) -> None:
         """Draws the empty state."""
