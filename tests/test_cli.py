@@ -622,6 +622,11 @@ def test_a_file_that_is_no_database_is_one_sentence(kvchat: Shell) -> None:
     assert "kvchat.db can't be opened: file is not a database." in kvchat("sessions").complaint
 
 
+def test_weights_that_are_not_compiled_are_told_before_anything_is_measured(ask: Asking) -> None:
+    done = ask.shell("bench", "-m", ask.folder, "--precision", "fp32", "--weights", "int4")
+    assert f"`kvchat models prepare {ask.folder} --precision int4` does that." in done.complaint
+
+
 def test_damaged_weights_are_one_sentence(ask: Asking) -> None:
     damaged = ask.shell.home / "damaged"
     shutil.copytree(ask.folder, damaged)
@@ -663,6 +668,10 @@ def test_standard_input_that_is_no_text_is_one_sentence(ask: Asking) -> None:
         ("run", "--kv-disk", "inf", "Hello"),
         ("chat", "--kv-disk", "nan"),
         ("verify", "--tokens", "1"),
+        ("bench", "--contexts", "256,many"),
+        ("bench", "--kv", "int3"),
+        ("bench", "--weights", "auto"),
+        ("bench", "--row-seconds", "-1"),
         ("cache", "frobnicate"),
         ("cache", "show"),
         ("chat", "Hello"),
