@@ -43,8 +43,8 @@ def table_of(rows: Iterable[Row]) -> Table:
         "turn",
         "context",
         "read",
-        "TTFT",
-        "restore",
+        "TTFT s",
+        "disk s",
         "tok/s",
         "KV",
         "runs",
@@ -52,6 +52,7 @@ def table_of(rows: Iterable[Row]) -> Table:
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
+    table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
         column.no_wrap = True
@@ -62,9 +63,9 @@ def table_of(rows: Iterable[Row]) -> Table:
             _cell(row.get("turn"), "{}"),
             _cell(row["context"], "{:,}"),
             _cell(row.get("read_tokens"), "{:,}"),
-            _cell(row.get("ttft_s"), "{:.3f} s"),
-            _cell(row.get("restore_s"), "{:.3f} s"),
-            _cell(row["tok_s"], "{:,.1f}"),
+            _cell(row.get("ttft_s"), "{:.3f}"),
+            _cell(row.get("restore_s"), "{:.3f}"),
+            _speed(_number(row["tok_s"])),
             megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
             _cell(row.get("runs"), "{}"),
         )
@@ -85,12 +86,17 @@ def bars_of(rows: Iterable[Row]) -> Table:
     for row in decode:
         speed = _number(row["tok_s"])
         label = f"{row['case']} at {_number(row['context']):,.0f}, {_mode(row)}"
-        table.add_row(label, Bar(most, 0, speed, width=BAR_CELLS), f"{speed:,.1f} tok/s")
+        table.add_row(label, Bar(most, 0, speed, width=BAR_CELLS), f"{_speed(speed)} tok/s")
     return table
 
 
 def _cell(value: object, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _speed(tok_s: float) -> str:
+    """One decimal, and two digits where that would be a zero."""
+    return f"{tok_s:,.1f}" if tok_s >= 1 else f"{tok_s:.2g}"
 
 
 def _number(value: object) -> float:
