@@ -25,7 +25,7 @@ from kvchat.engine.draft import PromptLookup
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import memory_in_use
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 
 QUESTIONS = (
     "Name three rivers of Europe.",
@@ -193,7 +193,7 @@ def profile_turn(loaded: LoadedModel, file: Path) -> None:
     try:
         profiler.export_chrome_trace(str(file))
     except (OSError, RuntimeError) as error:
-        raise KvchatError(f"{file} can't be written: {error}") from error
+        raise KvchatError(f"{file} can't be written: {reason(error)}") from error
 
 
 def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, runner: Runner) -> Iterator[Row]:

@@ -63,11 +63,13 @@ def bench(
     weighted = parse_precisions(weights, "--weights", settings.PRECISIONS[1:])
     from rich.console import Console
 
-    from kvchat.bench_report import draw, ratios, read_peers, refuse_plot, report
+    from kvchat.bench_report import draw, ratios, read_peers, refuse_folder, refuse_plot, report
 
     others = read_peers(peers) if peers else None
     if plot:
         refuse_plot(plot)
+    if profile:
+        refuse_folder(profile)
     name, paths = given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"])
     loaded = load_ready(name, paths, given)
     from kvchat.bench import Plan, profile_turn, run_bench

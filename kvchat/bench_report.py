@@ -4,6 +4,7 @@ It knows rows as plain values; it measures nothing.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvchat.bench_plot import Curve, plot
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.text import megabytes
 
 if TYPE_CHECKING:
@@ -27,48 +28,42 @@ Row = Mapping[str, object]
 BAR_CELLS = 24
 ANSWER = 64
 """Tokens of the answer whose speed is drawn."""
+COLUMNS = ("case", "cache", "turn", "context", "read", "TTFT s", "disk s", "tok/s", "KV", "runs")
+SPARED = ("read", "disk s", "KV")
+TABLE_CELLS, ROOMY_CELLS = 78, 100
+"""What the whole table needs; where there are fewer, it does without the spared columns."""
 FORMATS = (".svg", ".png")
 
 
 def report(rows: Sequence[Row], width: int) -> RenderableType:
     """The rows for people: a table, bars of how fast tokens are generated, and curves."""
-    return Group(table_of(rows), "", bars_of(rows), *curves_of(rows, width))
+    return Group(table_of(rows, width), "", bars_of(rows), *curves_of(rows, width))
 
 
-def table_of(rows: Iterable[Row]) -> Table:
-    """Every row."""
-    table = Table(
-        "case",
-        "cache",
-        "turn",
-        "context",
-        "read",
-        "TTFT s",
-        "disk s",
-        "tok/s",
-        "KV",
-        "runs",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
+def table_of(rows: Iterable[Row], width: int) -> Table:
+    """Every row; a narrow one leaves out what was read and restored, and the bytes."""
+    columns = [name for name in COLUMNS if width >= TABLE_CELLS or name not in SPARED]
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.columns[0].no_wrap = True
+    if width < ROOMY_CELLS:  # left to itself, the table cuts letters off the others
+        table.columns[1].width = len("restored")
     for column in table.columns[2:]:
         column.justify = "right"
         column.no_wrap = True
     for row in rows:
-        table.add_row(
-            str(row["case"]),
-            _mode(row),
-            _cell(row.get("turn"), "{}"),
-            _cell(row["context"], "{:,}"),
-            _cell(row.get("read_tokens"), "{:,}"),
-            _cell(row.get("ttft_s"), "{:.3f}"),
-            _cell(row.get("restore_s"), "{:.3f}"),
-            _speed(_number(row["tok_s"])),
-            megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
-            _cell(row.get("runs"), "{}"),
-        )
+        cells = {
+            "case": str(row["case"]),
+            "cache": _mode(row),
+            "turn": _cell(row.get("turn"), "{}"),
+            "context": _cell(row["context"], "{:,}"),
+            "read": _cell(row.get("read_tokens"), "{:,}"),
+            "TTFT s": _cell(row.get("ttft_s"), "{:.3f}"),
+            "disk s": _cell(row.get("restore_s"), "{:.3f}"),
+            "tok/s": _speed(_number(row["tok_s"])),
+            "KV": megabytes(int(str(row["kv_bytes"]))) if row.get("kv_bytes") else "",
+            "runs": _cell(row.get("runs"), "{}"),
+        }
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -168,7 +163,7 @@ def read_peers(file: Path) -> tuple[str, list[Row]]:
         rows: list[Row] = [{**row, "case": row["case"], "mode": row["mode"]} for row in measured["rows"]]
         return str(measured.get("engine", file.stem)), rows
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KvchatError(f"{file} has no rows of a bench: {error}") from error
+        raise KvchatError(f"{file} has no rows of a bench: {reason(error)}") from error
 
 
 def ratios(rows: Iterable[Row], name: str, peers: Sequence[Row]) -> Table:
@@ -208,8 +203,19 @@ def refuse_plot(file: Path) -> None:
     """
     if file.suffix.lower() not in FORMATS:
         raise KvchatError(f"{file} is neither .svg nor .png.")
+    refuse_folder(file)
     if find_spec("matplotlib") is None:
         raise KvchatError("Plots are drawn by matplotlib, which is not installed: pip install 'kvchat[plot]'")
+
+
+def refuse_folder(file: Path) -> None:
+    """Passes a file whose folder can be written to.
+
+    Raises:
+        KvchatError: it can't, or is not there.
+    """
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise KvchatError(f"{file} can't be written: {file.parent} is no folder that can be written to.")
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

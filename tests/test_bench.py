@@ -151,6 +151,21 @@ def test_a_report_fits_in_80_columns_without_colour(
     assert shown.count("o cache on   + cache turn   x cache off") == 2
 
 
+def test_a_narrow_table_leaves_columns_out_and_cuts_none(measured: Measured) -> None:
+    shown = _printed(report(measured["rows"], 60), width=60)
+    assert shown.split("\n", 1)[0].split() == [
+        "case",
+        "cache",
+        "turn",
+        "context",
+        "TTFT",
+        "s",
+        "tok/s",
+        "runs",
+    ]
+    assert "…" not in shown
+
+
 def test_the_speed_of_an_answer_counts_its_first_token() -> None:
     rows = [
         {"case": "prefill", "context": 100, "mode": "on", "tok_s": 50.0},
