@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.text import megabytes, one_line
 
 LARGEST_BYTES = 1_000_000
@@ -105,7 +105,7 @@ def read_attachment(name: str, folder: Path) -> Attachment:
         ValueError,
         RuntimeError,
     ) as error:  # ValueError: a NUL in the path; RuntimeError: no home
-        raise KvchatError(f"{shown} can't be read: {error}.") from error
+        raise KvchatError(f"{shown} can't be read: {reason(error)}.") from error
     if "\0" in text:
         raise KvchatError(f"{shown} is binary; only text files can be attached.")
     return Attachment(name.replace('"', "'"), text.removesuffix("\n"))

@@ -1,14 +1,15 @@
 """Measures what the KV cache is worth on this machine: prefill, decode and turns, in the three modes.
 
-Warm-up first, then medians. The chat of the `turn` rows is answered once with the cache on; the other modes
-get the same questions and the same answers as history, so that every mode reads the same prompts.
+Warm-up first, then medians over as many runs as there is time for. The chat of the `turn` rows is answered
+once with the cache on; the other modes get the same questions and the same answers as history, so that every
+mode reads the same prompts.
 """
 
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,16 +17,15 @@ import psutil
 import torch
 import transformers
 
-from kvchat.bench_history import HistoryRow, history_rows
-from kvchat.cache.kv import ConversationKV
+from kvchat.bench_history import HISTORY_CASES, ROOM, history_rows
+from kvchat.bench_reading import SHORT_TURNS, cached_rows, reading_rows, warm_up
+from kvchat.bench_rows import Row, Runner
 from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
 from kvchat.engine.draft import PromptLookup
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import Reader
 from kvchat.engine.load import LoadedModel
 from kvchat.engine.meter import memory_in_use
-from kvchat.engine.turn import PREFILL_CHUNK
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 
 QUESTIONS = (
     "Name three rivers of Europe.",
@@ -58,13 +58,10 @@ LIST = """\
 COPY = f"Repeat this list:\n\n{LIST}"
 OPEN = "Tell me a story about a lighthouse keeper who collects lost sounds."
 DRAFT_TOKENS, DRAFT_RUNS = 128, 3
-DECODE_STEPS = {CacheMode.ON: 32, CacheMode.OFF: 3}
-"""Steps a decode median is taken over; without a cache one step takes seconds."""
+DRAFT_CASES = (("copies", COPY), ("open", OPEN))
+DRAFTERS = (("off", lambda: None), ("lookup", PromptLookup))
 PROBE_TOKENS = {CacheMode.TURN: 8, CacheMode.OFF: 3}
 """Tokens generated per turn where only the time to the first one is compared."""
-PREFILL_RUNS = 3
-
-Note = Callable[[str], None]
 
 
 class Measured(TypedDict):
@@ -78,72 +75,66 @@ class Measured(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement; None where it doesn't apply."""
+class Plan:
+    """What is to be measured."""
 
-    case: str
-    context: int
-    mode: str
-    tok_s: float
-    """Median over the runs or steps."""
-    ttft_s: float | None = None
-    turn: int | None = None
-    read_tokens: int | None = None
-    kv_bytes: int | None = None
-    kv: str | None = None
-    """Precision of keys and values, where another than the model's own was asked for."""
-    drafted_tokens: int | None = None
-    accepted_tokens: int | None = None
-    restore_s: float | None = None
-    """Of `ttft_s`, the time that reading the cache from disk and verifying it took."""
+    contexts: Sequence[int]
+    """Cached tokens to measure at."""
+    turns: int
+    answer_tokens: int
+    """Of the chat and each of its answers."""
+    fill: bool = False
+    """Whether no answer of the chat ends before `answer_tokens`, so that it reaches a known length."""
+    precisions: Sequence[str] = ()
+    """Of keys and values, to decode with besides the model's own."""
+    weights: Mapping[str, Callable[[], LoadedModel]] = field(default_factory=dict)
+    """The same model with its weights in other precisions."""
+
+    @property
+    def cases(self) -> int:
+        """How many times a case is announced."""
+        short = len(SHORT_TURNS)
+        at_each = 3 + short + len(self.precisions) + (2 + short) * len(self.weights) + HISTORY_CASES
+        return at_each * len(self.contexts) + len(DRAFT_CASES) * len(DRAFTERS) + 3 * self.turns
 
 
-def run_bench(
-    loaded: LoadedModel,
-    contexts: Sequence[int],
-    *,
-    turns: int,
-    answer_tokens: int,
-    fill: bool,
-    precisions: Sequence[str],
-    note: Note,
-) -> Measured:
+def run_bench(loaded: LoadedModel, plan: Plan, runner: Runner) -> Measured:
     """All measurements, in the shape that `--json` prints.
-
-    `precisions` are those of keys and values to decode with besides the model's own.
-    With `fill` no answer of the chat ends before `answer_tokens`, so that it reaches a known length.
 
     Raises:
         KvchatError: a context is longer than the model's.
     """
-    if too_long := [c for c in contexts if c + max(DECODE_STEPS.values()) > loaded.facts.context_limit]:
+    limit = loaded.facts.context_limit
+    if too_long := [context for context in plan.contexts if context + ROOM > limit]:
         raise KvchatError(
-            f"{loaded.facts.name} holds {loaded.facts.context_limit:,} tokens, not {max(too_long):,}."
+            f"{loaded.facts.name} holds {limit:,} tokens, not {max(too_long):,} and {ROOM} for what follows."
         )
-    chatting = replace(loaded, end_ids=frozenset()) if fill else loaded
     rss = memory_in_use()
-    rows = [*_raw_rows(loaded, contexts, precisions, note), *_draft_rows(loaded, note)]
-    rows += [_restore_row(row) for row in history_rows(loaded, contexts, note)]
-    rows += _turn_rows(chatting, turns, answer_tokens, note)
     return {
         "machine": machine(),
         "model": asdict(loaded.facts),
         "rss_bytes": rss,
-        "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in rows],
+        "rows": [
+            {k: v for k, v in asdict(row).items() if v is not None} for row in _rows(loaded, plan, runner)
+        ],
     }
 
 
-def _restore_row(row: HistoryRow) -> Row:
-    return Row(
-        "restore",
-        row.context,
-        row.how,
-        row.read_tokens / row.ttft_s,
-        ttft_s=row.ttft_s,
-        read_tokens=row.read_tokens,
-        kv_bytes=row.kv_bytes,
-        restore_s=row.restore_s or None,
-    )
+def _rows(loaded: LoadedModel, plan: Plan, runner: Runner) -> Iterator[Row]:
+    warm_up(loaded)
+    for context in plan.contexts:
+        yield from reading_rows(loaded, context, plan.precisions, runner)
+    yield from _draft_rows(loaded, runner)
+    for context in plan.contexts:
+        yield from history_rows(loaded, context, runner)
+    chatting = replace(loaded, end_ids=frozenset()) if plan.fill else loaded
+    yield from _turn_rows(chatting, plan.turns, plan.answer_tokens, runner)
+    for name, load in plan.weights.items():
+        other = load()
+        warm_up(other)
+        for context in plan.contexts:
+            yield from cached_rows(other, context, runner, name)
+        other.unload()
 
 
 def machine() -> dict[str, object]:
@@ -167,73 +158,22 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def _raw_rows(
-    loaded: LoadedModel, contexts: Iterable[int], precisions: Sequence[str], note: Note
-) -> Iterator[Row]:
-    _decode(loaded.reader(_prefill(loaded, 256)[1]), loaded.vocabulary, CacheMode.ON)
-    for context in contexts:
-        note(f"prefill and decode at {context:,} tokens")
-        runs = [_prefill(loaded, context) for _ in range(PREFILL_RUNS)]
-        kv = runs[-1][1]
-        yield Row(
-            "prefill",
-            context,
-            "on",
-            context / statistics.median(s for s, _ in runs),
-            kv_bytes=kv.storage_bytes,
-        )
-        yield Row("decode", context, "on", _decode(loaded.reader(kv), loaded.vocabulary, CacheMode.ON))
-        for precision in precisions:
-            note(f"decode at {context:,} tokens, keys and values in {precision}")
-            stored = _prefill(loaded, context, precision)[1]
-            speed = _decode(loaded.reader(stored), loaded.vocabulary, CacheMode.ON)
-            yield Row("decode", context, "on", speed, kv_bytes=stored.storage_bytes, kv=precision)
-        note(f"decode without a cache at {context:,} tokens")
-        uncached = loaded.uncached_reader()
-        uncached.read(tokens(loaded, context))
-        yield Row("decode", context, "off", _decode(uncached, loaded.vocabulary, CacheMode.OFF))
-
-
-def tokens(loaded: LoadedModel, count: int) -> list[int]:
-    """Made-up ids, spread over the vocabulary; speed doesn't depend on which they are."""
-    size = min(40_000, loaded.vocabulary // 2)
-    return [(1000 + i * 7919) % size for i in range(count)]
-
-
-def _prefill(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[float, ConversationKV]:
-    """(seconds to read `count` tokens in chunks, the cache they filled)."""
-    kv = loaded.new_kv(precision)
-    reader, ids = loaded.reader(kv), tokens(loaded, count)
-    started = time.perf_counter()
-    for start in range(0, count, PREFILL_CHUNK):
-        reader.read(ids[start : start + PREFILL_CHUNK])
-    return time.perf_counter() - started, kv
-
-
-def _decode(reader: Reader, vocabulary: int, mode: CacheMode) -> float:
-    """Median tokens a second, one token at a time, after a step of warm-up."""
-    steps = []
-    for i in range(DECODE_STEPS[mode] + 1):
-        started = time.perf_counter()
-        reader.read([(500 + i) % vocabulary])
-        steps.append(time.perf_counter() - started)
-    return 1 / statistics.median(steps[1:])
-
-
-def _draft_rows(loaded: LoadedModel, note: Note) -> Iterator[Row]:
+def _draft_rows(loaded: LoadedModel, runner: Runner) -> Iterator[Row]:
     """An answer that copies, and one that doesn't, with drafts and without; greedy: they say the same."""
-    for case, question in (("copies", COPY), ("open", OPEN)):
-        for mode, new_drafter in (("off", lambda: None), ("lookup", PromptLookup)):
-            note(f"an answer, {case}, drafts {mode}")
+    for case, question in DRAFT_CASES:
+        for mode, new_drafter in DRAFTERS:
+            runner.note(f"an answer, {case}, drafts {mode}")
             engine = LocalEngine(loaded, new_drafter=new_drafter)
             prompt = (PromptMessage("user", question),)
-            runs = [_turn(engine, prompt, CacheMode.TURN, DRAFT_TOKENS).stats for _ in range(DRAFT_RUNS)]
+            ask = partial(_turn, engine, prompt, CacheMode.TURN, DRAFT_TOKENS)
+            runs = [finished.stats for finished in runner.repeated(ask, DRAFT_RUNS)]
             last = runs[-1]
             yield Row(
                 f"draft, {case}",
                 last.prompt_tokens + last.generated_tokens,
                 mode,
                 statistics.median(run.decode_tok_s for run in runs),
+                runs=len(runs),
                 drafted_tokens=last.drafted_tokens,
                 accepted_tokens=last.accepted_tokens,
             )
@@ -253,15 +193,15 @@ def profile_turn(loaded: LoadedModel, file: Path) -> None:
     try:
         profiler.export_chrome_trace(str(file))
     except (OSError, RuntimeError) as error:
-        raise KvchatError(f"{file} can't be written: {error}") from error
+        raise KvchatError(f"{file} can't be written: {reason(error)}") from error
 
 
-def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, note: Note) -> Iterator[Row]:
+def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, runner: Runner) -> Iterator[Row]:
     engine = LocalEngine(loaded)
     history: list[PromptMessage] = []
     prompts: list[tuple[PromptMessage, ...]] = []
     for number in range(1, turns + 1):
-        note(f"turn {number} of {turns}")
+        runner.note(f"turn {number} of {turns}")
         history.append(PromptMessage("user", QUESTIONS[(number - 1) % len(QUESTIONS)]))
         prompts.append(tuple(history))
         finished = _turn(engine, prompts[-1], CacheMode.ON, answer_tokens)
@@ -269,7 +209,7 @@ def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, note: Note) 
         yield _turn_row(number, finished)
     for mode, probe in PROBE_TOKENS.items():
         for number, prompt in enumerate(prompts, start=1):
-            note(f"turn {number} of {turns}, cache {mode.value}")
+            runner.note(f"turn {number} of {turns}, cache {mode.value}")
             yield _turn_row(number, _turn(engine, prompt, mode, probe))
 
 

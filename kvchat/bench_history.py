@@ -8,10 +8,11 @@ plan, read.
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvchat.bench_rows import Row, Runner
 from kvchat.cache.shelf import Shelf
 from kvchat.contract import CacheMode, Drop, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
 from kvchat.engine.disk import DiskTier
@@ -25,23 +26,14 @@ COLD_RUNS = 3
 PAIRS = 11
 """Of a warm turn and one after a switch: the difference is small, so it needs more of them."""
 ANSWER_TOKENS = 2
+ROOM = 160
+"""Tokens after the context for the turns that are measured: five of them."""
+HISTORY_CASES = 3
+"""How many times a case is announced at each context."""
 QUESTION = "How long does the drive over the first pass take?"
 SENTENCE = "The drive over pass {} takes {} hours, and the train takes two hours more."
 NO_CAP = 1 << 62
 MAIN, OTHER = "main", "other"
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryRow:
-    """How long the first token of a turn took after so much history; medians."""
-
-    context: int
-    how: str
-    """`cold`, `warm`, `switched` (another conversation was answered in between) or `restored`."""
-    ttft_s: float
-    read_tokens: int
-    restore_s: float = 0.0
-    kv_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -66,31 +58,39 @@ class Talk:
         return last
 
 
-def history_rows(
-    loaded: LoadedModel, contexts: Sequence[int], note: Callable[[str], None]
-) -> Iterator[HistoryRow]:
-    """The next turn of a conversation of each length, in every way that it can begin."""
-    for context in contexts:
-        with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
-            yield from _at(loaded, context, Path(folder), note)
+def history_rows(loaded: LoadedModel, context: int, runner: Runner) -> Iterator[Row]:
+    """The next turn of a conversation of that length, in every way that it can begin."""
+    with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
+        yield from _at(loaded, context, Path(folder), runner)
 
 
-def _at(loaded: LoadedModel, context: int, folder: Path, note: Callable[[str], None]) -> Iterator[HistoryRow]:
+def _at(loaded: LoadedModel, context: int, folder: Path, runner: Runner) -> Iterator[Row]:
     history = history_of(loaded, context)
     engine = _engine(loaded, folder)
-    note(f"a turn after {context:,} tokens, cold")
-    cold = [_cold(engine, history) for _ in range(COLD_RUNS)]
-    yield _row(context, "cold", cold)
+    runner.note(f"a turn after {context:,} tokens, cold")
+    yield _row(context, "cold", runner.repeated(lambda: _cold(engine, history), COLD_RUNS))
     talk, other = Talk(engine, MAIN, list(history)), Talk(engine, OTHER)
-    talk.ask()
-    note(f"a turn after {context:,} tokens, warm and switched to")
+    before, after = talk.ask().stats, talk.ask().stats
+    pairs, restores = rounds(
+        loaded.facts.context_limit - after.kv_tokens, after.prompt_tokens - before.prompt_tokens
+    )
+    runner.note(f"a turn after {context:,} tokens, warm and switched to")
     # in turns, so that both meet the same machine and the same growing history
-    pairs = [(talk.ask(), _after(other, talk)) for _ in range(PAIRS)]
-    yield _row(context, "warm", [warm for warm, _ in pairs])
-    yield _row(context, "switched", [switched for _, switched in pairs])
+    both = runner.repeated(lambda: (talk.ask(), _after(other, talk)), pairs)
+    yield _row(context, "warm", [warm for warm, _ in both])
+    yield _row(context, "switched", [switched for _, switched in both])
     engine.close()
-    note(f"a turn after {context:,} tokens, restored from disk")
-    yield _row(context, "restored", [_restored(loaded, folder, talk.messages) for _ in range(RUNS)])
+    runner.note(f"a turn after {context:,} tokens, restored from disk")
+    again = runner.repeated(lambda: _restored(loaded, folder, talk.messages), restores)
+    yield _row(context, "restored", again)
+
+
+def rounds(room: int, grown: int) -> tuple[int, int]:
+    """(pairs of a warm turn and one after a switch, restores): each turn grows the conversation, and where
+    the context fills up, what is measured is something else."""
+    turns = room // max(grown, 1)
+    restores = min(RUNS, max(1, turns // 3))
+    return min(PAIRS, max(1, (turns - restores) // 2)), restores
 
 
 def history_of(loaded: LoadedModel, context: int) -> list[PromptMessage]:
@@ -133,13 +133,18 @@ def _drop_from_page_cache(path: Path) -> None:
             os.close(descriptor)
 
 
-def _row(context: int, how: str, turns: Sequence[TurnFinished]) -> HistoryRow:
+def _row(context: int, how: str, turns: Sequence[TurnFinished]) -> Row:
+    """`how` is `cold`, `warm`, `switched` (another conversation was answered in between) or `restored`."""
     stats = [turn.stats for turn in turns]
-    return HistoryRow(
+    ttft, read = statistics.median(each.ttft_s for each in stats), stats[-1].prefilled_tokens
+    return Row(
+        "restore",
         context,
         how,
-        statistics.median(s.ttft_s for s in stats),
-        stats[-1].prefilled_tokens,
-        statistics.median(s.restore_s for s in stats),
-        stats[-1].kv_bytes,
+        read / ttft,
+        runs=len(turns),
+        ttft_s=ttft,
+        read_tokens=read,
+        kv_bytes=stats[-1].kv_bytes,
+        restore_s=statistics.median(each.restore_s for each in stats) or None,
     )

@@ -5,13 +5,10 @@ module again, and the screen must paint before torch is there.
 """
 
 import gc
-import json
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -23,22 +20,18 @@ import click
 from click.core import ParameterSource
 
 from kvchat import settings
-from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
+from kvchat.catalog import DEFAULT_MODEL, find_card
 from kvchat.config_file import read_config
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
 from kvchat.flags import chat_options, data_dir, model_options, screen_options
-from kvchat.openmp import wait_politely
 from kvchat.paths import Paths, find_paths
-from kvchat.text import megabytes
 
 if TYPE_CHECKING:
-    from kvchat.engine.load import LoadedModel
     from kvchat.session import Session
     from kvchat.ui.bridge import EngineFactory
     from kvchat.ui.preferences import Preferences
 
-AS_LINES = "--progress-json"
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources that override what a resumed conversation was set to."""
 
@@ -48,9 +41,11 @@ OWN_FLAGS = {"-h", "--help", "--version"}
 
 
 ELSEWHERE = {
+    "bench": "kvchat.bench_commands",
     "cache": "kvchat.cache_commands",
     "config": "kvchat.config_commands",
     "doctor": "kvchat.doctor",
+    "models": "kvchat.model_commands",
     "sessions": "kvchat.session_commands",
 }
 """Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
@@ -124,7 +119,9 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
     name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
     folder = is_prepared(name, paths.models)
     if folder is None or (given["precision"] == "auto" and lacks_step(folder)):
-        if code := _pull_as_child(name, given["data_dir"]):
+        from kvchat.model_commands import pull_as_child
+
+        if code := pull_as_child(name, given["data_dir"]):
             sys.exit(code)
         folder = is_prepared(name, paths.models)
     assert folder is not None
@@ -159,7 +156,12 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
         from kvchat.ui.app import ChatApp
         from kvchat.ui.models import ModelShelf
 
-        shelf = ModelShelf(paths.models, engine_of, lambda wanted: _pull_command(wanted, given["data_dir"]))
+        def fetching(wanted: str) -> list[str]:
+            from kvchat.model_commands import pull_command
+
+            return pull_command(wanted, given["data_dir"])
+
+        shelf = ModelShelf(paths.models, engine_of, fetching)
 
         def open_painted() -> "Session":
             gc.freeze()
@@ -212,11 +214,12 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
 
     `-`, or a pipe and no prompt, reads the prompt from standard input.
     """
+    from kvchat.ready import load_ready
 
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
-    loaded = _load(session.current.model, paths, given)
+    loaded = load_ready(session.current.model, paths, given)
     from kvchat.engine.build import load_draft, open_engine
     from kvchat.headless import run_turns
 
@@ -247,106 +250,6 @@ def _preferences(given: Mapping[str, Any]) -> "Preferences":
     return Preferences(checked_theme(given["theme"]), given["reduced_motion"], keys, kept)
 
 
-def _load(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedModel":
-    """Makes the model ready if it isn't, with progress on stderr, and loads it into this process."""
-    wait_politely()
-    from kvchat.engine.load import load_model
-    from kvchat.engine.prepare import prepare
-    from kvchat.progress import reported
-
-    with reported(name) as report:
-        folder = prepare(name, paths.models, report)
-    return load_model(
-        folder,
-        name,
-        precision=given["precision"],
-        threads=given["threads"],
-        context=given["context"],
-        device=given["device"],
-    )
-
-
-@cli.command()
-@click.option("--contexts", default="256,1024,4096", show_default=True, help="Cached tokens to measure at.")
-@click.option("--turns", type=click.IntRange(1), default=8, show_default=True, help="Of the chat.")
-@click.option(
-    "--answer-tokens", type=click.IntRange(2), default=96, show_default=True, help="Of each answer."
-)
-@click.option("--fill", is_flag=True, help="No answer ends before --answer-tokens.")
-@click.option("--kv", default="", help="Precisions of keys and values to decode with too, such as int8,int4.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw curves into this .svg or .png file.")
-@click.option("--peers", type=click.Path(path_type=Path), help="Rows of another engine; prints the ratios.")
-@click.option("--profile", type=click.Path(path_type=Path), help="Write a trace of one turn; that is all.")
-@model_options
-def bench(
-    contexts: str,
-    turns: int,
-    answer_tokens: int,
-    fill: bool,
-    kv: str,
-    as_json: bool,
-    plot: Path | None,
-    peers: Path | None,
-    profile: Path | None,
-    **given: Any,  # noqa: ANN401
-) -> None:
-    """Measure prefill, decode and turns, with the KV cache and without."""
-    lengths, precisions = parse_contexts(contexts), parse_precisions(kv)
-    from rich.console import Console
-
-    from kvchat.bench_report import draw, ratios, read_peers, refuse_plot, report
-
-    others = read_peers(peers) if peers else None
-    if plot:
-        refuse_plot(plot)
-    loaded = _load(given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"]), given)
-    from kvchat.bench import profile_turn, run_bench
-
-    if profile:
-        profile_turn(loaded, profile)
-        click.echo(f"Open {profile} in https://ui.perfetto.dev or chrome://tracing.", err=True)
-        return
-
-    def note(words: str) -> None:
-        click.echo(f"measuring: {words}", err=True)
-
-    measured = run_bench(
-        loaded,
-        lengths,
-        turns=turns,
-        answer_tokens=answer_tokens,
-        fill=fill,
-        precisions=precisions,
-        note=note,
-    )
-    rows, console = measured["rows"], Console(stderr=as_json)
-    if as_json:
-        click.echo(json.dumps(measured, indent=1))
-    else:
-        console.print(report(rows))
-        console.print(
-            f"{megabytes(measured['rss_bytes'])} of memory with the model loaded and nothing cached"
-        )
-    if others:
-        console.print(ratios(rows, *others))
-    if plot:
-        draw(rows, plot)
-
-
-def parse_precisions(text: str) -> list[str]:
-    """`int8,int4` → ["int8", "int4"].
-
-    Raises:
-        click.BadParameter: something in it is no precision of keys and values.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in set(KVPrecision)]:
-        known = ", ".join(KVPrecision)
-        raise click.BadParameter(f"{unknown[0]!r} is no precision; {known} are.", param_hint="--kv")
-    return names
-
-
 @cli.command()
 @click.argument("conversation", default="")
 @click.option("--tokens", type=click.IntRange(2), default=24, show_default=True, help="Of each answer.")
@@ -358,10 +261,12 @@ def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) 
 
     Takes the questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
     """
+    from kvchat.ready import load_ready
+
     paths = find_paths(data_dir)
     name, questions = _questions(conversation, paths)
     given |= {"precision": "fp32", "context": None, "device": "cpu"}
-    loaded = _load(given["model"] or name, paths, given)
+    loaded = load_ready(given["model"] or name, paths, given)
     from kvchat.verify import QUESTIONS, run_checks
 
     click.echo(f"{loaded.facts.name}, fp32, greedy: every kind of cache against no cache", err=True)
@@ -389,23 +294,6 @@ def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
     if len(questions) < 2:
         raise KvchatError("This conversation has fewer than two questions; there is nothing to keep yet.")
     return saved.model or DEFAULT_MODEL, questions
-
-
-def parse_contexts(text: str) -> list[int]:
-    """`256,1024` → [256, 1024].
-
-    Raises:
-        click.BadParameter: something in it is no positive whole number.
-    """
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise click.BadParameter(
-            f"{text!r} is no list of token counts such as 256,1024.", param_hint="--contexts"
-        )
-    return lengths
 
 
 def read_prompts(prompts: Sequence[str]) -> list[str]:
@@ -528,143 +416,12 @@ def shown_name(model: str) -> str:
     return card.title if card else Path(model).name
 
 
-def _pull_as_child(name: str, data_dir: Path | None) -> int:
-    """Fetches and converts in a process of its own: converting imports torch, and the screen must not."""
-    command = _pull_command(name, data_dir)
-    return subprocess.run([word for word in command if word != AS_LINES], check=False).returncode
-
-
-def _pull_command(name: str, data_dir: Path | None) -> list[str]:
-    """Fetches a model and prints its progress as JSON, an object a line."""
-    place = ["--data-dir", str(data_dir)] if data_dir else []
-    return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
-    from kvchat.headless import INTERRUPTED
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
     """Print where kvchat keeps its files."""
     for name, path in find_paths(data_dir).described().items():
         click.echo(f"{name:<9}{path}")
-
-
-@cli.group()
-def models() -> None:
-    """List, fetch, find and remove models."""
-
-
-@models.command(name="list")
-@data_dir
-def list_models(data_dir: Path | None) -> None:
-    """The models that have a card, and those that are here."""
-    from kvchat.locate import installed, is_prepared
-
-    models_dir = find_paths(data_dir).models
-    sizes = {model.path: model.bytes for model in installed(models_dir)}
-    for card in load_cards():
-        folder = is_prepared(card.name, models_dir)
-        here = (
-            "not here"
-            if folder is None
-            else f"here, {megabytes(sizes[folder])}"
-            if folder in sizes
-            else "here"
-        )
-        notes = [here, f"context {card.context:,}", card.licence]
-        notes += ["gated"] if card.gated else []
-        notes += [] if card.tried else ["not tried yet"]
-        click.echo(f"{card.name:<24}{card.parameters / 1e6:>7,.0f}M  {' · '.join(notes)}")
-        click.echo(f"{'':<34}{card.summary}")
-    names = {card.name for card in load_cards()}
-    for model in installed(models_dir):
-        if model.name not in names:
-            click.echo(f"{model.name:<34}here, {megabytes(model.bytes)}")
-
-
-@models.command()
-@click.argument("name", default=DEFAULT_MODEL)
-@click.option(AS_LINES, is_flag=True, help="Progress as JSON on stdout, an object a line.")
-@data_dir
-def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
-    """Fetch a model and make it ready; does nothing if it is."""
-    from kvchat.engine.package import package_folder, refusal_of
-    from kvchat.engine.precision import weights_of
-    from kvchat.engine.prepare import prepare
-    from kvchat.progress import reported
-
-    with _cleaning_up(), reported(name, as_json=progress_json) as report:
-        folder = prepare(name, find_paths(data_dir).models, report)
-    if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
-        click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
-    click.echo(f"{name} is ready in {folder}", err=True)
-
-
-@models.command()
-@click.argument("name", default=DEFAULT_MODEL)
-@click.option("--precision", type=click.Choice(settings.PRECISIONS), default="auto", show_default=True)
-@data_dir
-def prepare(name: str, precision: str, data_dir: Path | None) -> None:
-    """Compile a model for this CPU; fetches it first if it isn't here.
-
-    `auto` keeps the precision of the source. `int8` and `int4` round the weights; what that costs in quality
-    is measured and said.
-    """
-    from kvchat.engine.compile import prepare_step
-    from kvchat.engine.compiled import Description
-    from kvchat.engine.precision import weights_of
-    from kvchat.engine.prepare import prepare
-    from kvchat.progress import reported
-
-    with reported(name) as report:
-        folder = prepare(name, find_paths(data_dir).models, report)
-        made = Description.load(prepare_step(folder, weights_of(folder, precision), report))
-    cost = made.cost
-    click.echo(
-        f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
-    )
-    click.echo(
-        f"On {cost.tokens} tokens of prose it is {cost.kl:.2g} nats from the same model in fp32, and finds "
-        f"the same next token most probable after {cost.agreeing:.1%} of them.",
-        err=True,
-    )
-
-
-@models.command()
-@click.argument("name", default=DEFAULT_MODEL)
-@data_dir
-def path(name: str, data_dir: Path | None) -> None:
-    """Print the folder of a model that is ready."""
-    from kvchat.locate import is_prepared
-
-    folder = is_prepared(name, find_paths(data_dir).models)
-    if folder is None:
-        raise KvchatError(f"{name} is not here yet. `kvchat models pull {name}` fetches it.")
-    click.echo(str(folder))
-
-
-@models.command()
-@click.argument("name")
-@data_dir
-def rm(name: str, data_dir: Path | None) -> None:
-    """Delete a fetched or converted model."""
-    from kvchat.locate import remove_installed
-
-    freed = remove_installed(name, find_paths(data_dir).models)
-    click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
 
 
 def main() -> None:

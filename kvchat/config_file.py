@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.settings import SETTINGS, Setting, Value
 
 if TYPE_CHECKING:  # read at every start, written seldom
@@ -43,7 +43,7 @@ def read_config(path: Path) -> Config:
     except FileNotFoundError:
         return Config()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KvchatError(f"The configuration {path} can't be read: {error}") from error
+        raise KvchatError(f"The configuration {path} can't be read: {reason(error)}") from error
     keys = given.pop(KEYS, {})
     values = {name.replace("-", "_"): value for name, value in given.items()}
     known = {setting.key for setting in SETTINGS}
@@ -70,7 +70,7 @@ def write_setting(path: Path, setting: Setting, value: Value | None) -> None:
         _put(document, setting, value)
         _replace(path, tomlkit.dumps(document))
     except (OSError, UnicodeDecodeError, TOMLKitError) as error:
-        raise KvchatError(f"The configuration {path} can't be changed: {error}") from error
+        raise KvchatError(f"The configuration {path} can't be changed: {reason(error)}") from error
 
 
 def _put(document: "TOMLDocument", setting: Setting, value: Value | None) -> None:

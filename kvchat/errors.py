@@ -7,3 +7,8 @@ what is wrong, where, and what to do. The command line prints it and exits with 
 
 class KvchatError(Exception):
     """A clear sentence for the user; never a traceback."""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in the system's own words, without its numbers and the path that the sentence names."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -15,7 +15,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from kvchat.conversation import Conversation, Message
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.text import clean, one_line
 from kvchat.thinking import inner_thinking
 
@@ -105,7 +105,7 @@ def export(conversation: Conversation, where: str, folder: Path) -> Path:
     except FileExistsError as error:
         raise KvchatError(f"{one_line(str(path))} exists already; choose another name.") from error
     except (OSError, ValueError) as error:
-        raise KvchatError(f"{one_line(str(path))} can't be written: {error}.") from error
+        raise KvchatError(f"{one_line(str(path))} can't be written: {reason(error)}.") from error
     return path
 
 

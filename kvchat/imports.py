@@ -18,7 +18,7 @@ from typing import Any
 
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, Sampling, TurnStats
 from kvchat.conversation import Conversation, Message, title_from
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.exports import VERSION
 from kvchat.text import one_line
 from kvchat.thinking import split_thinking
@@ -39,7 +39,7 @@ def read_conversations(file: str | Path) -> list[Conversation]:
     try:
         found = list(_read(Path(file).expanduser()))
     except (OSError, sqlite3.Error, zipfile.BadZipFile) as error:
-        raise KvchatError(f"{name} can't be read: {error}.") from error
+        raise KvchatError(f"{name} can't be read: {reason(error)}.") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise KvchatError(f"{name} is damaged, or no export that kvchat knows ({KNOWN}).") from error
     return [replace(each, id=_id(each)) for each in found if each.messages]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvchat.errors import KvchatError
 from kvchat.flags import data_dir
 from kvchat.paths import find_paths
 from kvchat.text import clean, one_line
@@ -55,13 +56,17 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
     from kvchat.session import MOST_HITS
 
     each_word = [word for given in words for word in given.split()]
+    if not each_word:
+        raise KvchatError("Which words? There are none to search for.")
     hits = open_store(data_dir or above).search(each_word, MOST_HITS)
     if as_json:
         click.echo(json.dumps([asdict(hit) for hit in hits]))
         return
     for hit in hits:
         click.echo(f"{hit.conversation}  {hit.role or 'title':<9}  {one_line(hit.text)[:100]}")
-    sys.exit(0 if hits else 1)
+    if not hits:
+        click.echo(f"No conversation holds {one_line(' '.join(each_word))}.", err=True)
+        sys.exit(1)
 
 
 @sessions.command()

@@ -8,7 +8,7 @@ still true. It knows rows and values; it refuses to know engines and screens.
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from kvchat.contract import (
     TurnStats,
 )
 from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 
 TRIGRAM = 3
 """Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
@@ -146,6 +146,26 @@ def m005_drafting(db: Database) -> None:
         db.table("turns").add_column(column, int, not_null_default=0)
 
 
+class _Readable(Database):
+    """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
+
+    def query(
+        self, sql: str, params: Sequence[Any] | dict[str, Any] | None = None
+    ) -> Generator[dict[Any, Any], None, None]:
+        """The rows.
+
+        Raises:
+            KvchatError: they can't be read.
+        """
+        try:
+            yield from super().query(sql, params)
+        except sqlite3.DatabaseError as error:
+            raise KvchatError(
+                f"The conversations can't be read: {error}. `kvchat paths` says where they are; put a copy "
+                "of the file there, or move it away to begin anew."
+            ) from error
+
+
 class Store:
     """The conversations of one user."""
 
@@ -159,7 +179,7 @@ class Store:
             self._db = _open(path)
         except (sqlite3.Error, OSError) as error:
             raise KvchatError(
-                f"The conversations in {path} can't be opened: {error}. "
+                f"The conversations in {path} can't be opened: {reason(error)}. "
                 "Free the file, or choose another folder with --data-dir."
             ) from error
 
@@ -235,7 +255,7 @@ class Store:
 
     def exists(self, conversation: str) -> bool:
         """Whether the conversation was saved and not deleted since."""
-        return bool(self._db["conversations"].count_where("id = ?", [conversation]))
+        return any(self._db.query("select 1 from conversations where id = ?", [conversation]))
 
     def create(self, conversation: Conversation) -> None:
         """Saves a new conversation, without messages."""
@@ -394,13 +414,13 @@ class Store:
 
 def _open(path: Path | None) -> Database:
     if path is None:
-        db = Database(memory=True)
+        db = _Readable(memory=True)
         migrations.apply(db)
         return db
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with FileLock(f"{path}.lock"):
         path.touch(mode=0o600)
-        db = Database(sqlite3.connect(path, timeout=BUSY_S))
+        db = _Readable(sqlite3.connect(path, timeout=BUSY_S))
         db.enable_wal()
         db.execute("pragma synchronous = normal")
         migrations.apply(db)

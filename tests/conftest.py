@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +16,6 @@ from hypothesis import settings
 from kvchat.openmp import wait_politely
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvchat.contract import Engine
     from kvchat.engine.load import LoadedModel
 
@@ -27,6 +29,18 @@ wait_politely()  # tests run where other things run too
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All processes of a run share what the C++ compiler makes of the kernels."""
+    real = shutil.which(os.environ.get("CXX", "g++"))
+    if hasattr(config, "workerinput") or real is None or sys.platform == "win32":
+        return
+    from tests.compile_once import install
+
+    folder = tempfile.TemporaryDirectory(prefix="kvchat-compiler-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["CXX"] = str(install(Path(folder.name), real))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

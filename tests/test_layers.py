@@ -14,7 +14,7 @@ TENSORS_OF_CACHE = {"kvchat.cache.kv", "kvchat.cache.layers", "kvchat.cache.snap
 STORAGE = {"sqlite_utils", "kvchat.store"}
 
 NEVER_LOADED = {
-    "kvchat.cli": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.cli": TENSORS | SCREEN | ENGINE | STORAGE | {"numpy"},
     "kvchat.link": TENSORS | SCREEN | ENGINE | STORAGE,
     "kvchat.ui.app": TENSORS | ENGINE,
     "kvchat.session": TENSORS | SCREEN | ENGINE,

@@ -439,17 +439,22 @@ def test_a_pin_and_a_drop_are_seen_in_the_next_report(running: Linked) -> None:
     assert not running.saved(request.conversation).segments
 
 
-def test_a_smaller_budget_moves_caches_to_disk(own: Linked) -> None:
-    own.engine.start()
-    own.until_ready()
+def test_a_smaller_budget_moves_caches_to_disk(running: Linked) -> None:
     first, second = ask("Which pass is open?"), ask("Tell me about the sea.")
-    answers = [own.answer(request) for request in (first, second)]
-    assert hot(answers[1].pool) == {first.conversation, second.conversation}
-    _, pool = own.done(SetBudget(answers[1].pool.used_bytes - 1))
-    assert (hot(pool), pool.budget_bytes) == ({second.conversation}, answers[1].pool.used_bytes - 1)
-    again = own.answer(following(first, answers[0], "Why?"))
-    assert again.stats.restored_tokens == answers[0].stats.kv_tokens
-    assert hot(again.pool) == {first.conversation}
+    answers = [running.answer(request) for request in (first, second)]
+    pool = answers[1].pool
+    for talk in hot(pool) - {first.conversation, second.conversation}:
+        pool = running.done(Drop(talk))[1]
+    assert hot(pool) == {first.conversation, second.conversation}
+    before, less = pool.budget_bytes, pool.used_bytes - 1
+    try:
+        _, pool = running.done(SetBudget(less))
+        assert (hot(pool), pool.budget_bytes) == ({second.conversation}, less)
+        again = running.answer(following(first, answers[0], "Why?"))
+        assert again.stats.restored_tokens == answers[0].stats.kv_tokens
+        assert hot(again.pool) == {first.conversation}
+    finally:
+        running.done(SetBudget(before))
 
 
 def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
@@ -466,55 +471,8 @@ def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
 # what lies on disk
 
 
-def test_closing_saves_what_was_written_of_an_answer_under_way(own: Linked) -> None:
-    own.engine.start()
-    own.until_ready()
-    request = ask_for_much(CacheMode.ON)
-    turn = own.engine.turn(request)
-    events = run_until_tokens(turn)
-    assert isinstance(events[0], TurnStarted)
-    assert not own.saved(request.conversation).segments
-    follower = in_background(lambda: events.extend(turn))
-    own.engine.close()
-    assert ends(follower)
-    read = [i for event in events if isinstance(event, Tokens) for i in event.token_ids]
-    saved = own.saved(request.conversation)
-    assert len(saved.rows) >= events[0].prompt_tokens
-    assert len(saved.rows) <= events[0].prompt_tokens + LONG
-    common = min(len(saved.ids), events[0].prompt_tokens + len(read)) - events[0].prompt_tokens
-    assert list(saved.ids[events[0].prompt_tokens :])[:common] == read[:common]
-
-
-def test_nothing_of_what_may_not_be_remembered_is_saved(own: Linked) -> None:
-    own.engine.start()
-    own.until_ready()
-    request = replace(ask("Which pass is open?"), remember=False)
-    first = own.answer(request)
-    again = own.answer(replace(following(request, first, "Why?"), remember=False))
-    assert again.stats.reused_tokens == first.stats.kv_tokens
-    own.done(Spill(request.conversation))
-    own.engine.close()
-    assert not own.kv_folder.exists() or not any(own.kv_folder.glob("*/*"))
-
-
-def test_a_turn_after_a_restart_goes_on_from_disk(own: Linked) -> None:
-    own.engine.start()
-    own.until_ready()
-    request = ask("Which pass is open?")
-    first = own.answer(request)
-    eventually(lambda: len(own.saved(request.conversation).rows) == first.stats.kv_tokens)
-    own.child.kill()
-    assert isinstance(own.status(), Died)
-    own.engine.start()
-    pool = own.until_ready()[-1]
-    assert isinstance(pool, PoolState)
-    assert [(cache.conversation, cache.hot) for cache in pool.caches] == [(request.conversation, False)]
-    stats = own.answer(following(request, first, "How long is the drive?")).stats
-    assert stats.restored_tokens == stats.reused_tokens == first.stats.kv_tokens
-    assert (stats.prefilled_tokens, stats.reuse_note) == (stats.prompt_tokens - stats.restored_tokens, "")
-
-
-KILLS = 4
+DELAYS_S = (0, 0.001)
+"""From an answer to the kill: the first one meets a file that is half written."""
 
 
 def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_words(
@@ -523,10 +481,10 @@ def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_w
     own.engine.start()
     own.until_ready()
     request = ask("The drive over the pass takes three hours. " * 20, tokens=4)
-    for kill in range(KILLS):
+    for kill, delay in enumerate(DELAYS_S):
         answer = own.answer(request)
         assert answer.token_ids == running.answer(request).token_ids
-        time.sleep(kill * 0.0005)  # the first ones meet a file that is half written
+        time.sleep(delay)
         own.child.kill()
         assert isinstance(own.status(), Died)
         chain = own.saved(request.conversation)  # whole segments, or none
@@ -550,9 +508,12 @@ def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_w
 # one that dies
 
 
-def test_a_killed_child_is_told_and_another_one_takes_its_place(own: Linked) -> None:
+def test_a_killed_child_is_told_and_another_one_goes_on_from_disk(own: Linked) -> None:
     own.engine.start()
     own.until_ready()
+    kept = ask("Which pass is open?")
+    first = own.answer(kept)
+    eventually(lambda: len(own.saved(kept.conversation).rows) == first.stats.kv_tokens)
     broken = TurnRequest("broken", "c", (PromptMessage("user", cast("str", 5)),), CacheMode.ON, Sampling())
     (failed,) = own.engine.turn(broken)  # it prints a traceback
     assert isinstance(failed, TurnFailed)
@@ -573,11 +534,15 @@ def test_a_killed_child_is_told_and_another_one_takes_its_place(own: Linked) -> 
 
     before = own.engine.pid
     own.engine.start()
-    own.until_ready()
+    pool = own.until_ready()[-1]
     assert own.engine.pid != before
-    answer = ended(list(own.engine.turn(ask("Which pass is open?", talk=request.conversation))))
-    assert len(answer.token_ids) == 12
-    assert hot(answer.pool) == {request.conversation}
+    assert isinstance(pool, PoolState)
+    assert [(cache.conversation, cache.hot) for cache in pool.caches] == [(kept.conversation, False)]
+    again = own.answer(following(kept, first, "How long is the drive?"))
+    stats = again.stats
+    assert stats.restored_tokens == stats.reused_tokens == first.stats.kv_tokens
+    assert (stats.prefilled_tokens, stats.reuse_note) == (stats.prompt_tokens - stats.restored_tokens, "")
+    assert (len(again.token_ids), hot(again.pool)) == (12, {kept.conversation})
 
 
 def test_a_model_that_cannot_be_loaded_is_a_sentence_and_the_child_stays_away(
@@ -632,23 +597,47 @@ def test_closing_kills_a_child_that_hangs_while_it_imports_and_whoever_waits_for
     assert own.statuses.empty()
 
 
-def test_closing_ends_a_turn_under_way_even_one_from_before_the_start(own: Linked) -> None:
-    events: Queue[TurnEvent] = Queue()
+def test_closing_ends_a_turn_under_way_and_saves_what_may_be_remembered(own: Linked) -> None:
+    """Both turns are from before the start."""
+    private = replace(ask("Which pass is open?"), remember=False)
+    request, events = ask_for_much(CacheMode.ON), Queue[TurnEvent]()
 
-    def follow() -> None:
-        for event in own.engine.turn(ask_for_much()):
+    def follow(turn: Iterator[TurnEvent]) -> None:
+        for event in turn:
             events.put(event)
 
-    follower = in_background(follow)
+    unsaved = in_background(lambda: list(own.engine.turn(private)))
+    eventually(lambda: private.turn in own.engine._waiting)  # it is asked first
+    follower = in_background(lambda: follow(own.engine.turn(request)))
     own.engine.start()
-    while not isinstance(events.get(timeout=PATIENCE_S), Tokens):
-        pass
+    seen = [events.get(timeout=PATIENCE_S)]
+    while not any(isinstance(event, Tokens) for event in seen):
+        seen.append(events.get(timeout=PATIENCE_S))
+    assert ends(unsaved)
+    assert not own.saved(request.conversation).segments
     child = own.child
     own.engine.close()
     assert is_gone(child)
     assert ends(follower)
-    assert isinstance(list(events.queue)[-1], TurnFailed | TurnFinished)
+    seen += events.queue
+    assert isinstance(seen[-1], TurnFailed | TurnFinished)
     assert not any(isinstance(status, Died) for status in list(own.statuses.queue))
+    (started,) = (event for event in seen if isinstance(event, TurnStarted))
+    read = [i for event in seen if isinstance(event, Tokens) for i in event.token_ids]
+    saved = own.saved(request.conversation)
+    assert started.prompt_tokens <= len(saved.rows) <= started.prompt_tokens + LONG
+    common = min(len(saved.ids) - started.prompt_tokens, len(read))
+    assert list(saved.ids[started.prompt_tokens :])[:common] == read[:common]
+    assert [folder.name for folder in own.kv_folder.iterdir() if folder.is_dir()] == [request.conversation]
+
+
+def test_what_may_not_be_remembered_is_kept_in_memory_only(running: Linked) -> None:
+    request = replace(ask("Which pass is open?"), remember=False)
+    first = running.answer(request)
+    again = running.answer(replace(following(request, first, "Why?"), remember=False))
+    assert again.stats.reused_tokens == first.stats.kv_tokens
+    running.done(Spill(request.conversation))
+    assert not running.saved(request.conversation).segments
 
 
 def test_closing_what_was_never_started(own: Linked) -> None:

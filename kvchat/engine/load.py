@@ -126,6 +126,22 @@ def automatic_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _require(device: str) -> None:
+    """Passes a device that is there.
+
+    Raises:
+        KvchatError: it is not.
+    """
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if device in there and not there[device]():
+        raise KvchatError(
+            f"There is no device {device} that torch can use here; --device cpu computes without."
+        )
+
+
 def load_model(
     folder: Path,
     name: str,
@@ -148,6 +164,7 @@ def load_model(
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
     """
     device = automatic_device() if device == "auto" else device
+    _require(device)
     torch.set_num_threads(threads or physical_cores())
     note = ""
     if compiled and device == "cpu":
