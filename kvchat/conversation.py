@@ -73,6 +73,20 @@ class Conversation:
                 return index
         return len(self.messages)
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the messages at each place of `prompt()`.
+
+        None at that of the system prompt, several where questions in a row are read as one.
+        """
+        places: list[tuple[int, ...]] = [()] if self.system_prompt else []
+        before = ""
+        for message in self.messages:
+            joined = places.pop() if message.role == before == "user" else ()
+            places.append((*joined, message.id))
+            before = message.role
+        return tuple(places)
+
     def prompt(self) -> tuple[PromptMessage, ...]:
         """The messages as an engine reads them.
 

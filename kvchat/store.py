@@ -23,12 +23,14 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
+    Fate,
     KVPrecision,
     Sampling,
     TurnStats,
 )
 from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
 from kvchat.errors import KvchatError
+from kvchat.fates import Fates
 
 TRIGRAM = 3
 """Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
@@ -144,6 +146,11 @@ def m004_search_and_presets(db: Database) -> None:
 def m005_drafting(db: Database) -> None:
     for column in ("drafted_tokens", "accepted_tokens"):
         db.table("turns").add_column(column, int, not_null_default=0)
+
+
+@migrations()
+def m006_last_turn(db: Database) -> None:
+    db.table("conversations").add_column("last_turn", str, not_null_default="{}")
 
 
 class Store:
@@ -326,6 +333,22 @@ class Store:
             [conversation],
         )
         return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
+
+    def last_turn(self, conversation: str) -> Fates:
+        """What the last turn of a conversation did with its messages; nothing where there was none."""
+        rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
+        told = json.loads(next((row["last_turn"] for row in rows), "{}"))
+        return {
+            int(message): {Fate(fate): tokens for fate, tokens in counts.items()}
+            for message, counts in told.items()
+        }
+
+    def save_last_turn(self, conversation: str, fates: Fates) -> None:
+        """Remembers what a turn did, in the place of the one before."""
+        with self._writing() as db:
+            db.execute(
+                "update conversations set last_turn = ? where id = ?", [json.dumps(fates), conversation]
+            )
 
     def set_head(self, conversation: str, head: int | None) -> None:
         """Makes another message the last one shown; nothing is deleted."""

@@ -52,6 +52,23 @@ def test_a_question_does_not_run_into_the_system_prompt() -> None:
     assert [m.role for m in talk.prompt()] == ["system", "user"]
 
 
+@pytest.mark.parametrize(
+    ("path", "system", "places"),
+    [
+        ((), "", ()),
+        ((message(1, None), message(2, 1, "assistant"), message(5, 2)), "", ((1,), (2,), (5,))),
+        ((message(1, None), message(2, 1, "assistant")), "Be brief.", ((), (1,), (2,))),
+        ((message(1, None), message(3, 1), message(4, 3, "assistant")), "", ((1, 3), (4,))),
+    ],
+)
+def test_a_place_in_the_prompt_has_the_messages_that_are_read_there(
+    path: tuple[Message, ...], system: str, places: tuple[tuple[int, ...], ...]
+) -> None:
+    talk = Conversation("c", system_prompt=system, messages=path)
+    assert talk.places == places
+    assert len(talk.places) == len(talk.prompt())
+
+
 def test_the_head_is_the_last_message() -> None:
     last = message(2, 1)
     assert Conversation("c", messages=(message(1, None), last)).head == last
