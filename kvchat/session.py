@@ -191,6 +191,30 @@ class Session:
         self.current = store.load(store.find(conversation))
         return self.current
 
+    def open_at(self, conversation: str, message: int) -> bool:
+        """Opens a saved conversation on a branch that has this message: the newest, unless it is shown.
+
+        Returns whether that is another branch than the one that was shown.
+
+        Raises:
+            KvchatError: there is no such conversation or message, or its conversation is being answered
+                on another branch.
+        """
+        here = conversation == self.current.id
+        found = self.current if here else self._store_of(conversation).load(conversation)
+        switches = all(each.id != message for each in found.messages)
+        branch = self._store_of(conversation).branch(conversation, message) if switches else found.messages
+        if not branch:
+            raise KvchatError("That message is not there any more.")
+        if switches and self.pending and self.pending.conversation == conversation:
+            raise KvchatError(
+                "It is on another branch than the answer that is being written. Esc stops that."
+            )
+        self.current = found
+        if switches:
+            self._go_to(branch)
+        return switches
+
     def open_latest(self) -> Conversation:
         """Opens the conversation used last, or an empty one."""
         latest = next(iter(self.conversations()), None)

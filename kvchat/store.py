@@ -28,7 +28,7 @@ from kvchat.contract import (
     Sampling,
     TurnStats,
 )
-from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
+from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
 from kvchat.errors import KvchatError
 from kvchat.fates import Fates
 
@@ -37,17 +37,18 @@ TRIGRAM = 3
 LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
 SEARCH = """
 with recursive found(id) as ({found}),
-path(conversation, title, id, parent_id) as (
-    select c.id, c.title, m.id, m.parent_id from conversations c join messages m on m.id = c.head
+shown(id, parent_id) as (
+    select m.id, m.parent_id from conversations c join messages m on m.id = c.head
     where c.id in (select conversation from messages where id in (select id from found))
     union all
-    select path.conversation, path.title, m.id, m.parent_id from path join messages m on m.id = path.parent_id
+    select m.id, m.parent_id from shown join messages m on m.id = shown.parent_id
 )
-select path.conversation, path.title, m.id as message, m.role, m.text, m.created_at
-from path join messages m on m.id = path.id where m.id in (select id from found)
+select m.conversation, c.title, m.id as message, m.role, m.text, m.created_at,
+    m.id not in (select id from shown) as other_branch
+from messages m join conversations c on c.id = m.conversation where m.id in (select id from found)
 order by m.created_at desc, m.id desc limit {limit}
 """
-"""Hits on the way to the head of their conversation: other branches aren't shown, and so can't be opened."""
+"""Hits on every branch; what is not on the way to the head of its conversation is not shown there."""
 BUSY_S = 30.0
 """How long a write waits for another process."""
 
@@ -228,6 +229,11 @@ class Store:
             messages=path_to(messages, row["head"]),
         )
 
+    def branch(self, conversation: str, message: int) -> tuple[Message, ...]:
+        """The messages of the newest branch that has this one; none where it is gone."""
+        messages = {each.id: each for each in self._messages(conversation)}
+        return path_to(messages, newest_leaf(messages, message)) if message in messages else ()
+
     def find(self, prefix: str) -> str:
         """The id that starts with `prefix`.
 
@@ -283,7 +289,7 @@ class Store:
         return len(new)
 
     def search(self, words: Sequence[str], limit: int) -> list[Hit]:
-        """Where all these words stand: in titles first, then in the messages that are shown, latest first."""
+        """Where all these words stand: in titles first, then in messages on every branch, latest first."""
         if not words:
             return []
         likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
@@ -294,12 +300,14 @@ class Store:
         if len(long) == len(words):  # the index knows more letters that differ in case only
             found = indexed.removesuffix(" intersect ")
         titles = self._db.query(
-            "select id as conversation, title, null as message, '' as role, title as text, created_at "
-            f"from conversations where {_all_like('title', likes)} order by updated_at desc limit {limit}",
+            "select id as conversation, title, null as message, '' as role, title as text, created_at, "
+            f"false as other_branch from conversations where {_all_like('title', likes)} "
+            f"order by updated_at desc limit {limit}",
             likes,
         )
         messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
-        return [Hit(**row) for row in (*titles, *messages)][:limit]
+        rows = [*titles, *messages][:limit]
+        return [Hit(**{**row, "other_branch": bool(row["other_branch"])}) for row in rows]
 
     def presets(self) -> list[Preset]:
         """The named ways of answering, by name."""

@@ -1040,6 +1040,57 @@ def test_open_latest_opens_the_one_used_last(session: Session) -> None:
     assert session.open_latest().id == first
 
 
+def test_a_message_is_opened_on_its_newest_branch_and_that_is_the_shown_one_from_then_on(
+    session: Session, path: Path
+) -> None:
+    first = answered(session, FIRST)
+    answered(session, SECOND, "Two hours.")
+    session.undo()
+    answered(session, "And back?", "Three.")
+    session.edit(session.current.messages[0].id, "Which lake?")
+    session.abandon_turn()
+    left, shown = session.current.id, session.current.messages[-1].id
+    session.new()
+    assert not session.open_at(left, shown)
+    assert session.open_at(left, first.id)
+    texts = [m.text for m in session.current.messages]
+    assert texts == [FIRST, "The Brenner.", "And back?", "Three."]
+    assert on_disk(path, left) == session.current
+    assert not session.open_at(left, first.id)
+
+
+def test_an_evicted_branch_is_read_whole_where_it_is_shorter_than_what_was_left_out(session: Session) -> None:
+    first = answered(session, FIRST)
+    session.regenerate()
+    session.abandon_turn()
+    for n in range(3):
+        answered(session, f"Question {n}", left_out=3)
+    assert session.current.left_out == 3
+    session.open_at(session.current.id, first.id)
+    assert session.current.left_out == 0
+
+
+def test_a_message_that_is_gone_and_a_branch_beside_the_one_that_is_answered_are_not_opened(
+    session: Session, path: Path
+) -> None:
+    first = answered(session, FIRST)
+    request = session.regenerate()
+    left = session.current
+    with pytest.raises(KvchatError, match="being written"):
+        session.open_at(left.id, first.id)
+    other = session.new()
+    with pytest.raises(KvchatError, match="being written"):
+        session.open_at(left.id, first.id)
+    assert session.current == other
+    session.finish_turn(finished(request.turn, "Another.", 1))
+    with pytest.raises(KvchatError, match="not there any more"):
+        session.open_at(left.id, 999)
+    session.delete(left.id)
+    with pytest.raises(KvchatError, match="no conversation"):
+        session.open_at(left.id, first.id)
+    assert session.current == other
+
+
 def test_open_takes_the_beginning_of_an_id_and_stays_where_it_is_otherwise(session: Session) -> None:
     answered(session, FIRST)
     saved = session.current
