@@ -73,6 +73,20 @@ class Conversation:
                 return index
         return len(self.messages)
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the messages at each place of `prompt()`.
+
+        None at that of the system prompt, several where questions in a row are read as one.
+        """
+        places: list[tuple[int, ...]] = [()] if self.system_prompt else []
+        before = ""
+        for message in self.messages:
+            joined = places.pop() if message.role == before == "user" else ()
+            places.append((*joined, message.id))
+            before = message.role
+        return tuple(places)
+
     def prompt(self) -> tuple[PromptMessage, ...]:
         """The messages as an engine reads them.
 
@@ -111,6 +125,8 @@ class Hit:
     role: str
     text: str
     created_at: str
+    other_branch: bool = False
+    """Whether the message is on another branch than the one that is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +155,12 @@ def path_to(messages: Mapping[int, Message], head: int | None) -> tuple[Message,
         path.append(messages[head])
         head = messages[head].parent_id
     return tuple(reversed(path))
+
+
+def newest_leaf(messages: Mapping[int, Message], start: int) -> int:
+    """The youngest message below `start`, or that one where nothing follows it."""
+    below = {start}
+    for number in sorted(messages):  # parents are older than their children, and so are their numbers
+        if messages[number].parent_id in below:
+            below.add(number)
+    return max(below)

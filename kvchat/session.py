@@ -15,16 +15,20 @@ from kvchat.contract import (
     CacheEvent,
     CacheMode,
     EvictionPolicy,
+    Fate,
     FinishReason,
     KVPrecision,
     Sampling,
+    Span,
     Tokens,
     TurnFinished,
     TurnRequest,
+    TurnStarted,
     TurnStats,
 )
 from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
 from kvchat.errors import KvchatError
+from kvchat.fates import ANSWER, Fates, fates_of
 from kvchat.thinking import split_thinking
 
 if (
@@ -64,6 +68,10 @@ class PendingTurn:
     conversation: str
     asked: int
     """Id of the message that is being answered."""
+    places: tuple[tuple[int, ...], ...] = ()
+    """Ids of the messages at each place of the request."""
+    spans: tuple[Span, ...] = ()
+    """What the turn does with every message; none before the engine told it."""
     reply: Message | None = None
     """The answer as it was saved last."""
     text: str = ""
@@ -79,6 +87,14 @@ class PendingTurn:
     def begun_text(self) -> str:
         """What the answer said before this turn."""
         return self.begun.raw if self.begun else ""
+
+    def fates(self) -> Fates:
+        """What the turn has done with every message so far."""
+        answer = self.reply.id if self.reply else ANSWER
+        found = fates_of(self.spans, self.places, answer)
+        if self.spans and self.ids:
+            found[answer] = {**found.get(answer, {}), Fate.WRITTEN: len(self.ids)}
+        return found
 
     @property
     def all_ids(self) -> tuple[int, ...]:
@@ -110,6 +126,8 @@ class Session:
         self.defaults = defaults
         self.current = self._blank()
         self.pending: PendingTurn | None = None
+        self._told: tuple[str, Fates] = ("", {})
+        """A conversation, and what its last turn did: read once, for whoever draws it asks often."""
         self._outside: tuple[Store, str] | None = None
         """The file, and the conversation that was open, while they are left alone."""
 
@@ -172,6 +190,30 @@ class Session:
         store = self._store_of(conversation)
         self.current = store.load(store.find(conversation))
         return self.current
+
+    def open_at(self, conversation: str, message: int) -> bool:
+        """Opens a saved conversation on a branch that has this message: the newest, unless it is shown.
+
+        Returns whether that is another branch than the one that was shown.
+
+        Raises:
+            KvchatError: there is no such conversation or message, or its conversation is being answered
+                on another branch.
+        """
+        here = conversation == self.current.id
+        found = self.current if here else self._store_of(conversation).load(conversation)
+        switches = all(each.id != message for each in found.messages)
+        branch = self._store_of(conversation).branch(conversation, message) if switches else found.messages
+        if not branch:
+            raise KvchatError("That message is not there any more.")
+        if switches and self.pending and self.pending.conversation == conversation:
+            raise KvchatError(
+                "It is on another branch than the answer that is being written. Esc stops that."
+            )
+        self.current = found
+        if switches:
+            self._go_to(branch)
+        return switches
 
     def open_latest(self) -> Conversation:
         """Opens the conversation used last, or an empty one."""
@@ -379,6 +421,21 @@ class Session:
         """What the next turn would ask, with some of its fields changed; to ask its price."""
         return replace(self._turn_request("price"), **changes)  # type: ignore[arg-type]
 
+    @property
+    def last_turn(self) -> Fates:
+        """What the last turn of the open conversation did with its messages, or does that is under way."""
+        pending = self.pending
+        if pending and pending.conversation == self.current.id and pending.spans:
+            return pending.fates()
+        if self._told[0] != self.current.id:
+            self._told = (self.current.id, self._here.last_turn(self.current.id))
+        return self._told[1]
+
+    def note_started(self, started: TurnStarted) -> None:
+        """Notes what the turn under way is going to do."""
+        if pending := self._pending(started.turn):
+            pending.spans = started.spans
+
     def keep_partial(self, tokens: Tokens) -> None:
         """Notes a piece of the answer, and saves what there is once a second."""
         if (pending := self._pending(tokens.turn)) is None:
@@ -403,22 +460,19 @@ class Session:
         message = replace(message, stats=finished.stats)
         self._store_of(pending.conversation).update_message(message)
         self._replace_reply(pending, message)
+        self._save_last_turn(pending.conversation, fates_of(finished.spans, pending.places, message.id))
         return message
 
     def fail_turn(self, turn: str) -> None:
         """Ends a turn that failed: what was written of the answer stays, the question stays too."""
         if (pending := self._pending(turn)) is None:
             return
-        self.pending = None
-        if pending.text != pending.begun_text:
-            self._save_reply(pending, FinishReason.ERROR.value)
+        self._break_off(pending, FinishReason.ERROR)
 
     def abandon_turn(self) -> None:
         """Ends the turn under way because the program ends: what was written stays, as after a stop."""
-        pending = self._pending(self.pending.turn) if self.pending else None
-        self.pending = None
-        if pending and pending.text != pending.begun_text:
-            self._save_reply(pending, FinishReason.CANCELLED.value)
+        if self.pending and (pending := self._pending(self.pending.turn)):
+            self._break_off(pending, FinishReason.CANCELLED)
 
     def draft(self) -> str:
         """The unsent prompt of the open conversation."""
@@ -499,7 +553,13 @@ class Session:
 
     def _request(self) -> TurnRequest:
         asked = self.current.messages[-1]
-        self.pending = PendingTurn(secrets.token_hex(8), self.current.id, asked.id, saved_at=time.monotonic())
+        self.pending = PendingTurn(
+            secrets.token_hex(8),
+            self.current.id,
+            asked.id,
+            self.current.places,
+            saved_at=time.monotonic(),
+        )
         return self._turn_request(self.pending.turn)
 
     def _turn_request(self, turn: str) -> TurnRequest:
@@ -530,6 +590,20 @@ class Session:
             raise KvchatError("An answer is still being written. Esc stops it.")
         if self.current.messages and not self._saved():
             raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
+
+    def _break_off(self, pending: PendingTurn, finish: FinishReason) -> None:
+        """Keeps what there is of a turn that is over before its time."""
+        self.pending = None
+        if pending.text != pending.begun_text:
+            self._save_reply(pending, finish.value)
+        if pending.spans:
+            told = {message: counts for message, counts in pending.fates().items() if message != ANSWER}
+            self._save_last_turn(pending.conversation, told)
+
+    def _save_last_turn(self, conversation: str, fates: Fates) -> None:
+        self._store_of(conversation).save_last_turn(conversation, fates)
+        if conversation == self._told[0]:
+            self._told = (conversation, fates)
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""

@@ -52,7 +52,7 @@ def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
 @data_dir
 @click.pass_obj
 def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: Path | None) -> None:
-    """Find words in all conversations."""
+    """Find words in all conversations, on every branch; Ctrl+F in the chat opens what is found."""
     from kvchat.session import MOST_HITS
 
     each_word = [word for given in words for word in given.split()]
@@ -63,7 +63,8 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
         click.echo(json.dumps([asdict(hit) for hit in hits]))
         return
     for hit in hits:
-        click.echo(f"{hit.conversation}  {hit.role or 'title':<9}  {one_line(hit.text)[:100]}")
+        branch = "(other branch) " if hit.other_branch else ""
+        click.echo(f"{hit.conversation}  {hit.role or 'title':<9}  {branch}{one_line(hit.text)[:100]}")
     if not hits:
         click.echo(f"No conversation holds {one_line(' '.join(each_word))}.", err=True)
         sys.exit(1)

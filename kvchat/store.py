@@ -23,29 +23,32 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
+    Fate,
     KVPrecision,
     Sampling,
     TurnStats,
 )
-from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, path_to
+from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
 from kvchat.errors import KvchatError, reason
+from kvchat.fates import Fates
 
 TRIGRAM = 3
 """Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
 LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
 SEARCH = """
 with recursive found(id) as ({found}),
-path(conversation, title, id, parent_id) as (
-    select c.id, c.title, m.id, m.parent_id from conversations c join messages m on m.id = c.head
+shown(id, parent_id) as (
+    select m.id, m.parent_id from conversations c join messages m on m.id = c.head
     where c.id in (select conversation from messages where id in (select id from found))
     union all
-    select path.conversation, path.title, m.id, m.parent_id from path join messages m on m.id = path.parent_id
+    select m.id, m.parent_id from shown join messages m on m.id = shown.parent_id
 )
-select path.conversation, path.title, m.id as message, m.role, m.text, m.created_at
-from path join messages m on m.id = path.id where m.id in (select id from found)
+select m.conversation, c.title, m.id as message, m.role, m.text, m.created_at,
+    m.id not in (select id from shown) as other_branch
+from messages m join conversations c on c.id = m.conversation where m.id in (select id from found)
 order by m.created_at desc, m.id desc limit {limit}
 """
-"""Hits on the way to the head of their conversation: other branches aren't shown, and so can't be opened."""
+"""Hits on every branch; what is not on the way to the head of its conversation is not shown there."""
 BUSY_S = 30.0
 """How long a write waits for another process."""
 
@@ -146,6 +149,11 @@ def m005_drafting(db: Database) -> None:
         db.table("turns").add_column(column, int, not_null_default=0)
 
 
+@migrations()
+def m006_last_turn(db: Database) -> None:
+    db.table("conversations").add_column("last_turn", str, not_null_default="{}")
+
+
 class _Readable(Database):
     """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
 
@@ -241,6 +249,11 @@ class Store:
             messages=path_to(messages, row["head"]),
         )
 
+    def branch(self, conversation: str, message: int) -> tuple[Message, ...]:
+        """The messages of the newest branch that has this one; none where it is gone."""
+        messages = {each.id: each for each in self._messages(conversation)}
+        return path_to(messages, newest_leaf(messages, message)) if message in messages else ()
+
     def find(self, prefix: str) -> str:
         """The id that starts with `prefix`.
 
@@ -296,7 +309,7 @@ class Store:
         return len(new)
 
     def search(self, words: Sequence[str], limit: int) -> list[Hit]:
-        """Where all these words stand: in titles first, then in the messages that are shown, latest first."""
+        """Where all these words stand: in titles first, then in messages on every branch, latest first."""
         if not words:
             return []
         likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
@@ -307,12 +320,14 @@ class Store:
         if len(long) == len(words):  # the index knows more letters that differ in case only
             found = indexed.removesuffix(" intersect ")
         titles = self._db.query(
-            "select id as conversation, title, null as message, '' as role, title as text, created_at "
-            f"from conversations where {_all_like('title', likes)} order by updated_at desc limit {limit}",
+            "select id as conversation, title, null as message, '' as role, title as text, created_at, "
+            f"false as other_branch from conversations where {_all_like('title', likes)} "
+            f"order by updated_at desc limit {limit}",
             likes,
         )
         messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
-        return [Hit(**row) for row in (*titles, *messages)][:limit]
+        rows = [*titles, *messages][:limit]
+        return [Hit(**{**row, "other_branch": bool(row["other_branch"])}) for row in rows]
 
     def presets(self) -> list[Preset]:
         """The named ways of answering, by name."""
@@ -346,6 +361,22 @@ class Store:
             [conversation],
         )
         return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
+
+    def last_turn(self, conversation: str) -> Fates:
+        """What the last turn of a conversation did with its messages; nothing where there was none."""
+        rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
+        told = json.loads(next((row["last_turn"] for row in rows), "{}"))
+        return {
+            int(message): {Fate(fate): tokens for fate, tokens in counts.items()}
+            for message, counts in told.items()
+        }
+
+    def save_last_turn(self, conversation: str, fates: Fates) -> None:
+        """Remembers what a turn did, in the place of the one before."""
+        with self._writing() as db:
+            db.execute(
+                "update conversations set last_turn = ? where id = ?", [json.dumps(fates), conversation]
+            )
 
     def set_head(self, conversation: str, head: int | None) -> None:
         """Makes another message the last one shown; nothing is deleted."""

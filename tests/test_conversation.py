@@ -3,7 +3,7 @@
 import pytest
 
 from kvchat.contract import PromptMessage
-from kvchat.conversation import TITLE_LENGTH, Conversation, Message, path_to, title_from
+from kvchat.conversation import TITLE_LENGTH, Conversation, Message, newest_leaf, path_to, title_from
 from tests.samples import TOKENIZER
 
 
@@ -20,6 +20,20 @@ def test_a_path_goes_from_the_root_to_the_head_past_other_branches() -> None:
     assert path_to(tree, 2) == (question, first)
     assert path_to(tree, 4) == (other_root,)
     assert path_to(tree, None) == ()
+
+
+def test_of_the_branches_below_a_message_the_newest_is_followed_to_its_end() -> None:
+    parents = {1: None, 2: 1, 3: 2, 4: 1, 5: 4, 6: 2, 7: None}
+    tree = {number: message(number, parent) for number, parent in parents.items()}
+    assert {number: newest_leaf(tree, number) for number in tree} == {
+        1: 6,
+        2: 6,
+        3: 3,
+        4: 5,
+        5: 5,
+        6: 6,
+        7: 7,
+    }
 
 
 def test_the_prompt_carries_texts_ids_and_the_system_prompt() -> None:
@@ -50,6 +64,23 @@ def test_unanswered_questions_become_one_message() -> None:
 def test_a_question_does_not_run_into_the_system_prompt() -> None:
     talk = Conversation("c", system_prompt="Be brief.", messages=(message(1, None), message(2, 1)))
     assert [m.role for m in talk.prompt()] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("path", "system", "places"),
+    [
+        ((), "", ()),
+        ((message(1, None), message(2, 1, "assistant"), message(5, 2)), "", ((1,), (2,), (5,))),
+        ((message(1, None), message(2, 1, "assistant")), "Be brief.", ((), (1,), (2,))),
+        ((message(1, None), message(3, 1), message(4, 3, "assistant")), "", ((1, 3), (4,))),
+    ],
+)
+def test_a_place_in_the_prompt_has_the_messages_that_are_read_there(
+    path: tuple[Message, ...], system: str, places: tuple[tuple[int, ...], ...]
+) -> None:
+    talk = Conversation("c", system_prompt=system, messages=path)
+    assert talk.places == places
+    assert len(talk.places) == len(talk.prompt())
 
 
 def test_the_head_is_the_last_message() -> None:

@@ -14,15 +14,19 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
+    Fate,
     KVPrecision,
     PoolState,
     PromptMessage,
     Sampling,
+    Span,
     TurnFinished,
     TurnRequest,
+    TurnStarted,
 )
 from kvchat.conversation import Conversation, Message
 from kvchat.errors import KvchatError
+from kvchat.fates import ANSWER, Fates
 from kvchat.session import PARTIAL_EVERY_S, Defaults, Session
 from kvchat.store import Store
 from tests.samples import FIGURES, TOKENIZER, piece
@@ -57,10 +61,12 @@ def finished(
     tokenizer: str = TOKENIZER,
     left_out: int = 0,
     events: tuple[CacheEvent, ...] = (),
+    spans: tuple[Span, ...] = (),
 ) -> TurnFinished:
     """The end of a turn."""
     pool = PoolState((), 0, 0, 0, 0, events)
-    return TurnFinished(turn, text, ids, tokenizer, replace(FIGURES, finish_reason=finish), pool, left_out)
+    figures = replace(FIGURES, finish_reason=finish)
+    return TurnFinished(turn, text, ids, tokenizer, figures, pool, left_out, spans)
 
 
 @pytest.fixture
@@ -112,6 +118,22 @@ def all_messages(path: Path) -> int:
     """Of every branch."""
     with closing(Store(path)) as store:
         return sum(summary.messages for summary in store.summaries())
+
+
+def begun(session: Session, question: str) -> str:
+    """A turn that reads its question, with the system prompt before it; returns the turn."""
+    turn = session.begin_turn(question).turn
+    spans = (Span(0, Fate.REUSED, 9), Span(len(session.current.messages), Fate.READ, 6))
+    session.note_started(TurnStarted(turn, 15, 9, 6, "", spans=spans))
+    return turn
+
+
+def last_turn(path: Path, conversation: str) -> Fates:
+    """What the last turn did, as the next start of the program finds it."""
+    with closing(Store(path)) as store:
+        again = Session(store, DEFAULTS)
+        again.open(conversation)
+        return again.last_turn
 
 
 # how a turn goes
@@ -246,6 +268,78 @@ def test_abandoning_without_text_leaves_the_question(session: Session, path: Pat
     assert talk(on_disk(path, request.conversation).messages) == [("user", FIRST, None)]
     assert session.finish_turn(finished(request.turn, "Too late.", 1)) is None
     assert all_messages(path) == 1
+
+
+def test_what_a_turn_does_is_told_while_it_is_under_way_and_stays_when_it_is_over(
+    session: Session, path: Path, clock: Clock
+) -> None:
+    turn = begun(session, FIRST)
+    question = session.current.messages[0].id
+    assert session.last_turn == {question: {Fate.READ: 6}}
+    session.keep_partial(piece(turn, "The ", 1))
+    assert session.last_turn == {question: {Fate.READ: 6}, ANSWER: {Fate.WRITTEN: 1}}
+    clock.now += PARTIAL_EVERY_S
+    session.keep_partial(piece(turn, "Bren", 2))
+    saved = session.current.messages[-1].id
+    assert session.last_turn == {question: {Fate.READ: 6}, saved: {Fate.WRITTEN: 2}}
+    spans = (Span(1, Fate.EVICTED, 6), Span(2, Fate.WRITTEN, 2))
+    message = session.finish_turn(finished(turn, "The Brenner.", 1, 2, spans=spans))
+    assert message
+    told = {question: {Fate.EVICTED: 6}, message.id: {Fate.WRITTEN: 2}}
+    assert session.last_turn == last_turn(path, session.current.id) == told
+
+
+def test_each_conversation_has_its_own_last_turn_also_one_that_is_answered_meanwhile(
+    session: Session, path: Path
+) -> None:
+    turn = begun(session, FIRST)
+    asked_in, question = session.current.id, session.current.messages[0].id
+    session.new()
+    assert session.last_turn == {}
+    message = session.finish_turn(finished(turn, "Yes.", 1, spans=(Span(2, Fate.WRITTEN, 1),)))
+    assert message
+    assert session.last_turn == {}
+    session.open(asked_in)
+    assert session.last_turn == {message.id: {Fate.WRITTEN: 1}}
+    session.fork()
+    assert session.last_turn == {}
+    assert question in {m.id for m in on_disk(path, asked_in).messages}
+
+
+@pytest.mark.parametrize(
+    "end", [Session.abandon_turn, lambda session: session.fail_turn(session.pending.turn)]
+)
+@pytest.mark.parametrize("text", ["", "The "])
+def test_a_turn_that_broke_off_is_the_last_one_too(
+    session: Session, path: Path, end: Callable[[Session], None], text: str
+) -> None:
+    turn = begun(session, FIRST)
+    if text:
+        session.keep_partial(piece(turn, text, 1))
+    end(session)
+    question, *rest = session.current.messages
+    told = {question.id: {Fate.READ: 6}, **{m.id: {Fate.WRITTEN: 1} for m in rest}}
+    assert len(rest) == bool(text)
+    assert session.last_turn == last_turn(path, session.current.id) == told
+
+
+def test_a_turn_that_broke_off_before_it_was_planned_did_nothing(session: Session, path: Path) -> None:
+    message = answered(session, FIRST)
+    session._save_last_turn(session.current.id, {message.id: {Fate.WRITTEN: 2}})
+    session.begin_turn(SECOND)
+    session.abandon_turn()
+    assert last_turn(path, session.current.id) == {message.id: {Fate.WRITTEN: 2}}
+
+
+def test_the_last_turn_of_a_private_conversation_is_not_written(session: Session, path: Path) -> None:
+    private = session.new_private().id
+    turn = begun(session, FIRST)
+    session.finish_turn(finished(turn, "Yes.", 1, spans=(Span(2, Fate.WRITTEN, 1),)))
+    session.new()
+    session.open(private)
+    assert list(session.last_turn.values()) == [{Fate.WRITTEN: 1}]
+    with closing(Store(path)) as store:
+        assert store.last_turn(private) == {}
 
 
 def test_events_of_another_turn_change_nothing(session: Session, path: Path, clock: Clock) -> None:
@@ -944,6 +1038,57 @@ def test_open_latest_opens_the_one_used_last(session: Session) -> None:
     answered(session, "More")
     session.new()
     assert session.open_latest().id == first
+
+
+def test_a_message_is_opened_on_its_newest_branch_and_that_is_the_shown_one_from_then_on(
+    session: Session, path: Path
+) -> None:
+    first = answered(session, FIRST)
+    answered(session, SECOND, "Two hours.")
+    session.undo()
+    answered(session, "And back?", "Three.")
+    session.edit(session.current.messages[0].id, "Which lake?")
+    session.abandon_turn()
+    left, shown = session.current.id, session.current.messages[-1].id
+    session.new()
+    assert not session.open_at(left, shown)
+    assert session.open_at(left, first.id)
+    texts = [m.text for m in session.current.messages]
+    assert texts == [FIRST, "The Brenner.", "And back?", "Three."]
+    assert on_disk(path, left) == session.current
+    assert not session.open_at(left, first.id)
+
+
+def test_an_evicted_branch_is_read_whole_where_it_is_shorter_than_what_was_left_out(session: Session) -> None:
+    first = answered(session, FIRST)
+    session.regenerate()
+    session.abandon_turn()
+    for n in range(3):
+        answered(session, f"Question {n}", left_out=3)
+    assert session.current.left_out == 3
+    session.open_at(session.current.id, first.id)
+    assert session.current.left_out == 0
+
+
+def test_a_message_that_is_gone_and_a_branch_beside_the_one_that_is_answered_are_not_opened(
+    session: Session, path: Path
+) -> None:
+    first = answered(session, FIRST)
+    request = session.regenerate()
+    left = session.current
+    with pytest.raises(KvchatError, match="being written"):
+        session.open_at(left.id, first.id)
+    other = session.new()
+    with pytest.raises(KvchatError, match="being written"):
+        session.open_at(left.id, first.id)
+    assert session.current == other
+    session.finish_turn(finished(request.turn, "Another.", 1))
+    with pytest.raises(KvchatError, match="not there any more"):
+        session.open_at(left.id, 999)
+    session.delete(left.id)
+    with pytest.raises(KvchatError, match="no conversation"):
+        session.open_at(left.id, first.id)
+    assert session.current == other
 
 
 def test_open_takes_the_beginning_of_an_id_and_stays_where_it_is_otherwise(session: Session) -> None:

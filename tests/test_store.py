@@ -20,6 +20,7 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
+    Fate,
     KVPrecision,
     Sampling,
     TurnStats,
@@ -52,7 +53,14 @@ TALK = Conversation(
     3,
     "2026-01-02T03:04:05.000006+00:00",
 )
-MIGRATIONS = ["m001_conversations", "m002_turns", "m003_cache", "m004_search_and_presets", "m005_drafting"]
+MIGRATIONS = [
+    "m001_conversations",
+    "m002_turns",
+    "m003_cache",
+    "m004_search_and_presets",
+    "m005_drafting",
+    "m006_last_turn",
+]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
     for n, kind in enumerate(CacheEventKind)
@@ -357,6 +365,7 @@ def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
         (question, reply),
     )
     assert (store.draft(TALK.id), store.events(TALK.id)) == ("begun", [])
+    assert store.last_turn(TALK.id) == {}
 
 
 def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
@@ -387,10 +396,24 @@ def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> No
         question, reply = ask(migrated)
         migrated.update_message(replace(reply, stats=FIGURES))
         migrated.add_events(EVENTS)
+        migrated.save_last_turn(TALK.id, {reply.id: {Fate.WRITTEN: 2}})
+        assert migrated.last_turn(TALK.id) == {reply.id: {Fate.WRITTEN: 2}}
         loaded = migrated.load(TALK.id)
         assert (loaded.kv, loaded.policy, loaded.left_out) == (TALK.kv, TALK.policy, TALK.left_out)
         assert loaded.messages == (question, replace(reply, stats=FIGURES))
         assert migrated.events(TALK.id) == list(EVENTS)
+
+
+def test_what_the_last_turn_did_comes_back_and_only_the_last_one(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.save_last_turn(TALK.id, {1: {Fate.READ: 5}})
+    told = {2: {fate: n for n, fate in enumerate(Fate)}, 3: {Fate.WRITTEN: 7}}
+    store.save_last_turn(TALK.id, told)
+    with closing(Store(path)) as again:
+        assert again.last_turn(TALK.id) == told
+    store.save_settings(TALK)
+    assert store.last_turn(TALK.id) == told
+    assert store.last_turn(store.add(replace(TALK, id="forked00")).id) == store.last_turn("another") == {}
 
 
 def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Path) -> None:

@@ -12,6 +12,7 @@ from kvchat.errors import KvchatError
 from kvchat.session import Session
 from kvchat.text import one_line
 
+SWITCHED = "This is another branch of the conversation; the one before stays, and search finds it too."
 AT_ONCE = 20
 """Conversations that are saved before the screen gets its turn."""
 
@@ -53,8 +54,15 @@ class Archive:
         self._say(f"{new:,} conversation{'s' * (new != 1)} imported.{here}")
 
     def place_of(self, hit: Hit) -> int | None:
-        """Opens the conversation of a hit; returns the place of its message, None for one in the title."""
-        if hit.conversation != self._session.current.id:
-            self._session.open(hit.conversation)
-        ids = [message.id for message in self._session.current.messages]
-        return ids.index(hit.message) if hit.message in ids else None
+        """Opens the conversation of a hit; returns the place of its message, None for one in the title.
+
+        Raises:
+            KvchatError: it is gone, or its conversation is being answered on another branch.
+        """
+        if hit.message is None:
+            if hit.conversation != self._session.current.id:
+                self._session.open(hit.conversation)
+            return None
+        if self._session.open_at(hit.conversation, hit.message):
+            self._say(SWITCHED)
+        return [message.id for message in self._session.current.messages].index(hit.message)

@@ -101,7 +101,9 @@ COMMANDS = (
     Command("copy", "Copy", "Send the focused message, or the last answer, to the clipboard.", "", "copy"),
     Command("code", "Copy code", "Send a code block of that message to the clipboard.", "", "code"),
     Command("thinking", "Thinking", "Show or fold what the model thought.", "ctrl+t", "think"),
-    Command("search", "Search", "Find words in all conversations.", "ctrl+f", "search", "WORDS"),
+    Command(
+        "search", "Search", "Find words in all conversations, on every branch.", "ctrl+f", "search", "WORDS"
+    ),
     Command(
         "export",
         "Export",

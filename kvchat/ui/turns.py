@@ -12,7 +12,6 @@ from kvchat.contract import (
     PoolState,
     PrefillProgress,
     Ready,
-    Span,
     Status,
     Tokens,
     TurnEvent,
@@ -51,8 +50,6 @@ class Turns:
         self._started: TurnStarted | None = None
         self._evicted: list[Evicted] = []
         """In the turn under way."""
-        self.spans: dict[str, tuple[Span, ...]] = {}
-        """Conversation → what its last turn did with every message."""
         self.editing: int | None = None
         """The question that the next message replaces."""
 
@@ -170,11 +167,6 @@ class Turns:
         self.figures.asked()
         self._bridge.run_turn(request)
 
-    def reuse(self) -> tuple[tuple[Span, ...], int]:
-        """What the last turn did with every message, and the tokens of the answer under way."""
-        written = self.figures.state.turn.written if self._pending_here() else 0
-        return self.spans.get(self._session.current.id, ()), written
-
     def stop(self) -> bool:
         """Stops the answer under way; False if there is none."""
         if self.answering:
@@ -200,7 +192,7 @@ class Turns:
         match event:
             case TurnStarted():
                 self._started = event
-                self.spans[pending.conversation] = event.spans
+                self._session.note_started(event)
                 if here:
                     self.figures.started(event)
             case Evicted():
@@ -216,7 +208,6 @@ class Turns:
                 # shown first: where it can't be saved, it can still be read
                 self._session.keep_partial(event)
             case TurnFinished():
-                self.spans[pending.conversation] = event.spans
                 await self._finish(event, pending, here=here)
             case TurnFailed():
                 await self._fail(event, here=here)

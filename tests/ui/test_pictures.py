@@ -256,11 +256,15 @@ async def panelled(chat: Chat) -> None:
 
 
 async def searching(chat: Chat) -> None:
-    """Ctrl+F, with hits in a title, a question and an answer."""
+    """Ctrl+F, with hits in a title, a question, and a question that was taken back."""
+    await chat.ask("Which pass is open?")
+    await chat.ask("How high is it?")
+    chat.session.undo()
+    await chat.screen._opened()
     await chat.press("ctrl+f")
     await chat.dialog(SearchScreen)
     await chat.press(*"how")
-    await chat.until_visible("2 hits")
+    await chat.until_visible("3 hits")
 
 
 async def options(chat: Chat) -> None:

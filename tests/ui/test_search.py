@@ -19,8 +19,8 @@ BREAD = (("user", "How long does bread rise?"), ("assistant", "An hour; 漢字�
 
 
 def found(store: Store, words: str) -> list[str]:
-    """The role, or `title`, of every hit."""
-    return [hit.role or "title" for hit in store.search(words.split(), 100)]
+    """The role, or `title`, of every hit; with a star, of one on a branch that is not shown."""
+    return [(hit.role or "title") + "*" * hit.other_branch for hit in store.search(words.split(), 100)]
 
 
 def hits(chat: Chat) -> list[str]:
@@ -69,8 +69,11 @@ def test_what_is_searched_follows_edits_deletions_forks_and_branches(tmp_path: P
     session.fork()
     assert found(store, "Brenner") == ["assistant", "assistant"]
     session.edit(session.current.messages[0].id, "Which lake?")
-    assert found(store, "Brenner") == ["assistant"]
+    assert found(store, "Brenner") == ["assistant*", "assistant"]
     assert found(store, "lake") == ["user"]
+    session.clear()
+    assert found(store, "Brenner") == ["assistant*", "assistant"]
+    assert found(store, "lake") == ["user*"]
     for summary in store.summaries():
         store.delete(summary.id)
     assert found(store, "Brenner") == found(store, "lake") == []
@@ -107,6 +110,51 @@ async def test_ctrl_f_enter_opens_the_conversation_where_the_words_stand() -> No
         assert {str(s.style).split(" on ")[-1] for s in needles} != {
             str(s.style).split(" on ")[-1] for s in plain
         }
+
+
+async def test_a_hit_on_another_branch_says_so_and_opens_that_branch() -> None:
+    session = session_over()
+    engine = ScriptedEngine().answers("The needle.").answers("Hay.").answers("Straw.")
+    async with running(engine, session) as chat:
+        await chat.ask("Which?")
+        await chat.ask("And then?")
+        chat.session.edit(chat.session.current.messages[0].id, "Where?")
+        chat.session.abandon_turn()
+        await chat.screen._opened()
+        assert chat.questions() == ["Where?"]
+        await search(chat, "needle", 1)
+        assert hits(chat)[0].startswith("Which? · answer · other branch · ")
+        await chat.press("enter")
+        await chat.until(
+            lambda: chat.questions() == ["Which?", "And then?"], "its branch is shown to its end"
+        )
+        await chat.until_said("another branch")
+        block = chat.app.focused
+        assert isinstance(block, MessageBlock)
+        assert block.place == 1
+        assert [m.text for m in chat.store.load(session.current.id).messages][-1] == "Hay."
+        await search(chat, "needle", 1)
+        assert "other branch" not in hits(chat)[0]
+        await chat.press("escape")
+        await chat.until(lambda: len(chat.app.screen_stack) == 1, "the search is closed")
+        await chat.ask("Later?")
+        assert [m.text for m in engine.requests[-1].messages[::2]] == ["Which?", "And then?", "Later?"]
+
+
+async def test_another_branch_of_a_conversation_that_is_answered_is_not_opened() -> None:
+    engine = ScriptedEngine().answers("The needle.")
+    writing = engine.gate()
+    engine.answers("Hay, ", writing, "and straw.")
+    async with running(engine) as chat:
+        await chat.ask("Which?")
+        await chat.send("/regen")
+        await chat.until(lambda: writing.reached, "it is under way")
+        await search(chat, "needle", 1)
+        await chat.press("enter")
+        await chat.until_said("on another branch than the answer that is being written")
+        writing.open()
+        await chat.until_idle()
+        assert chat.answers() == ["Hay, and straw."]
 
 
 def background(parts: Iterable[Segment]) -> set[object]:

@@ -1,44 +1,24 @@
 """The strip beside the messages: what it shows of a turn, and that it stands where the messages stand."""
 
+from pathlib import Path
+
 import pytest
 
-from kvchat.contract import Fate, Span
+from kvchat.contract import Fate
 from kvchat.conversation import Conversation, Message
-from kvchat.ui.widgets.strip import ReuseStrip, column, counts_of, prompt_places
+from kvchat.fates import ANSWER
+from kvchat.store import Store
+from kvchat.ui.widgets.strip import ReuseStrip, beside, column
 from kvchat.ui.words import FATES, fate_words
-from tests.ui.driving import Chat, running
+from tests.ui.driving import Chat, running, session_over
 from tests.ui.scripted import ScriptedEngine
 
 
-def conversation(*roles: str, system: str = "") -> Conversation:
-    messages = tuple(Message(n, None, role, "text", "") for n, role in enumerate(roles))
-    return Conversation("id", system_prompt=system, messages=messages)
-
-
-@pytest.mark.parametrize(
-    ("roles", "system", "places"),
-    [
-        ((), "", []),
-        (("user", "assistant", "user"), "", [0, 1, 2]),
-        (("user", "assistant", "user"), "be brief", [1, 2, 3]),
-        (("user", "user", "assistant"), "", [0, 0, 1]),
-    ],
-)
-def test_a_message_is_found_in_the_prompt(roles: tuple[str, ...], system: str, places: list[int]) -> None:
-    assert prompt_places(conversation(*roles, system=system)) == places
-
-
-def test_each_message_gets_what_was_done_to_it_and_the_answer_to_come_too() -> None:
-    spans = (
-        Span(0, Fate.REUSED, 9),
-        Span(1, Fate.REUSED, 5),
-        Span(1, Fate.READ, 2),
-        Span(2, Fate.READ, 4),
-        Span(3, Fate.WRITTEN, 7),
-    )
-    told = counts_of(spans, conversation("user", "assistant", system="be brief"))
-    assert told == [{Fate.REUSED: 5, Fate.READ: 2}, {Fate.READ: 4}, {Fate.WRITTEN: 7}]
-    assert counts_of((), conversation("user")) == [{}, {}]
+def test_each_message_on_the_screen_gets_what_was_done_to_it_and_the_answer_to_come_too() -> None:
+    read, written = {Fate.READ: 2}, {Fate.WRITTEN: 7}
+    messages = tuple(Message(n, None, "user", "text", "") for n in (5, 7))
+    assert beside(Conversation("id", messages=messages), {7: read, 6: written}) == [{}, read, {}]
+    assert beside(Conversation("id"), {7: read, ANSWER: written}) == [written]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +90,41 @@ async def test_another_conversation_has_a_strip_of_its_own() -> None:
         await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is there again")
 
 
+async def test_after_a_restart_the_strip_shows_what_the_last_turn_did(tmp_path: Path) -> None:
+    path = tmp_path / "kvchat.db"
+    async with running(session=session_over(Store(path))) as chat:
+        await chat.ask("Which pass is open?")
+        await chat.ask("And in winter?")
+        await chat.until(lambda: set(drawn(chat).get(0, "")) == {"▒"}, "the first question is reused")
+        before = drawn(chat)
+    again = session_over(Store(path))
+    again.open_latest()
+    async with running(session=again) as chat:
+        await chat.until(lambda: drawn(chat) == before, "the strip is as it was")
+
+
+async def test_on_another_branch_nothing_stands_beside_what_the_last_turn_did_not_see() -> None:
+    engine = ScriptedEngine().answers("A pass.").answers("Another.")
+    async with running(engine) as chat:
+        await chat.ask("Which pass is open?")
+        await chat.ask("And in winter?")
+        await chat.until(lambda: "▓" in drawn(chat).get(3, ""), "the strip is drawn")
+        reading = engine.gate()
+        engine.answers(reading, "Later.")
+        await chat.send("/regen")
+        await chat.until(lambda: reading.reached, "it is under way")
+        await chat.until(lambda: drawn(chat)[3].isspace(), "nothing of the old answer stands beside the new")
+        reading.open()
+        await chat.until_idle()
+        await chat.until(lambda: "▓" in drawn(chat)[3], "the new answer has its own")
+        await chat.send("/undo")
+        await chat.until(lambda: list(drawn(chat)) == [0, 1], "two messages stay")
+        await chat.until(lambda: drawn(chat)[1].strip(" ") != "", "with what was done to them")
+        await chat.screen.run_action("system('Be brief.')")
+        await chat.until(lambda: chat.session.current.system_prompt, "the places in the prompt are others")
+        await chat.until(lambda: "▒" in drawn(chat)[0], "the messages are the same")
+
+
 async def test_the_strip_scrolls_with_the_messages() -> None:
     engine = ScriptedEngine().answers("\n\n".join(f"line {n}" for n in range(60)))
     async with running(engine) as chat:
@@ -118,12 +133,6 @@ async def test_the_strip_scrolls_with_the_messages() -> None:
         assert "█" not in drawn(chat)[0]
         chat.transcript.scroll_home(animate=False)
         await chat.until(lambda: "█" in drawn(chat)[0], "the question came into view")
-
-
-def test_an_answer_under_way_is_written_so_far() -> None:
-    spans = (Span(0, Fate.READ, 4), Span(1, Fate.READ, 3))
-    assert counts_of(spans, conversation("user"), written=7)[1] == {Fate.READ: 3, Fate.WRITTEN: 7}
-    assert counts_of((), conversation("user"), written=7) == [{}, {}]
 
 
 @pytest.mark.parametrize("size", [(60, 20), (116, 30), (220, 50)])

@@ -27,7 +27,7 @@ from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import StatusLine
-from kvchat.ui.widgets.strip import ReuseStrip, counts_of
+from kvchat.ui.widgets.strip import ReuseStrip, beside
 from kvchat.ui.widgets.welcome import Welcome
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ class Stage(Screen[None]):
         doing = "writing, Esc stops" if self._turns.answering and state.model else self._turns.status
         self.query_one(CachePanel).show(state)
         self.query_one(StatusLine).show(state, doing, self._model)
-        spans, written = self._turns.reuse()
-        self.query_one(ReuseStrip).show(counts_of(spans, self._session.current, written))
+        self.query_one(ReuseStrip).show(beside(self._session.current, self._session.last_turn))
         for welcome in self.query(Welcome):
             welcome.ready = state.model is not None
 

@@ -35,7 +35,10 @@ def hit_label(hit: Hit, words: Sequence[str]) -> Content:
     """A hit on two lines: where it is, and what stands there."""
     who = {"user": "you", "assistant": "answer"}.get(hit.role, "title")
     head = Content.assemble(
-        (one_line(hit.title) or "untitled", "bold"), (f" · {who} · {hit.created_at[:10]}", "$text-muted")
+        (one_line(hit.title) or "untitled", "bold"),
+        (f" · {who}", "$text-muted"),
+        (" · other branch" if hit.other_branch else "", "$text-warning"),
+        (f" · {hit.created_at[:10]}", "$text-muted"),
     )
     if hit.message is None:
         return head.highlight_regex(found_pattern(words), style=FOUND)

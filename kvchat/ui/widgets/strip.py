@@ -4,7 +4,7 @@ It looks where the messages of a transcript stand on the screen and draws beside
 and how they came to be there, is not its business.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from textual import events
@@ -12,39 +12,15 @@ from textual.containers import ScrollableContainer
 from textual.content import Content
 from textual.widget import Widget
 
-from kvchat.contract import Fate, Span
+from kvchat.contract import Fate
 from kvchat.conversation import Conversation
+from kvchat.fates import ANSWER, Counts, Fates
 from kvchat.ui.words import FATES, fate_words
 
-Counts = Mapping[Fate, int]
-"""Tokens of one message by what was done with them."""
 
-
-def prompt_places(conversation: Conversation) -> list[int | None]:
-    """For each message on the screen its place in the prompt; questions in a row are one there."""
-    place, places = int(bool(conversation.system_prompt)) - 1, list[int | None]()
-    before = ""
-    for message in conversation.messages:
-        place += not (message.role == before == "user")
-        places.append(place)
-        before = message.role
-    return places
-
-
-def counts_of(spans: Sequence[Span], conversation: Conversation, written: int = 0) -> list[Counts]:
-    """What was done with every message on the screen.
-
-    Args:
-        written: tokens so far of the answer that is being written; it stands in the last of `spans`.
-    """
-    told: dict[int, dict[Fate, int]] = {}
-    for span in spans:
-        told.setdefault(span.message, {})[span.fate] = span.tokens
-    if written and spans:
-        told[spans[-1].message][Fate.WRITTEN] = written
-    places = prompt_places(conversation)
-    last = places[-1] if places and places[-1] is not None else -1
-    return [told.get(-1 if place is None else place, {}) for place in (*places, last + 1)]
+def beside(conversation: Conversation, fates: Fates) -> list[Counts]:
+    """What was done with every message on the screen, and with the answer that is not one of them yet."""
+    return [fates.get(message, {}) for message in (*(m.id for m in conversation.messages), ANSWER)]
 
 
 def column(counts: Counts, lines: int) -> list[Fate]:
