@@ -55,6 +55,8 @@ class Conversation:
     created_at: str = ""
     """UTC, ISO 8601; the date that chat templates see."""
     messages: tuple[Message, ...] = ()
+    other_branches: tuple[Message, ...] = ()
+    """Messages that are not shown, oldest first; loaded only for those who ask (`Store.whole`)."""
 
     @property
     def head(self) -> Message | None:

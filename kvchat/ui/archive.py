@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvchat.conversation import Hit
 from kvchat.errors import KvchatError
-from kvchat.exports import export
+from kvchat.exports import export, left_out
 from kvchat.imports import read_conversations
 from kvchat.session import Session
 from kvchat.text import one_line
@@ -34,8 +34,10 @@ class Archive:
         """
         if not self._session.current.messages:
             raise KvchatError("This conversation has no messages yet.")
-        path = export(self._session.current, where or "md", Path.cwd())
-        self._say(f"Exported to {one_line(str(path))}")
+        conversation = self._session.whole()
+        path = export(conversation, where or "md", Path.cwd())
+        lacks = left_out(conversation) if path.suffix.lower() != ".json" else ""
+        self._say(f"Exported to {one_line(str(path))}" + (f"\n{lacks}" if lacks else ""))
 
     async def import_file(self, name: str) -> None:
         """Reads conversations from a file of ours or of another program.
