@@ -123,15 +123,16 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
         wanted = replace(options, folder=folder, name=name)
         return lambda on_status: LinkedEngine(wanted, on_status)
 
+    from kvchat.ui.models import ModelShelf
+
+    shelf = ModelShelf(paths.models, engine_of, lambda wanted: _pull_command(wanted, given["data_dir"]))
     if plain:
         from kvchat.ui.plain import talk
 
-        code = talk(opened(), engine_of(folder, name), shown_name(name))
+        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf)
     else:
         from kvchat.ui.app import ChatApp
-        from kvchat.ui.models import ModelShelf
 
-        shelf = ModelShelf(paths.models, engine_of, lambda wanted: _pull_command(wanted, given["data_dir"]))
         app = ChatApp(
             opened, engine_of(folder, name), model=shown_name(name), preferences=preferences, shelf=shelf
         )

@@ -8,7 +8,8 @@ from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
 from kvchat.store import Store
-from kvchat.ui.screens.search import SearchScreen, excerpt
+from kvchat.text import excerpt
+from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.widgets.message import MessageBlock
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
