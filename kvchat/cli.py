@@ -147,21 +147,22 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
         wanted = replace(options, folder=folder, name=name)
         return lambda on_status: LinkedEngine(wanted, on_status)
 
+    def fetching(wanted: str) -> list[str]:
+        from kvchat.model_commands import pull_command
+
+        return pull_command(wanted, given["data_dir"])
+
+    if not plain:
+        gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
+    from kvchat.ui.models import ModelShelf
+
+    shelf = ModelShelf(paths.models, engine_of, fetching)
     if plain:
         from kvchat.ui.plain import talk
 
-        code = talk(opened(), engine_of(folder, name), shown_name(name))
+        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf)
     else:
-        gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
         from kvchat.ui.app import ChatApp
-        from kvchat.ui.models import ModelShelf
-
-        def fetching(wanted: str) -> list[str]:
-            from kvchat.model_commands import pull_command
-
-            return pull_command(wanted, given["data_dir"])
-
-        shelf = ModelShelf(paths.models, engine_of, fetching)
 
         def open_painted() -> "Session":
             gc.freeze()

@@ -55,6 +55,8 @@ class Conversation:
     created_at: str = ""
     """UTC, ISO 8601; the date that chat templates see."""
     messages: tuple[Message, ...] = ()
+    other_branches: tuple[Message, ...] = ()
+    """Messages that are not shown, oldest first; loaded only for those who ask (`Store.whole`)."""
 
     @property
     def head(self) -> Message | None:
@@ -72,6 +74,16 @@ class Conversation:
             if read > self.left_out:
                 return index
         return len(self.messages)
+
+    def question(self, number: str) -> Message | None:
+        """A question by its number, from 1; the last one for an empty `number`."""
+        questions = [message for message in self.messages if message.role == "user"]
+        numbered = {str(n): question for n, question in enumerate(questions, start=1)}
+        return numbered.get(number or str(len(numbered)))
+
+    def answer_to(self, question: Message) -> Message:
+        """The answer to a question; the question itself where there is none."""
+        return next((m for m in self.messages if m.parent_id == question.id), question)
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,8 @@
 """Conversations written for other programs and for people: Markdown, JSON and HTML.
 
 Markdown and JSON can be read back (see `imports`): nothing of a message's text is lost in either, and JSON
-has the figures and the token ids too. HTML is for reading: whatever a model or a user wrote is escaped in it.
+has the figures, the token ids and all branches too. Markdown and HTML have the branch that is shown, and say
+how much is on others. HTML is for reading: whatever a model or a user wrote is escaped in it.
 """
 
 import json
@@ -38,6 +39,16 @@ table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: 
 """
 
 
+def left_out(conversation: Conversation) -> str:
+    """What a file with the shown branch alone lacks, as a sentence; empty where that is all there is."""
+    count = len(conversation.other_branches)
+    if count == 1:
+        return "1 message on another branch is not in this file; a JSON export has it."
+    return (
+        f"{count:,} messages on other branches are not in this file; a JSON export has them." if count else ""
+    )
+
+
 def to_json(conversation: Conversation) -> str:
     """One JSON object with everything about a conversation, down to the token ids."""
     return json.dumps(
@@ -47,8 +58,11 @@ def to_json(conversation: Conversation) -> str:
 
 def to_markdown(conversation: Conversation) -> str:
     """A conversation to read, with what reading it back needs in comments."""
-    about = {key: value for key, value in asdict(conversation).items() if key not in ("id", "messages")}
+    kept_elsewhere = ("id", "messages", "other_branches")
+    about = {key: value for key, value in asdict(conversation).items() if key not in kept_elsewhere}
     parts = [f"# {one_line(conversation.title) or 'untitled'}\n\n{_marker('conversation', about)}\n"]
+    if lacks := left_out(conversation):
+        parts.append(f"*{lacks}*\n")
     for message in conversation.messages:
         head = {"created_at": message.created_at, "finish_reason": message.finish_reason}
         who = "You" if message.role == "user" else one_line(conversation.model) or "Answer"
@@ -62,11 +76,13 @@ def to_html(conversation: Conversation) -> str:
     title = escape(one_line(conversation.title) or "untitled")
     system = _section("system", "system prompt", escape(clean(conversation.system_prompt)))
     messages = "\n".join(_message_html(message, conversation.model) for message in conversation.messages)
+    lacks = left_out(conversation)
     return (
         '<!doctype html>\n<html><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        f"{system if conversation.system_prompt else ''}{messages}\n</body></html>\n"
+        f"{system if conversation.system_prompt else ''}{messages}\n"
+        f"{f'<footer>{lacks}</footer>' if lacks else ''}</body></html>\n"
     )
 
 

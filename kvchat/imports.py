@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_conversations(file: str | Path) -> list[Conversation]:
         raise KvchatError(f"{name} can't be read: {reason(error)}.") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise KvchatError(f"{name} is damaged, or no export that kvchat knows ({KNOWN}).") from error
-    return [replace(each, id=_id(each)) for each in found if each.messages]
+    return [replace(each, id=_id(each)) for each in found if each.messages or each.other_branches]
 
 
 def _read(path: Path) -> Iterable[Conversation]:
@@ -66,6 +67,7 @@ def _id(conversation: Conversation) -> str:
         conversation.title,
         conversation.system_prompt,
         *(f"{m.role}\0{m.raw}" for m in conversation.messages),
+        *(f"{m.parent_id}\0{m.role}\0{m.raw}" for m in conversation.other_branches),
     ]
     return hashlib.sha256("\0\0".join(said).encode(errors="surrogatepass")).hexdigest()[:12]
 
@@ -111,7 +113,27 @@ def _ours(data: Mapping[str, Any]) -> Iterator[Conversation]:
     if data["kvchat"] != VERSION:
         raise KvchatError("This file was written by a newer kvchat; that one reads it.")
     for given in data["conversations"]:
-        yield replace(_settings(given), messages=_chain(map(_our_message, given["messages"])))
+        shown, others = _our_tree(given["messages"], given.get("other_branches", ()))
+        yield replace(_settings(given), messages=shown, other_branches=others)
+
+
+def _our_tree(
+    shown: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """The branch that is shown and the messages on others, numbered from 1 in the order they were written."""
+    if not others:
+        return _chain(map(_our_message, shown)), ()
+    numbers: dict[int | None, int | None] = {None: None}
+    made: dict[int, Message] = {}
+    for number, given in enumerate(sorted((*shown, *others), key=itemgetter("id")), start=1):
+        # a parent that isn't older is none
+        made[given["id"]] = replace(_our_message(given), id=number, parent_id=numbers[given["parent_id"]])
+        numbers[given["id"]] = number
+    path = tuple(made[given["id"]] for given in shown)
+    above = [None, *(message.id for message in path)]
+    if len(made) < len(shown) + len(others) or [m.parent_id for m in path] != above[: len(path)]:
+        raise ValueError("branches")
+    return path, tuple(made[given["id"]] for given in others)
 
 
 def _our_message(given: Mapping[str, Any]) -> Message:

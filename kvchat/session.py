@@ -412,6 +412,10 @@ class Session:
         if events:
             self._store.add_events(events)
 
+    def whole(self) -> Conversation:
+        """The open conversation with the messages of its other branches too."""
+        return self._here.whole(self.current)
+
     def events(self, conversation: str = "") -> list[CacheEvent]:
         """The timeline of a conversation's cache, oldest first; of the open one's without a name."""
         wanted = conversation or self.current.id

@@ -84,7 +84,7 @@ def export(above: Path | None, conversation: str, where: str, ending: str, data_
     from kvchat.exports import export as write
 
     store = open_store(data_dir or above)
-    found = store.load(store.find(conversation))
+    found = store.whole(store.load(store.find(conversation)))
     if where == "-":
         text = FORMATS[ending](found)
         click.echo(clean(text) if sys.stdout.isatty() else text, nl=False)

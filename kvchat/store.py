@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -249,6 +249,12 @@ class Store:
             messages=path_to(messages, row["head"]),
         )
 
+    def whole(self, conversation: Conversation) -> Conversation:
+        """The conversation with the messages of its other branches too."""
+        shown = {message.id for message in conversation.messages}
+        others = [message for message in self._messages(conversation.id) if message.id not in shown]
+        return replace(conversation, other_branches=tuple(sorted(others, key=lambda each: each.id)))
+
     def branch(self, conversation: str, message: int) -> tuple[Message, ...]:
         """The messages of the newest branch that has this one; none where it is gone."""
         messages = {each.id: each for each in self._messages(conversation)}
@@ -285,17 +291,23 @@ class Store:
             )
 
     def add(self, conversation: Conversation) -> Conversation:
-        """Saves a new conversation with copies of these messages; returns it with their new ids."""
+        """Saves a new conversation with copies of these messages, other branches too.
+
+        Returns what is shown of it, with the new ids.
+        """
         with self._writing() as db:
             _insert(db, conversation)
-            parent: int | None = None
-            for message in conversation.messages:
-                row = {**_message_row(message), "conversation": conversation.id, "parent_id": parent}
+            numbers: dict[int | None, int | None] = {None: None}
+            # parents first, and younger messages keep the higher numbers
+            for message in sorted((*conversation.messages, *conversation.other_branches), key=lambda m: m.id):
+                row = {**_message_row(message), "conversation": conversation.id}
                 row |= {"role": message.role, "created_at": message.created_at}
-                parent = cast(int, db.table("messages").insert(row).last_pk)
+                row["parent_id"] = numbers[message.parent_id]
+                number = cast(int, db.table("messages").insert(row).last_pk)
                 if message.stats:
-                    db.table("turns").insert({"message": parent, **asdict(message.stats)})
-            _set_head(db, conversation.id, parent)
+                    db.table("turns").insert({"message": number, **asdict(message.stats)})
+                numbers[message.id] = number
+            _set_head(db, conversation.id, numbers[conversation.head.id if conversation.head else None])
         return self.load(conversation.id)
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:

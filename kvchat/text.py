@@ -27,6 +27,17 @@ def found_pattern(words: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, words)) or r"(?!)", re.IGNORECASE)
 
 
+BEFORE, EXCERPT = 30, 90
+"""Characters before the first word that is found, and of the excerpt altogether."""
+
+
+def excerpt(text: str, words: Sequence[str]) -> str:
+    """The surroundings of the first word that is found, on one line."""
+    found = found_pattern(words).search(text)
+    start = max(0, found.start() - BEFORE) if found else 0
+    return ("…" if start else "") + one_line(text[start : start + EXCERPT])
+
+
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 

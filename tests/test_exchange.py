@@ -80,6 +80,69 @@ def test_json_loses_nothing(tmp_path: Path) -> None:
     assert replace(back, id=TALK.id) == TALK
 
 
+BRANCHED = replace(
+    TALK,
+    messages=(TALK.messages[0], replace(TALK.messages[1], id=4)),
+    other_branches=(
+        replace(TALK.messages[1], id=2, text="An older answer.", thinking=""),
+        Message(3, 2, "user", "And then?", "2026-05-17T20:15:03+00:00"),
+        Message(5, None, "user", "Which lake?", "2026-05-17T20:15:04+00:00"),
+    ),
+)
+"""Two answers to a question, and another question in its place."""
+
+
+def test_json_has_all_branches_and_an_import_brings_them_back(tmp_path: Path) -> None:
+    (back,) = read_conversations(export(BRANCHED, "talk.json", tmp_path))
+    assert replace(back, id=TALK.id) == BRANCHED
+    store = Store(None)
+    store.add(TALK)  # so that the numbers are others there
+    assert (store.import_all([back]), store.import_all([back])) == (1, 0)
+    whole = store.whole(store.load(back.id))
+    assert {m.id for m in whole.messages}.isdisjoint(m.id for m in BRANCHED.messages)
+    (again,) = read_conversations(export(whole, "again.json", tmp_path))
+    assert again == back
+
+
+def test_a_json_export_from_before_branches_is_read_as_it_was(tmp_path: Path) -> None:
+    old = json.loads(to_json(TALK))
+    del old["conversations"][0]["other_branches"]
+    (back,) = read_conversations(written(tmp_path, "old.json", json.dumps(old)))
+    assert replace(back, id=TALK.id) == TALK
+    assert back.id == read_conversations(export(TALK, "new.json", tmp_path))[0].id
+
+
+def test_files_that_differ_in_other_branches_only_are_two_conversations(tmp_path: Path) -> None:
+    fewer = replace(BRANCHED, other_branches=BRANCHED.other_branches[:1])
+    ids = {read_conversations(export(t, "json", tmp_path))[0].id for t in (TALK, fewer, BRANCHED)}
+    assert len(ids) == 3
+
+
+def test_a_conversation_that_was_cleared_keeps_its_branches(tmp_path: Path) -> None:
+    everything = (*BRANCHED.messages, *BRANCHED.other_branches)
+    cleared = replace(TALK, messages=(), other_branches=tuple(sorted(everything, key=lambda m: m.id)))
+    (back,) = read_conversations(export(cleared, "talk.json", tmp_path))
+    store = Store(None)
+    store.import_all([back])
+    assert replace(store.whole(store.load(back.id)), id=TALK.id) == cleared
+
+
+@pytest.mark.parametrize("ending", ["md", "html"])
+def test_a_file_with_one_branch_says_how_much_is_on_others(tmp_path: Path, ending: str) -> None:
+    text = export(BRANCHED, f"talk.{ending}", tmp_path).read_text()
+    assert "3 messages on other branches are not in this file" in text
+    assert "An older answer" not in text
+    one = FORMATS[ending](replace(BRANCHED, other_branches=BRANCHED.other_branches[:1]))
+    assert "1 message on another branch is not in this file" in one
+    assert "branch" not in FORMATS[ending](TALK)
+
+
+def test_what_markdown_says_of_branches_is_no_message(tmp_path: Path) -> None:
+    (back,) = read_conversations(export(BRANCHED, "talk.md", tmp_path))
+    assert said(back) == said(BRANCHED)
+    assert back.other_branches == ()
+
+
 def test_markdown_loses_no_text_and_no_setting(tmp_path: Path) -> None:
     (back,) = read_conversations(export(TALK, "talk.md", tmp_path))
     assert said(back) == said(TALK)
@@ -270,6 +333,12 @@ BROKEN = {
     "a role": to_json(TALK).replace('"assistant"', '"system"'),
     "no ids": to_json(TALK).replace('"token_ids": [', '"token_ids": [-1,'),
     "a text": to_json(TALK).replace('"title": "Trip', '"title": 3, "x": "Trip'),
+    "no parent": to_json(BRANCHED).replace('"parent_id": 2', '"parent_id": 9'),
+    "a younger parent": to_json(BRANCHED).replace('"parent_id": 2', '"parent_id": 5'),
+    "a number twice": to_json(BRANCHED).replace('"id": 5', '"id": 3'),
+    "no path": to_json(BRANCHED)
+    .replace('"id": 1,', '"id": 0.5,')
+    .replace('"parent_id": 1', '"parent_id": null'),
     "no node": '[{"mapping": {}, "current_node": "x"}]',
     "cut": to_markdown(TALK).replace('"created_at"', '"created"'),
     "bytes": "\ud800",

@@ -30,12 +30,14 @@ class Archive:
         Raises:
             KvchatError: there is nothing to write, or it can't be written there.
         """
-        from kvchat.exports import export
+        from kvchat.exports import export, left_out
 
         if not self._session.current.messages:
             raise KvchatError("This conversation has no messages yet.")
-        path = export(self._session.current, where or "md", Path.cwd())
-        self._say(f"Exported to {one_line(str(path))}")
+        conversation = self._session.whole()
+        path = export(conversation, where or "md", Path.cwd())
+        lacks = left_out(conversation) if path.suffix.lower() != ".json" else ""
+        self._say(f"Exported to {one_line(str(path))}" + (f"\n{lacks}" if lacks else ""))
 
     async def import_file(self, name: str) -> None:
         """Reads conversations from a file of ours or of another program.

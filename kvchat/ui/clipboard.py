@@ -9,13 +9,15 @@ from threading import Thread
 
 def fill_system_clipboard(text: str) -> None:
     """Puts `text` there if there is one; asking for it may take a while, so nobody waits."""
-    Thread(target=_fill, args=(text,), daemon=True, name="clipboard").start()
+    Thread(target=copied, args=(text,), daemon=True, name="clipboard").start()
 
 
-def _fill(text: str) -> None:
+def copied(text: str) -> bool:
+    """Puts `text` there; False where there is none."""
     import pyperclip
 
     try:
         pyperclip.copy(text)
     except (pyperclip.PyperclipException, OSError, UnicodeError):
-        return
+        return False
+    return True

@@ -88,7 +88,7 @@ class ModelShelf:
         kept = self.folder / name
         folder = kept if (kept / "kvchat.json").is_file() else is_prepared(name, self.folder)
         if folder is None:
-            raise KvchatError(f"{name} is not here yet. Ctrl+L fetches it.")
+            raise KvchatError(f"{name} is not here yet. Ctrl+L or `kvchat models pull` fetches it.")
         return folder, name if find_card(name) else str(folder)
 
 
@@ -141,7 +141,7 @@ class ModelDesk:
         if self._session.current.messages and held and held != self.loaded:
             self._say(
                 f"This conversation was held with {title_of(held)}; {title_of(self.loaded)} goes on and "
-                "reads it again. Ctrl+L changes the model."
+                "reads it again. /model changes it."
             )
 
     async def fetch(self, name: str) -> None:

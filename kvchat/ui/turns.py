@@ -136,20 +136,13 @@ class Turns:
         Raises:
             KvchatError: there is no such question.
         """
-        question = self._question(number)
-        answers = [m.id for m in self._session.current.messages if m.parent_id == question.id]
-        return answers[0] if answers else question.id
+        return self._session.current.answer_to(self._question(number)).id
 
     def _question(self, number: str) -> Message:
-        """A question by the number it has in the transcript; the last one for an empty `number`."""
-        numbered = {str(n): question for n, question in enumerate(self._questions(), start=1)}
-        found = numbered.get(number or str(len(numbered)))
+        found = self._session.current.question(number)
         if found is None:
             raise KvchatError("Which question? The transcript numbers them: 2 is the second one.")
         return found
-
-    def _questions(self) -> list[Message]:
-        return [m for m in self._session.current.messages if m.role == "user"]
 
     async def regenerate(self) -> None:
         """Asks for the last answer again.

@@ -21,7 +21,13 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was put into the system's clipboard; the developer's own one stays as it is."""
     filled: list[str] = []
+
+    def copied(text: str) -> bool:
+        filled.append(text)
+        return True
+
     monkeypatch.setattr("kvchat.ui.app.fill_system_clipboard", filled.append)
+    monkeypatch.setattr("kvchat.ui.plain_acts.copied", copied)
     return filled
 
 

@@ -121,7 +121,10 @@ async def test_slash_model_switches_by_name_or_folder(shop: Shop, tiny_folder: P
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [(OTHER, f"{OTHER} is not here yet. Ctrl+L fetches it."), ("nothing", "There is no model 'nothing'")],
+    [
+        (OTHER, f"{OTHER} is not here yet. Ctrl+L or `kvchat models pull` fetches it."),
+        ("nothing", "There is no model 'nothing'"),
+    ],
 )
 async def test_slash_model_refuses_what_is_not_here(
     shop: Shop, name: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -2,27 +2,43 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
-from kvchat.contract import CacheMode, Evicted, FinishReason, Miss, SetBudget
+from kvchat.catalog import DEFAULT_MODEL
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    Evicted,
+    FinishReason,
+    Miss,
+    Sampling,
+    SetBudget,
+)
+from kvchat.conversation import Preset
 from kvchat.session import Session
 from kvchat.ui.commands import COMMANDS
 from kvchat.ui.plain import PlainChat, turn_sentence
+from kvchat.ui.plain_acts import INSTEAD, MOST_TOLD
 from tests.ui.driving import saved_conversation, session_over
 from tests.ui.scripted import Fails, ScriptedEngine, stats_of
+from tests.ui.test_models import OTHER, TITLE, Shop
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def talk(
-    *lines: str, engine: ScriptedEngine | None = None, session: Session | None = None
+    *lines: str,
+    engine: ScriptedEngine | None = None,
+    session: Session | None = None,
+    shop: Shop | None = None,
 ) -> tuple[str, Session, ScriptedEngine]:
     """Types lines, then the input ends; returns what was written."""
     engine, session, out = engine or ScriptedEngine(), session or session_over(), io.StringIO()
-    chat = PlainChat(
-        session, engine.attach, "Scripted", io.StringIO("".join(f"{line}\n" for line in lines)), out
-    )
+    typed = io.StringIO("".join(f"{line}\n" for line in lines))
+    chat = PlainChat(session, engine.attach, "Scripted", typed, out, shop.shelf() if shop else None)
     assert chat.run() == 0
     assert engine._state == "closed"
     return out.getvalue(), session, engine
@@ -52,8 +68,15 @@ def test_every_command_does_something_or_says_that_it_belongs_to_the_screen() ->
         said, _, _ = talk("First", f"/{command.slash}", "no")
         assert len(said.splitlines()) > 3, command.name
     said, _, _ = talk("/panel", "/nothing")
-    assert "/panel belongs to the screen" in said
+    assert "/panel belongs to the screen. Without one, the figures of a turn stand after its answer." in said
     assert "There is no command /nothing. /help lists them." in said
+
+
+def test_what_belongs_to_the_screen_is_told_with_what_to_do_instead() -> None:
+    names = {command.name for command in COMMANDS}
+    assert set(INSTEAD) < names
+    said, _, _ = talk("/help")
+    assert said.count("Needs the screen; without one, ") == len(INSTEAD)
 
 
 def test_help_lists_every_command() -> None:
@@ -90,6 +113,130 @@ def test_undo_edit_regenerate_continue_and_fork() -> None:
     assert "Which question?" in said
     assert [r.messages[0].text for r in engine.requests] == ["First", "First", "Anew", "Anew"]
     assert len(session.conversations()) == 2
+
+
+def test_a_fork_may_end_at_an_earlier_question() -> None:
+    said, session, _ = talk("First", "Second", "/fork 1", "/fork 9")
+    assert [m.text for m in session.current.messages] == ["First", "ok"]
+    assert "Which question?" in said
+
+
+def test_what_was_to_be_edited_is_left_with_its_conversation() -> None:
+    _, session, engine = talk("First", "/edit", "/new", "Second")
+    assert [m.text for m in engine.requests[-1].messages] == ["Second"]
+    assert len(session.conversations()) == 2
+
+
+def test_words_are_found_on_every_branch_and_opened_where_they_stand() -> None:
+    engine = ScriptedEngine().answers("The needle.").answers("Hay.").answers("Straw.")
+    said, session, _ = talk(
+        "Which?", "And then?", "/edit 1", "Where?", "/search needle", "/search zzz", "/search", engine=engine
+    )
+    name, hit = session.current.id, next(h for h in session.search(["needle"]) if h.message)
+    assert f"{name}/{hit.message}: “Which?”, on another branch, the answer: The needle.\n" in said
+    assert "1 hit. /sessions and what a hit begins with opens it.\n" in said
+    assert "Nothing has them.\n" in said
+    assert "/search WORDS finds them" in said
+    said, session, _ = talk(
+        f"/sessions {name}/{hit.message}", "/sessions x/y", "/search where", session=session
+    )
+    assert "“Which?”, 4 messages, goes on.\n" in said
+    assert "This is another branch" in said
+    assert "The answer: The needle.\n" in said
+    assert "/search WORDS tells what can be opened." in said
+    assert [m.text for m in session.current.messages] == ["Which?", "The needle.", "And then?", "Hay."]
+
+
+def test_whoever_listens_is_told_a_part_of_many_hits_and_titles_are_opened_by_their_id() -> None:
+    session = session_over()
+    lines = [("user", f"needle {n}") for n in range(MOST_TOLD + 5)]
+    name = saved_conversation(session._store, *lines, title="A needle").id
+    said, _, _ = talk("/search needle", f"/sessions {name}", session=session)
+    assert f"{name}: the title “A needle”\n" in said
+    assert f"The first {MOST_TOLD} of {MOST_TOLD + 6} hits." in said
+    assert said.count(f"{name}/") == MOST_TOLD - 1
+    assert session.current.id == name
+
+
+def test_conversations_go_into_files_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said, session, _ = talk(
+        "/export", "First", "/export talk.json", "/import talk.json", "/import", "/import x"
+    )
+    assert "This conversation has no messages yet." in said
+    assert f"Exported to {tmp_path / 'talk.json'}\n" in said
+    assert "1 conversation imported.\n" in said
+    assert "/import FILE reads" in said
+    assert "x can't be read" in said
+    assert len(session.conversations()) == 2
+
+
+def test_nothing_of_a_private_conversation_is_kept() -> None:
+    said, session, engine = talk("/private", "Secret", "/sessions")
+    assert "Nothing of it is written" in said
+    assert f"{session.current.id}: Secret, 2 messages, private\n" in said
+    assert not engine.requests[0].remember
+    assert session._store.summaries() == []
+
+
+def test_answers_and_their_code_go_to_the_clipboard(
+    clipboard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "So:\n\n```py\none\n```\n\n```py\ntwo\n```\n"
+    engine = ScriptedEngine().answers(text).answers("Plain.")
+    said, _, _ = talk(
+        "/copy", "First", "/copy", "/code", "/code 2", "/code 3", "Second", "/code", engine=engine
+    )
+    assert clipboard == [text, "one\n", "two\n"]
+    for words in ("There is no answer", "The last answer is in the clipboard.", "Code block 2 of 2 is in"):
+        assert words in said
+    assert "has 2 code blocks" in said
+    assert "There is no code block" in said
+    monkeypatch.setattr("kvchat.ui.plain_acts.copied", lambda _text: False)
+    said, _, _ = talk("First", "/copy")
+    assert "There is no clipboard here. /export FILE" in said
+
+
+def test_options_are_told_changed_one_by_one_and_taken_from_presets() -> None:
+    session = session_over()
+    session.save_preset(Preset("Poet", "Rhyme.", Sampling(temperature=1.2, seed=7)))
+    said, session, _ = talk(
+        "/options", "/options top-k 5", "/options top_p 7", "/options rubbish", session=session
+    )
+    assert "temperature: 0.0\n" in said
+    assert "seed: none\n" in said
+    assert "presets: Poet." in said
+    assert "top-p is a number" in said
+    assert "rubbish is neither a preset nor an option with a value." in said
+    assert session.current.sampling == Sampling(top_k=5)
+    _, session, _ = talk("/options Poet", "/options seed none", session=session)
+    assert session.current.system_prompt == "Rhyme."
+    assert session.current.sampling == Sampling(temperature=1.2)
+
+
+def test_what_happened_to_the_cache_is_told() -> None:
+    session = session_over()
+    said, _, _ = talk("/cache timeline", "First", session=session)
+    assert "Nothing has happened" in said
+    session.note_events([CacheEvent(session.current.id, CacheEventKind.MISS, 12, note="edited")])
+    said, _, _ = talk("/cache timeline", session=session)
+    assert "Miss 12 tokens: edited.\n" in said
+
+
+def test_another_model_answers_once_its_engine_is_ready(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "models")
+    shop.put(DEFAULT_MODEL)
+    said, _, engine = talk(
+        "/model", "First", f"/model {DEFAULT_MODEL}", "Second", f"/model {OTHER}", shop=shop
+    )
+    assert f"{DEFAULT_MODEL}, is here\n" in said
+    assert f"{OTHER}\n" in said
+    assert f"{TITLE} answers from now on.\n" in said
+    assert f"{TITLE}: ok\n" in said
+    assert f"{OTHER} is not here yet" in said
+    assert [len(each.requests) for each in (engine, *shop.engines)] == [1, 1]
+    said, _, _ = talk("/model x")
+    assert "No other model can be had here." in said
 
 
 def test_prices_are_told_and_dear_acts_are_asked_about() -> None:

@@ -8,7 +8,8 @@ from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
 from kvchat.store import Store
-from kvchat.ui.screens.search import SearchScreen, excerpt
+from kvchat.text import excerpt
+from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.widgets.message import MessageBlock
 from tests.ui.driving import Chat, running, saved_conversation, session_over
 from tests.ui.scripted import ScriptedEngine
@@ -290,6 +291,25 @@ async def test_export_and_import_from_the_chat(tmp_path: Path, monkeypatch: pyte
         await chat.until_said("exists already")
         await chat.send("/import nothing.md")
         await chat.until_said("can't be read")
+
+
+async def test_an_export_of_the_shown_branch_says_what_it_lacks_and_json_lacks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = session_over()
+    session.open(saved_conversation(session._store, *ALPS).id)
+    session.undo()
+    session.begin_turn("Which lake?")
+    session.abandon_turn()
+    async with running(session=session) as chat:
+        await chat.screen.run_action("export('a.json')")
+        await chat.until_said("a.json")
+        assert not any("branch" in said for said in chat.said())
+        await chat.screen.run_action("export('a.md')")
+        await chat.until_said("2 messages on other branches are not in this file")
+    assert "Brenner" in (tmp_path / "a.json").read_text()
+    assert "Brenner" not in (tmp_path / "a.md").read_text()
 
 
 async def test_an_empty_conversation_is_not_exported() -> None:

@@ -359,7 +359,7 @@ def test_a_machine_without_a_clipboard_is_no_error(monkeypatch: pytest.MonkeyPat
         raise pyperclip.PyperclipException("no clipboard here")
 
     monkeypatch.setattr(pyperclip, "copy", refuse)
-    system._fill("text")
+    assert not system.copied("text")
 
 
 # --- thinking --------------------------------------------------------------------------------------------

@@ -13,22 +13,13 @@ from textual.widgets.option_list import Option
 
 from kvchat.conversation import Hit
 from kvchat.session import MOST_HITS
-from kvchat.text import found_pattern, one_line
+from kvchat.text import EXCERPT, excerpt, found_pattern, one_line
 from kvchat.ui.widgets.markdown import FOUND
 
 SEARCH_AFTER_S = 0.15
 """After the last key; typing must not wait for the file."""
-BEFORE, EXCERPT = 30, 90
-"""Characters before the first word that is found, and of the excerpt altogether."""
 EMPTY = "Words that stand in a message or a title, in any order and in any case; parts of words count."
 HINT = "Enter opens · Up and Down choose · Esc back"
-
-
-def excerpt(text: str, words: Sequence[str]) -> str:
-    """The surroundings of the first word that is found, on one line."""
-    found = found_pattern(words).search(text)
-    start = max(0, found.start() - BEFORE) if found else 0
-    return ("…" if start else "") + one_line(text[start : start + EXCERPT])
 
 
 def hit_label(hit: Hit, words: Sequence[str]) -> Content:
