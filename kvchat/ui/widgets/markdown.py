@@ -17,12 +17,15 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from kvchat.text import clean
+from kvchat.ui.widgets.unwrapping import BREAK, joined, joints_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 FOUND = "bold $text on $warning 60%"
 """Words that were searched for, where a text is drawn by Textual itself."""
+ROOM = 80
+"""Cells that a line may take beside its own letters: indents, bullets."""
 NARROWEST = 8
 """Cells; what is nested deeper than the width allows is cut off rather than drawn."""
 STYLES = {
@@ -118,9 +121,31 @@ class MarkdownText(Widget):
         return len(self.lines(width))
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        """The selected text, without the blanks that fill the lines."""
-        text = "\n".join(strip.text.rstrip() for strip in self.lines(self.size.width))
-        return selection.extract(text), "\n"
+        """The selected text, without the blanks that fill the lines and the breaks that the width made."""
+        parts, joints = [], []
+        for y, (line, joint) in enumerate(self._copied_lines()):
+            if (span := selection.get_span(y)) is not None:
+                start, end = span
+                parts.append(line[start : None if end == -1 else end])
+                joints.append(joint)
+        return joined(parts, joints), "\n"
+
+    def _copied_lines(self) -> list[tuple[str, str]]:
+        """Each line on the screen without its padding, and what stands between it and the next in a copy."""
+        from kvchat.ui.widgets.drawing import console_of, draw_block, parser, top_level_blocks
+
+        narrow, code_theme = self._drawing_on(max(self.size.width, NARROWEST))
+        wide = console_of(max(map(len, self.source.split("\n"))) + ROOM, self._styles())
+        found: list[tuple[str, str]] = []
+        for block in top_level_blocks(parser().parse(self.source)):
+            lines, whole = (
+                [strip.text.rstrip() for strip in draw_block(block, console, code_theme)]
+                for console in (narrow, wide)
+            )
+            if found and lines:
+                found.append(("", BREAK))
+            found += zip(lines, joints_of(lines, whole), strict=True)
+        return found
 
     def selection_updated(self, selection: Selection | None) -> None:
         """Draws it."""
