@@ -152,8 +152,7 @@ class Transcript(VerticalScroll, can_focus=False):
         if words:
             block.highlight(words)
         self.screen.set_focus(block, scroll_visible=False)
-        # where it stands is known only after a layout
-        self.screen._refresh_layout()
+        self._lay_out()
         self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
 
     def leave_out(self, count: int) -> None:
@@ -343,12 +342,17 @@ class Transcript(VerticalScroll, can_focus=False):
                 await self.mount_all(before, after=self._earlier)
                 await self.mount_all(after, before=self._later)
                 if read and not self._follows_end:
-                    # the new heights are known only after a layout, and nothing may be painted before the
-                    # view was moved by them: the text would jump
-                    self.screen._refresh_layout()
+                    self._lay_out()
                     self.scroll_to(y=read.virtual_region.y - offset, animate=False, immediate=True)
         finally:
             self._moving = False
+
+    def _lay_out(self) -> None:
+        """Finds out where messages stand, before anything is painted: else the text would jump.
+
+        Textual's public ways to ask for a layout all come with the next painting.
+        """
+        self.screen._refresh_layout()
 
     @property
     def _follows_end(self) -> bool:
