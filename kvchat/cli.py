@@ -188,7 +188,7 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
     if code:
         sys.exit(code)
     conversation = opened().current
-    if conversation.messages and not given["private"]:
+    if conversation.messages and not opened().is_private(conversation.id):
         click.echo(f"Continue with: kvchat -r {conversation.id}")
 
 

@@ -187,7 +187,8 @@ class CacheDesk:
         self._bridge.act(Ask(key, request))
 
     def _on_quote(self, quote: Quote) -> None:
-        if quote.key == self._opened and quote.miss:
+        # whoever asked something meanwhile goes on already
+        if quote.key == self._opened and quote.miss and not self._session.pending:
             self._say(f"Going on here: {price_words(quote)} {sentence(quote.miss.cause)}")
         waiting = self._waiting.pop(quote.key, None)
         if waiting is None:

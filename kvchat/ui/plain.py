@@ -204,12 +204,14 @@ class PlainChat:
             self._on_message(self._inbox.get())
 
     def tell_where(self) -> None:
-        """Says which conversation goes on, and where another model held it."""
+        """Says which conversation goes on, whether another model held it, and what going on costs."""
         current = self._session.current
         if current.messages:
             self.say(f"“{one_line(current.title)}”, {len(current.messages)} messages, goes on.")
             if self._models:
                 self._models.opened()
+            self._desk.opened()
+            self.settle()
 
     def settle(self) -> None:
         """Waits for what the engine says about an act; what comes later is told with the next line."""

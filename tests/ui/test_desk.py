@@ -1,5 +1,7 @@
 """What an act costs is said before it is done: a cheap one is done at once, a dear one asks."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvchat.contract import (
@@ -434,6 +436,21 @@ async def test_opening_a_conversation_that_is_all_there_says_nothing() -> None:
     async with running(engine, session=talked()) as chat:
         await chat.until(lambda: engine.openings, "the price is asked")
         await chat.pilot.pause()
+        assert not any("Going on here" in said for said in chat.said())
+
+
+async def test_the_price_of_going_on_is_not_told_to_whoever_went_on_already() -> None:
+    engine = ScriptedEngine().prices(2.0, MISS)
+    engine.tells_openings, engine.answers_acts = True, False
+    writing = engine.gate()
+    engine.answers(writing, "The Brenner.")
+    async with running(engine, session=talked()) as chat:
+        await chat.until(lambda: engine.openings, "the price is asked")
+        await chat.send("And in winter?")
+        await chat.until(lambda: writing.reached, "it is under way")
+        engine._on_status(replace(engine._price, key=engine.openings[-1].key))
+        writing.open()
+        await chat.until_idle()
         assert not any("Going on here" in said for said in chat.said())
 
 

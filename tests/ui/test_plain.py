@@ -63,7 +63,10 @@ def test_nothing_that_a_model_says_reaches_the_terminal_but_text() -> None:
     assert "[/b]" in said
 
 
-def test_every_command_does_something_or_says_that_it_belongs_to_the_screen() -> None:
+def test_every_command_does_something_or_says_that_it_belongs_to_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     for command in COMMANDS:
         said, _, _ = talk("First", f"/{command.slash}", "no")
         assert len(said.splitlines()) > 3, command.name
@@ -212,6 +215,24 @@ def test_options_are_told_changed_one_by_one_and_taken_from_presets() -> None:
     _, session, _ = talk("/options Poet", "/options seed none", session=session)
     assert session.current.system_prompt == "Rhyme."
     assert session.current.sampling == Sampling(temperature=1.2)
+
+
+def test_what_going_on_costs_is_told_before_the_next_line_and_for_what_is_open() -> None:
+    session = session_over()
+    first = saved_conversation(session._store, ("user", "Hi"), ("assistant", "Ho")).id
+    session.open(saved_conversation(session._store, ("user", "Hi"), ("assistant", "Ho"), title="Old").id)
+    engine = ScriptedEngine().prices(2.4, Miss("nothing was kept", 1100, 2.26))
+    engine.tells_openings = True
+    said, _, _ = talk(f"/sessions {first}", "Next", engine=engine, session=session)
+    told = [
+        line.partition(": the next")[0] for line in said.splitlines() if "goes on" in line or "Going" in line
+    ]
+    assert told == [
+        "“Old”, 2 messages, goes on.",
+        "Going on here",
+        "you: “Hi”, 2 messages, goes on.",
+        "Going on here",
+    ]
 
 
 def test_what_happened_to_the_cache_is_told() -> None:
