@@ -62,7 +62,7 @@ def plot(curves: Sequence[Curve], x: str, y: str, width: int) -> list[str]:
     heights = _heights(min(ys), max(ys))
     labels = {heights.cell(tick): f"{tick:,g}" for tick in _ticks(heights)}
     margin = max(map(len, labels.values()))
-    far = xs[-1] / xs[0] >= WIDE_RANGE
+    far = xs[-1] / xs[0] > WIDE_RANGE
     across = Scale(xs[0], xs[-1], min(width, WIDEST) - margin - 3 - len(f"{xs[-1]:,g}") // 2, far)
     cells = _drawn(drawn, across, heights)
     lines = [f"{y}{heights.named}"]

@@ -373,7 +373,7 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
 
 
 def lacks_step(folder: Path) -> bool:
-    """Whether a model that was converted here waits to be compiled, perhaps again."""
+    """Whether a model that is here waits to be compiled, perhaps again."""
     from kvchat.engine.package import wants_step
 
     return wants_step(folder)

@@ -190,9 +190,11 @@ class Caches:
             self._relieve(*relief)
 
     def _show_out(self, guest: Guest) -> None:
+        """Told to whom it guessed for: the conversation used last."""
+        lately = max(self._kept, key=lambda name: self._kept[name].last_used, default="")
         size, tokens = guest.storage_bytes, guest.clear()
         note = "the draft model's own cache: the KV budget was full"
-        self._timeline.tell(self.active, CacheEventKind.DROP, tokens, size=size, note=note)
+        self._timeline.tell(self.active or lately, CacheEventKind.DROP, tokens, size=size, note=note)
 
     def _held(self) -> list[Held]:
         return [

@@ -17,7 +17,10 @@ from kvchat.contract import (
     EvictionPolicy,
     FinishReason,
     KVPrecision,
+    PoolState,
+    Report,
     Sampling,
+    SetBudget,
     Tokens,
     TurnEvent,
 )
@@ -379,6 +382,19 @@ def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -
     ]
     assert {cache.conversation for cache in engine.pool().caches} == {"a", "b", "c"}
     assert (engine.pool().draft_bytes, played.finished.stats.drafted_tokens) == (0, 0)
+
+
+def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(tiny: LoadedModel) -> None:
+    engine, guard = with_draft_model(tiny, UNBOUNDED)
+    for name in "ab":
+        Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
+    engine.pool()
+    reports: list[Report] = []
+    engine._report = reports.append
+    engine.act(SetBudget(2 * tiny.new_kv().bytes_at(GROWTH_STEP)))
+    (pool,) = [each for each in reports if isinstance(each, PoolState)]
+    assert [(e.conversation, e.kind) for e in pool.events] == [("b", CacheEventKind.DROP)]
+    assert (pool.draft_bytes, {cache.conversation for cache in pool.caches}) == (0, {"a", "b"})
 
 
 def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
