@@ -26,15 +26,24 @@
 
 namespace {
 
-// ---- vectors of 32 bytes: the compiler makes of them what the CPU has ---------------------------------------
+// ---- vectors: the compiler makes of them what the CPU has ---------------------------------------------------
 
-using Floats = float __attribute__((vector_size(32)));
-using Ints = int32_t __attribute__((vector_size(32)));
-using Shorts = int16_t __attribute__((vector_size(32)));
-using UShorts = uint16_t __attribute__((vector_size(32)));
-using HalfFloats = float __attribute__((vector_size(16)));
-using HalfUShorts = uint16_t __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 8;  // floats of a vector
+#ifdef __AVX512F__
+constexpr int64_t kBytes = 64;  // as wide as the CPU's own
+#else
+constexpr int64_t kBytes = 32;
+#endif
+using Floats = float __attribute__((vector_size(kBytes)));
+using Ints = int32_t __attribute__((vector_size(kBytes)));
+using Shorts = int16_t __attribute__((vector_size(kBytes)));
+using UShorts = uint16_t __attribute__((vector_size(kBytes)));
+using EightFloats = float __attribute__((vector_size(32)));
+using EightInts = int32_t __attribute__((vector_size(32)));
+using SixteenShorts = int16_t __attribute__((vector_size(32)));
+using SixteenUShorts = uint16_t __attribute__((vector_size(32)));
+using FourFloats = float __attribute__((vector_size(16)));
+constexpr int64_t kLanes = kBytes / sizeof(float);
+constexpr bool kWide = kLanes == 16;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <typename V>
@@ -43,52 +52,101 @@ inline V load(const void* from) {
   std::memcpy(&v, from, sizeof v);
   return v;
 }
-inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
-inline Floats all(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+template <typename V>
+inline void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
+template <typename V = Floats>
+inline V all(std::remove_reference_t<decltype(V{}[0])> x) { return x - V{}; }
+template <typename Both, typename V>
+inline Both joined(V low, V high) {  // one vector of two
+#ifdef __AVX512F__
+  return (Both)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+#else
+  const V both[] = {low, high};
+  return load<Both>(both);
+#endif
+}
+// A register holds it, else gcc reads it from memory as often as it is used; cores multiply faster than they read.
+inline Floats kept(Floats v) {
+#ifdef __AVX2__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // a * b + c, rounded once; left to the compiler, it would be so in some places and not in others
-inline Floats fused(Floats a, Floats b, Floats c) {
-#ifdef __FMA__
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int64_t i = 0; i < kLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
-  return c;
+template <typename V>
+inline V fused(V a, V b, V c) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #endif
+#ifdef __FMA__
+  if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
 }
 
 // sum + products of neighbouring pairs of 16-bit numbers
-inline Ints multiply_add(Ints sum, Shorts a, Shorts b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return (Ints)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
-#elif defined(__AVX2__)
-  sum += (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-  asm("" : "+x"(sum));  // else gcc adds up later and spills the products until then: half the speed
-  return sum;
-#else
-  return sum + ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+template <typename I, typename S>
+inline I multiply_add(I sum, S a, S b) {
+#ifdef __AVX512VNNI__
+  if constexpr (sizeof(I) == 64) return (I)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#ifdef __AVX512VL__
+  if constexpr (sizeof(I) == 32) return (I)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #endif
-}
-
-inline Floats halves(const void* from) {  // 8 fp16
-#ifdef __F16C__
-  return (Floats)_mm256_cvtph_ps(load<__m128i>(from));
-#else
-  c10::Half half[kLanes];
-  std::memcpy(half, from, sizeof half);
-  Floats v;
-  for (int64_t i = 0; i < kLanes; ++i) v[i] = half[i];
-  return v;
 #endif
-}
-
-inline Ints widened(const int8_t* from) {  // 8 of them; gcc would convert one after the other
+#ifdef __AVX512BW__
+  if constexpr (sizeof(I) == 64) return sum + (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
 #ifdef __AVX2__
-  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  if constexpr (sizeof(I) == 32) {
+    sum += (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    asm("" : "+x"(sum));  // else gcc adds up later and spills the products until then: half the speed
+    return sum;
+  }
+#endif
+  return sum + ((I)a << 16 >> 16) * ((I)b << 16 >> 16) + ((I)a >> 16) * ((I)b >> 16);
+}
+
+template <typename V = Floats>
+inline V halves(const void* from) {  // as many fp16
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return (V)_mm512_cvtph_ps(load<__m256i>(from));
+#endif
+#ifdef __F16C__
+  if constexpr (sizeof(V) == 32) return (V)_mm256_cvtph_ps(load<__m128i>(from));
+#endif
+  V v;
+  c10::Half half[sizeof(V) / sizeof(float)];
+  std::memcpy(half, from, sizeof half);
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) v[i] = half[i];
+  return v;
+}
+
+template <typename I = Ints>
+inline I widened(const int8_t* from) {  // as many; gcc would convert one after the other
+#ifdef __AVX512F__
+  if constexpr (sizeof(I) == 64) return (I)_mm512_cvtepi8_epi32(load<__m128i>(from));
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(I) == 32)
+    return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#endif
+  I v;
+  for (size_t i = 0; i < sizeof(I) / sizeof(int32_t); ++i) v[i] = from[i];
+  return v;
+}
+
+inline Floats widened(const uint16_t* from) {  // a bf16 is the upper half of a float; gcc would take four steps
+#if defined(__AVX512F__)
+  return (Floats)((Ints)_mm512_cvtepu16_epi32(load<__m256i>(from)) << 16);
+#elif defined(__AVX2__)
+  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(from)) << 16);
 #else
   Ints v;
-  for (int64_t i = 0; i < kLanes; ++i) v[i] = from[i];
-  return v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = from[i] << 16;
+  return (Floats)v;
 #endif
 }
 
@@ -111,15 +169,33 @@ inline void share(int64_t count, int64_t piece, const Work& work) {
   });
 }
 
-// (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of four vectors
+template <typename T>
+inline void ask_for(const T* from, int64_t count) {  // what is read soon
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of four vectors; wider ones are folded first
 inline void sum_lanes(const Floats v[4], float* to) {
-  const auto pairs = [](Floats a, Floats b) {
+  const auto folded = [](Floats a) -> EightFloats {
+    if constexpr (kLanes == 8) return load<EightFloats>(&a);
+    else return load<EightFloats>(&a) + load<EightFloats>(reinterpret_cast<const float*>(&a) + 8);
+  };
+  const auto pairs = [](EightFloats a, EightFloats b) {
     return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
            __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
   };
-  const Floats sums = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
-  const HalfFloats four = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
-  std::memcpy(to, &four, sizeof four);
+  const EightFloats sums = pairs(pairs(folded(v[0]), folded(v[1])), pairs(folded(v[2]), folded(v[3])));
+  store(to, __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7));
+}
+
+// The lanes of a vector put together: halves first.
+template <typename Fold>
+inline float fold(Floats v, const Fold& pair) {
+  EightFloats eight = load<EightFloats>(&v);
+  if constexpr (kLanes == 16) eight = pair(eight, load<EightFloats>(reinterpret_cast<const float*>(&v) + 8));
+  const FourFloats four = pair(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const FourFloats two = pair(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return pair(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
 
 // exp(x) for x <= 0, to 2e-7: a polynomial (Taylor of 2^f on half a unit) and a shift of the exponent
@@ -137,7 +213,9 @@ inline Floats exponential(Floats x) {
 
 constexpr int64_t kGroup = 32;    // weights of a row that share a scale
 constexpr int64_t kTile = 8;      // rows whose weights lie together
-constexpr int64_t kTogether = 4;  // tokens that are multiplied in one go
+constexpr int64_t kFewTokens = 4;  // are multiplied in one go where vectors are narrow
+constexpr int64_t kManyTokens = 8;  // where they are wide
+constexpr int64_t kBlock = 64;    // tokens that share what was unpacked, where vectors are wide
 constexpr int64_t kSerial = 1 << 16;  // products that are not worth another thread
 constexpr int64_t kPieces = 4;    // for each thread
 
@@ -148,109 +226,190 @@ constexpr int64_t kBlockBytes = kTile * kGroup * kBits / 8 + (kBits == 4 ? 4 : 2
 
 // Tokens' states in 16 bits: `numbers * scale`, with a scale and the exact sum per group.
 struct Rounded {
-  int64_t groups;
-  Memory<int16_t> numbers;     // [tokens, in]
-  Memory<float> scales, sums;  // [tokens, groups]
+  int64_t groups, tokens;
+  Memory<int16_t> numbers;     // [groups, tokens, kGroup]
+  Memory<float> scales, sums;  // [groups, tokens]
 
   Rounded(const float* states, int64_t tokens, int64_t in)
       : groups(in / kGroup),
+        tokens(tokens),
         numbers(fresh<int16_t>(tokens * in)),
         scales(fresh<float>(tokens * groups)),
         sums(fresh<float>(tokens * groups)) {
-    share(tokens * groups, 512, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) round(states + g * kGroup, g);
+    share(tokens, std::max<int64_t>(1, 512 / groups), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t g = 0; g < groups; ++g) round(states + n * in + g * kGroup, g * tokens + n);
     });
   }
 
-  void round(const float* x, int64_t g) {
+  void round(const float* x, int64_t at) {
     Floats top = all(0), sum = all(0);
     for (int64_t i = 0; i < kGroup; i += kLanes) {
       const Floats v = load<Floats>(x + i);
       sum += v;
       top = larger(top, larger(v, -v));
     }
-    float peak = 0, total = 0;
-    for (int64_t i = 0; i < kLanes; ++i) peak = std::max(peak, top[i]), total += sum[i];
+    const float peak = fold(top, [](auto a, auto b) { return a > b ? a : b; });
     const float inverse = peak > 0 ? 32767 / peak : 0;
-    scales[g] = peak / 32767;
-    sums[g] = total;
-    int16_t* to = numbers.get() + g * kGroup;
+    scales[at] = peak / 32767;
+    sums[at] = fold(sum, [](auto a, auto b) { return a + b; });
+    int16_t* to = numbers.get() + at * kGroup;
     for (int64_t i = 0; i < kGroup; ++i) to[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
   }
 };
 
 // The weights of pair `j` of every lane, as 16-bit numbers.
-template <int kBits>
-inline Shorts unpack(Shorts lanes, int j) {
-  if constexpr (kBits == 4) return (Shorts)(((UShorts)lanes >> (4 * j)) & 15);
-  return j ? lanes >> 8 : (Shorts)((UShorts)lanes << 8) >> 8;
+template <int kBits, typename V, typename U>
+inline V unpack(U lanes, int j) {
+  if constexpr (kBits == 4) return (V)((lanes >> (4 * j)) & 15);
+  return j ? (V)lanes >> 8 : (V)(lanes << 8) >> 8;
 }
 
-// `kTiles` tiles of rows times `kTokens` tokens, from `token` on.
+// `kTiles` tiles of rows times `kTokens` tokens from `first` on.
 template <int kBits, int kTiles, int kTokens>
-void multiply(const uint8_t* weights, const Rounded& states, int64_t token, float* to, int64_t stride) {
+void multiply_few(const uint8_t* weights, const Rounded& states, int64_t first, float* to, int64_t stride) {
   constexpr int kPairs = 16 / kBits;  // in a lane
-  const int64_t groups = states.groups, in = groups * kGroup, ahead = kTiles * groups * kBlockBytes<kBits>;
-  Floats result[kTiles][kTokens] = {};
+  const int64_t groups = states.groups, ahead = kTiles * groups * kBlockBytes<kBits>;
+  EightFloats result[kTiles][kTokens] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Ints sum[kTiles][kTokens] = {};
-    // later tokens find the weights in the cache; the first ones ask for those of the next tiles
-    if (token == 0)
-      for (int r = 0; r < kTiles; ++r)
-        for (int64_t line = 0; line < kBlockBytes<kBits>; line += 64)
-          __builtin_prefetch(weights + (r * groups + g) * kBlockBytes<kBits> + ahead + line);
-    const int16_t* numbers = states.numbers.get() + token * in + g * kGroup;
+    EightInts sum[kTiles][kTokens] = {};
+    for (int r = 0; r < kTiles; ++r)
+      ask_for(weights + (r * groups + g) * kBlockBytes<kBits> + ahead, kBlockBytes<kBits>);
+    const int64_t at = g * states.tokens + first;
+    const int16_t* numbers = states.numbers.get() + at * kGroup;
     for (int v = 0; v < kBits; ++v) {
-      Shorts lanes[kTiles];
+      SixteenUShorts lanes[kTiles];
       for (int r = 0; r < kTiles; ++r)
-        lanes[r] = load<Shorts>(weights + (r * groups + g) * kBlockBytes<kBits> + v * sizeof(Shorts));
+        lanes[r] = load<SixteenUShorts>(weights + (r * groups + g) * kBlockBytes<kBits> + v * sizeof(SixteenShorts));
 #pragma GCC unroll 4
       for (int j = 0; j < kPairs; ++j) {
-        Shorts unpacked[kTiles];
-        for (int r = 0; r < kTiles; ++r) unpacked[r] = unpack<kBits>(lanes[r], j);
+        SixteenShorts unpacked[kTiles];
+        for (int r = 0; r < kTiles; ++r) unpacked[r] = unpack<kBits, SixteenShorts>(lanes[r], j);
         for (int n = 0; n < kTokens; ++n) {
-          const int32_t pair = load<int32_t>(numbers + n * in + 2 * (v * kPairs + j));
-          const Shorts pairs = (Shorts)Ints{pair, pair, pair, pair, pair, pair, pair, pair};
-          for (int r = 0; r < kTiles; ++r) sum[r][n] = multiply_add(sum[r][n], unpacked[r], pairs);
+          const auto pair = (SixteenShorts)all<EightInts>(load<int32_t>(numbers + n * kGroup + 2 * (v * kPairs + j)));
+          for (int r = 0; r < kTiles; ++r) sum[r][n] = multiply_add(sum[r][n], unpacked[r], pair);
         }
       }
     }
     for (int r = 0; r < kTiles; ++r) {
-      const uint8_t* scales = weights + (r * groups + g) * kBlockBytes<kBits> + kBits * sizeof(Shorts);
-      const Floats scale = halves(scales);
+      const uint8_t* scales = weights + (r * groups + g) * kBlockBytes<kBits> + kBits * sizeof(SixteenShorts);
+      const auto scale = halves<EightFloats>(scales);
       for (int n = 0; n < kTokens; ++n) {
-        const int64_t at = (token + n) * groups + g;
-        result[r][n] = fused(__builtin_convertvector(sum[r][n], Floats), scale * states.scales[at], result[r][n]);
-        if constexpr (kBits == 4) result[r][n] = fused(halves(scales + 2 * kTile), all(states.sums[at]), result[r][n]);
+        const auto whole = __builtin_convertvector(sum[r][n], EightFloats);
+        result[r][n] = fused(whole, scale * states.scales[at + n], result[r][n]);
+        if constexpr (kBits == 4)
+          result[r][n] = fused(halves<EightFloats>(scales + 2 * kTile), all<EightFloats>(states.sums[at + n]), result[r][n]);
       }
     }
   }
   for (int n = 0; n < kTokens; ++n)
-    for (int r = 0; r < kTiles; ++r) store(to + (token + n) * stride + r * kTile, result[r][n]);
+    for (int r = 0; r < kTiles; ++r) store(to + (first + n) * stride + r * kTile, result[r][n]);
 }
 
-template <int kBits, int kTiles>
-void multiply_tokens(const uint8_t* weights, const Rounded& states, int64_t tokens, float* to, int64_t stride) {
-  int64_t n = 0;
-  for (; n + kTogether <= tokens; n += kTogether)
-    multiply<kBits, kTiles, kTogether>(weights, states, n, to, stride);
-  switch (tokens - n) {
-    case 1: return multiply<kBits, kTiles, 1>(weights, states, n, to, stride);
-    case 2: return multiply<kBits, kTiles, 2>(weights, states, n, to, stride);
-    case 3: return multiply<kBits, kTiles, 3>(weights, states, n, to, stride);
+// One group of the weights of `kRows` rows, unpacked for many tokens; a vector holds a pair of columns of its rows.
+template <int kBits>
+struct Unpacked {
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kRows = kVectors * kLanes, kTiles = kRows / kTile;
+  Shorts weights[kGroup / 2][kVectors];
+  Floats scales[kVectors], minima[kVectors];
+
+  Unpacked(const uint8_t* from, int64_t tile_bytes) {
+    constexpr int64_t kTilesOfVector = kLanes / kTile, kScales = kTile * kGroup * kBits / 8;
+    for (int r = 0; r < kVectors; ++r, from += kTilesOfVector * tile_bytes) {
+      const auto wide = [&]<typename V>(int64_t offset, V (*tile)(const void*), auto whole) {
+        if constexpr (kTilesOfVector == 1) return tile(from + offset);
+        else return joined<decltype(whole)>(tile(from + offset), tile(from + tile_bytes + offset));
+      };
+      for (int v = 0; v < kBits; ++v) {
+        const auto lanes = wide(v * sizeof(SixteenShorts), load<SixteenUShorts>, UShorts{});
+        for (int j = 0; j < 16 / kBits; ++j) weights[v * (16 / kBits) + j][r] = unpack<kBits, Shorts>(lanes, j);
+      }
+      scales[r] = wide(kScales, halves<EightFloats>, Floats{});
+      if constexpr (kBits == 4) minima[r] = wide(kScales + 2 * kTile, halves<EightFloats>, Floats{});
+    }
   }
+
+  // Adds the group's products with `kTokens` tokens to [tokens, kRows].
+  template <int kTokens>
+  void multiply(const int16_t* numbers, const float* token_scales, const float* sums, float* to) const {
+    Ints sum[kTokens][kVectors] = {};
+#pragma GCC unroll 2
+    for (int64_t pair = 0; pair < kGroup / 2; ++pair) {
+      Shorts rows[kVectors];
+      for (int v = 0; v < kVectors; ++v) rows[v] = weights[pair][v];
+      for (int n = 0; n < kTokens; ++n) {
+        const auto both = (Shorts)all<Ints>(load<int32_t>(numbers + n * kGroup + 2 * pair));
+        for (int v = 0; v < kVectors; ++v) sum[n][v] = multiply_add(sum[n][v], rows[v], both);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      for (int n = 0; n < kTokens; ++n) {
+        float* at = to + n * kRows + v * kLanes;
+        Floats result = fused(__builtin_convertvector(sum[n][v], Floats), scales[v] * token_scales[n], load<Floats>(at));
+        if constexpr (kBits == 4) result = fused(minima[v], all(sums[n]), result);
+        store(at, result);
+      }
+    }
+  }
+};
+
+// `Unpacked::kRows` rows times `count` tokens from `first` on, `kBlock` at most.
+template <int kBits>
+void multiply_block(const uint8_t* weights, const Rounded& states, int64_t first, int64_t count, float* to, int64_t,
+                    int64_t stride) {
+  constexpr int64_t kRows = Unpacked<kBits>::kRows, kTiles = Unpacked<kBits>::kTiles;
+  const int64_t tile_bytes = states.groups * kBlockBytes<kBits>;
+  constexpr int kTogether = kLanes == 16 ? 8 : 4;  // tokens whose sums fit into registers
+  alignas(kBytes) float results[kBlock * kRows];
+  std::fill(results, results + count * kRows, 0.0f);
+  for (int64_t g = 0; g < states.groups; ++g) {
+    for (int64_t t = 0; t < kTiles; ++t) ask_for(weights + (kTiles + t) * tile_bytes + g * kBlockBytes<kBits>, kBlockBytes<kBits>);
+    const Unpacked<kBits> group(weights + g * kBlockBytes<kBits>, tile_bytes);
+    const int64_t at = g * states.tokens + first;
+    const auto multiply = [&]<int kTokens>(int64_t n) {
+      group.template multiply<kTokens>(states.numbers.get() + (at + n) * kGroup, &states.scales[at + n], &states.sums[at + n], results + n * kRows);
+    };
+    int64_t n = 0;
+    for (; n + kTogether <= count; n += kTogether) multiply.template operator()<kTogether>(n);
+    if (kTogether > 4 && n + 4 <= count) multiply.template operator()<4>(n), n += 4;
+    if (n + 2 <= count) multiply.template operator()<2>(n), n += 2;
+    if (n < count) multiply.template operator()<1>(n);
+  }
+  for (int64_t n = 0; n < count; ++n)
+    std::memcpy(to + (first + n) * stride, results + n * kRows, kRows * sizeof(float));
+}
+// `tiles` tiles of rows times `count` tokens from `first` on, both few.
+template <int kBits>
+void multiply_tiles(const uint8_t* weights, const Rounded& states, int64_t first, int64_t count, float* to, int64_t tiles, int64_t stride) {
+  for (; tiles > 0; tiles -= 2, weights += 2 * states.groups * kBlockBytes<kBits>, to += 2 * kTile)
+    for (int64_t n = first, left; (left = first + count - n) > 0; n += kFewTokens) {
+      const auto multiply = [&]<int kTokens>() {
+        const auto apply = tiles > 1 ? multiply_few<kBits, 2, kTokens> : multiply_few<kBits, 1, kTokens>;
+        apply(weights, states, n, to, stride);
+      };
+      if (left >= 4) multiply.template operator()<4>();
+      else if (left == 3) multiply.template operator()<3>();
+      else if (left == 2) multiply.template operator()<2>();
+      else multiply.template operator()<1>();
+    }
 }
 
 template <int kBits>
-void multiply_all(const uint8_t* weights, const Rounded& states, int64_t tokens, float* to, int64_t tiles) {
+void multiply_all(const uint8_t* weights, const Rounded& states, float* to, int64_t tiles) {
+  const bool unpacks = kWide && states.tokens > 1;  // for one it isn't worth it, and narrow vectors are too few
   const int64_t tile_bytes = states.groups * kBlockBytes<kBits>, stride = tiles * kTile;
-  const int64_t pairs = (tiles + 1) / 2, products = 2 * kTile * states.groups * kGroup * tokens;  // of a pair
-  const int64_t piece = std::max({int64_t{1}, kSerial / products, pairs / (kPieces * at::get_num_threads())});
-  share(pairs, piece, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = 2 * begin; tile < std::min(2 * end, tiles); tile += 2) {
+  const int64_t together = unpacks ? Unpacked<kBits>::kTiles : 2, panels = (tiles + together - 1) / together;
+  const int64_t block = unpacks ? kBlock : states.tokens, blocks = (states.tokens + block - 1) / block;
+  const int64_t products = together * kTile * states.groups * kGroup * std::min(states.tokens, block);  // of a job
+  const int64_t piece = std::max({int64_t{1}, kSerial / products, panels * blocks / (kPieces * at::get_num_threads())});
+  share(panels * blocks, piece, [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t first = job / panels * block, count = std::min(block, states.tokens - first);
+      const int64_t tile = job % panels * together, here = std::min(together, tiles - tile);
       const uint8_t* from = weights + tile * tile_bytes;
-      const auto apply = tile + 1 < tiles ? multiply_tokens<kBits, 2> : multiply_tokens<kBits, 1>;
-      apply(from, states, tokens, to + tile * kTile, stride);
+      const auto apply = unpacks && here == together ? multiply_block<kBits> : multiply_tiles<kBits>;
+      apply(from, states, first, count, to + tile * kTile, here, stride);
     }
   });
 }
@@ -271,7 +430,7 @@ at::Tensor product(const at::Tensor& states, const at::Tensor& blocks) {
   const Rounded rounded(whole.const_data_ptr<float>(), tokens, in);
   at::Tensor out = at::empty({tokens, blocks.size(0) * kTile}, whole.options());
   const auto apply = bits == 4 ? multiply_all<4> : multiply_all<8>;
-  apply(blocks.const_data_ptr<uint8_t>(), rounded, tokens, out.mutable_data_ptr<float>(), blocks.size(0));
+  apply(blocks.const_data_ptr<uint8_t>(), rounded, out.mutable_data_ptr<float>(), blocks.size(0));
   return out;
 }
 
@@ -304,6 +463,7 @@ constexpr int64_t kChunk = 128;   // rows of the cache whose softmax is computed
 constexpr int64_t kAtOnce = 32;   // rows that are widened to fp32 together
 constexpr int64_t kQueries = 16;  // tokens that share what was widened
 constexpr int64_t kFew = 3;       // query heads that read a row too seldom for it to be written down in fp32
+constexpr int64_t kMany = kWide ? 12 : std::numeric_limits<int64_t>::max();  // queries that keys are turned for
 constexpr int64_t kTokens = 64;   // tokens whose parts are held together
 constexpr int64_t kSlot = 64;     // rows of a quantised block
 
@@ -317,11 +477,6 @@ struct Layer {
   int64_t codes[2], scales[2], zeros[2];     // addresses; `quantize.py` has the layout
 };
 
-template <typename T>
-inline void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
-}
-
 // Rows as fp32, a vector of numbers at a time: of a buffer, of bf16, and of 8 bits, where keys share a
 // scale and a zero point by number, and values a scale by row. All give the same numbers. `ask` fetches what is read
 // `kAtOnce` rows later.
@@ -332,19 +487,11 @@ struct Widened {
   void ask(int64_t, int64_t) const {}
 };
 
-inline Floats widened(const uint16_t* from) {  // a bf16 is the upper half of a float
-#ifdef __AVX2__
-  return (Floats)((Ints)_mm256_cvtepu16_epi32(load<__m128i>(from)) << 16);  // gcc would take four steps
-#else
-  return (Floats)(__builtin_convertvector(load<HalfUShorts>(from), Ints) << 16);
-#endif
-}
-
 struct Sixteen {
   const uint16_t* rows;
   int64_t step;
   Floats at(int64_t row, int64_t i) const { return widened(rows + row * step + i); }
-  void ask(int64_t row, int64_t count) const { prefetch(rows + (row + kAtOnce) * step, count * step); }
+  void ask(int64_t row, int64_t count) const { ask_for(rows + (row + kAtOnce) * step, count * step); }
 };
 
 struct EightBitKeys {
@@ -355,7 +502,7 @@ struct EightBitKeys {
     const Floats code = __builtin_convertvector(widened(rows + row * step + i), Floats);
     return fused(code, halves(scales + i), halves(zeros + i));
   }
-  void ask(int64_t row, int64_t count) const { prefetch(next + row * step, count * step); }
+  void ask(int64_t row, int64_t count) const { ask_for(next + row * step, count * step); }
 };
 
 struct EightBitValues {
@@ -365,7 +512,7 @@ struct EightBitValues {
   Floats at(int64_t row, int64_t i) const {
     return __builtin_convertvector(widened(rows + row * step + i), Floats) * all(scales[row]);
   }
-  void ask(int64_t row, int64_t count) const { prefetch(next + row * step, count * step); }
+  void ask(int64_t row, int64_t count) const { ask_for(next + row * step, count * step); }
 };
 
 // One head's keys (0) or values (1).
@@ -465,21 +612,20 @@ struct Rows {
 
   // code * scale + zero of rows of a slot; keys share these by number, values by row. The dim is a multiple of 8.
   template <typename Code>
-  void scaled(int64_t block, int64_t first, int64_t last, float* to, int64_t padded, Code code) const {
+  void scaled(int64_t block, int64_t first, int64_t last, float* to, int64_t padded, const Code& code) const {
     const c10::Half *scales = shared(memory.scales, block), *zeros = shared(memory.zeros, block);
-    if (which == 0) {
-      for (int64_t i = 0; i < dim(); i += kLanes) {
-        const Floats scale = halves(scales + i), zero = zeros ? halves(zeros + i) : all(0);
-        for (int64_t row = first; row < last; ++row)
-          store(to + (row - first) * padded + i, fused(code(row, i), scale, zero));
-      }
-    } else {
+    const auto numbers = [&]<typename F, typename I>(F, I, int64_t i) {
+      const auto of = [&](const c10::Half* from, int64_t row) {
+        return !from ? F{} : which == 0 ? halves<F>(from + i) : all<F>(from[row]);
+      };
       for (int64_t row = first; row < last; ++row) {
-        const Floats scale = all(scales[row]), zero = zeros ? all(zeros[row]) : all(0);
-        for (int64_t i = 0; i < dim(); i += kLanes)
-          store(to + (row - first) * padded + i, fused(code(row, i), scale, zero));
+        const F whole = __builtin_convertvector(code.template operator()<I>(row, i), F);
+        store(to + (row - first) * padded + i, fused(whole, of(scales, row), of(zeros, row)));
       }
-    }
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= dim(); i += kLanes) numbers(Floats{}, Ints{}, i);
+    for (; i < dim(); i += 8) numbers(EightFloats{}, EightInts{}, i);
   }
 
   const int8_t* codes_8(int64_t slot) const {
@@ -489,8 +635,8 @@ struct Rows {
   void widen_8(int64_t slot, int64_t first, int64_t last, float* to, int64_t padded) const {
     const int64_t block = slot * memory.heads + head, step = dim();
     const int8_t* codes = codes_8(slot);
-    scaled(block, first, last, to, padded, [=](int64_t row, int64_t i) {
-      return __builtin_convertvector(widened(codes + row * step + i), Floats);
+    scaled(block, first, last, to, padded, [=]<typename I>(int64_t row, int64_t i) {
+      return widened<I>(codes + row * step + i);
     });
   }
 
@@ -501,8 +647,8 @@ struct Rows {
     const auto half = [&](int64_t from, int64_t end, int shift) {
       if (from >= end) return;
       const int64_t skipped = shift ? kSlot / 2 : 0;
-      scaled(block, from, end, to + (from - first) * padded, padded, [=](int64_t row, int64_t i) {
-        return __builtin_convertvector((widened(codes + (row - skipped) * step + i) >> shift) & 15, Floats);
+      scaled(block, from, end, to + (from - first) * padded, padded, [=]<typename I>(int64_t row, int64_t i) {
+        return (widened<I>(codes + (row - skipped) * step + i) >> shift) & 15;
       });
     };
     half(first, std::min(last, kSlot / 2), 0);
@@ -543,6 +689,68 @@ inline void score(const float* queries, const Source& keys, int64_t padded, floa
   }
 }
 
+// Rows [kAtOnce, padded] become columns [padded, kAtOnce]. `padded` is a multiple of a vector's lanes.
+inline void transpose(const float* from, int64_t padded, float* to) {
+  for (int64_t row = 0; row < kAtOnce; row += kLanes)
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      Floats square[kLanes];
+      for (int64_t k = 0; k < kLanes; ++k) square[k] = load<Floats>(from + (row + k) * padded + i);
+#pragma GCC unroll 4
+      for (int half = kLanes / 2; half; half /= 2) {  // two rows of halves change places, then of quarters, ...
+        Ints low, high;
+        for (int l = 0; l < kLanes; ++l) low[l] = l & half ? kLanes + (l ^ half) : l, high[l] = l & half ? kLanes + l : l ^ half;
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k)
+          if (const Floats a = square[k], b = square[k | half]; !(k & half))
+            square[k] = __builtin_shuffle(a, b, low), square[k | half] = __builtin_shuffle(a, b, high);
+      }
+      for (int64_t k = 0; k < kLanes; ++k) store(to + (i + k) * kAtOnce + row, square[k]);
+    }
+}
+
+// Scores of `kRows` queries against the columns of `kAtOnce` keys, added up in the order of `score`.
+template <int kRows>
+struct Columns {
+  static constexpr int kVectors = kAtOnce / kLanes;
+  const float *queries, *keys;
+  int64_t padded;
+
+  struct Sums {
+    Floats of[kRows][kVectors];
+    Sums operator+(const Sums& other) const {
+      Sums sums;
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sums.of[r][v] = of[r][v] + other.of[r][v];
+      return sums;
+    }
+  };
+
+  // every `kLanes`th number from `lane` on
+  inline Sums of_lane(int64_t lane) const {
+    Sums sums = {};
+    for (int64_t i = lane; i < padded; i += kLanes) {
+      Floats column[kVectors];
+      for (int v = 0; v < kVectors; ++v) column[v] = kept(load<Floats>(keys + i * kAtOnce + v * kLanes));
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v)
+          sums.of[r][v] = fused(all(queries[r * padded + i]), column[v], sums.of[r][v]);
+    }
+    return sums;
+  }
+
+  template <int kCount>
+  inline Sums of_lanes(int64_t lane) const {
+    if constexpr (kCount == 1) return kWide ? of_lane(lane) + of_lane(lane + kLanes / 2) : of_lane(lane);
+    else return of_lanes<kCount / 2>(lane) + of_lanes<kCount / 2>(lane + kCount / 2);
+  }
+
+  void score(float* to) const {
+    const Sums sums = of_lanes<8>(0);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) store(to + r * kChunk + v * kLanes, sums.of[r][v]);
+  }
+};
+
 // Adds `kAtOnce` values, weighted, to the sums of queries: `kVectors` vectors of them.
 template <int kRows, int kVectors, typename Source>
 inline void add_values(const float* weights, const Source& values, int64_t from, int64_t padded, float* sums) {
@@ -551,9 +759,11 @@ inline void add_values(const float* weights, const Source& values, int64_t from,
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load<Floats>(sums + r * padded + v * kLanes);
   for (int64_t k = 0; k < kAtOnce; ++k) {
     if (from == 0) values.ask(k, 1);
+    Floats weight[kRows];
+    for (int r = 0; r < kRows; ++r) weight[r] = all(weights[r * kChunk + k]);
     for (int v = 0; v < kVectors; ++v) {
-      const Floats value = values.at(k, from + v * kLanes);
-      for (int r = 0; r < kRows; ++r) sum[r][v] = fused(value, all(weights[r * kChunk + k]), sum[r][v]);
+      const Floats value = kept(values.at(k, from + v * kLanes));
+      for (int r = 0; r < kRows; ++r) sum[r][v] = fused(value, weight[r], sum[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -574,13 +784,19 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
   const int64_t rows = how.groups * tokens, end = std::min(start + kChunk, row + tokens);
   std::fill(part.totals, part.totals + rows, 0.0f);
   if (end <= start || (how.window && start + kChunk <= row - how.window + 1)) return;
-  const int64_t wide_size = kAtOnce * std::max(how.key_padded, how.value_padded);
+  const int64_t wide_size = kAtOnce * std::max(2 * how.key_padded, how.value_padded);
   const Memory<float> buffer = fresh<float>(rows * kChunk + wide_size);
   float *scores = buffer.get(), *wide = scores + rows * kChunk;
   for (int64_t at = start; at < end; at += kAtOnce)
     keys.visit(at, std::min(at + kAtOnce, end), rows, wide, how.key_padded, [&](const auto& source) {
       int64_t r = 0;
       float* to = scores + at - start;
+      if (rows >= kMany) {
+        float* columns = wide + kAtOnce * how.key_padded;
+        transpose(wide, how.key_padded, columns);
+        for (; r + 2 <= rows; r += 2)
+          Columns<2>{queries + r * how.key_padded, columns, how.key_padded}.score(to + r * kChunk);
+      }
       for (; r + 3 <= rows; r += 3) score<3>(queries + r * how.key_padded, source, how.key_padded, to + r * kChunk);
       for (; r < rows; ++r) score<1>(queries + r * how.key_padded, source, how.key_padded, to + r * kChunk);
     });
@@ -616,6 +832,9 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
     values.visit(at, std::min(at + kAtOnce, end), rows, wide, how.value_padded, [&](const auto& source) {
       int64_t r = 0;
       const float* weights = scores + at - start;
+      if (kWide)
+        for (; r + 6 <= rows; r += 6)
+          add_all_values<6>(weights + r * kChunk, source, how.value_padded, part.sums + r * how.value_padded);
       for (; r + 3 <= rows; r += 3)
         add_all_values<3>(weights + r * kChunk, source, how.value_padded, part.sums + r * how.value_padded);
       for (; r < rows; ++r)
