@@ -4,8 +4,8 @@ Measures from outside, as a user would: first paint, engine ready, how long a ty
 with the engine idle and while it decodes on all cores, what an idle chat costs, and what the screen costs the
 decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
 
-`python -m tests.feel FOLDER decode` measures that last part alone; `python -m tests.feel FOLDER scroll` measures
-a conversation of 500 messages: how soon it opens, and how it scrolls.
+`python -m tests.feel FOLDER decode` measures that last part alone, and `python -m tests.feel FOLDER scroll`
+something else: how soon a conversation of 500 messages opens, and how it scrolls.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How a conversation of 500 messages opens and scrolls, measured from outside: part of `python -m tests.feel`."""
+"""How a conversation of 500 messages opens and scrolls, from outside: a part of `python -m tests.feel`."""
 
 import re
 import statistics
@@ -22,16 +22,20 @@ WHEEL_TURNS = 300
 PAGE_UP, PAGE_DOWN, LIST, ARROW_UP, ARROW_DOWN = "\x1b[5~", "\x1b[6~", "\x13", "\x1b[A", "\x1b[B"
 WHEEL_UP = f"\x1b[<64;{COLUMNS // 2};{ROWS // 2}M"
 PROSE = (
-    "A cache keeps what was computed once, and *every* later token looks back at it. Where **one** token of the "
-    "history differs, everything after it is read again; so the history is kept as `token ids`, not as text. "
+    "A cache keeps what was computed once, and *every* later token looks back at it. Where **one** token of "
+    "the history differs, everything after it is read again; so the history is kept as `token ids`. "
 )
 ANSWERS = (
     f"{PROSE * 3}\n\n{PROSE * 2}",
-    "## Steps\n\n1. Weigh the flour\n2. Warm the water\n   - not above 40 °C\n   - not below 20 °C\n3. Knead\n\n> Rest it.",
-    '```python\ndef double(recipe: dict[str, float]) -> dict[str, float]:\n    """Twice as much of everything."""\n'
+    "## Steps\n\n1. Weigh the flour\n2. Warm the water\n   - not above 40 °C\n   - not below 20 °C\n"
+    "3. Knead\n\n> Rest it.",
+    "```python\ndef double(recipe: dict[str, float]) -> dict[str, float]:\n"
+    '    """Twice as much of everything."""\n'
     "    return {name: 2 * grams for name, grams in recipe.items()}\n```\n\nCall it *once* only.",
-    "キャッシュは一度計算したキーと値を保存します。次のトークンはそれを**すべて**参照します。\n\n- 読み直しは不要です\n- 速く答えます",
-    "| pass | height | open |\n|---|---:|---|\n| Brenner | 1,370 m | all year |\n| Stelvio | 2,757 m | June |\n\n" + PROSE,
+    "キャッシュは一度計算したキーと値を保存します。次のトークンはそれを**すべて**参照します。"
+    "\n\n- 読み直しは不要です\n- 速く答えます",
+    "| pass | height | open |\n|---|---:|---|\n| Brenner | 1,370 m | all year |\n| Stelvio | 2,757 m | June |"
+    f"\n\n{PROSE}",
 )
 """What answers look like, in turns: prose, a list, code, a script without spaces, a table."""
 
@@ -131,6 +135,7 @@ def report_scroll(folder: str) -> None:
     with running(folder, "-r", LONG) as terminal:
         terminal.wait_for("ready")
         terminal.drain(2.0)
+        seen: set[str] = set()
         for name, keys, most in (
             ("PageUp to the first message", PAGE_UP, 10_000),
             ("PageDown to the end", PAGE_DOWN, 10_000),
@@ -139,5 +144,5 @@ def report_scroll(folder: str) -> None:
             before = terminal.screen_cpu_s()
             made = steps(terminal, keys, most)
             report_steps(name, made, terminal.screen_cpu_s() - before)
-            if keys != WHEEL_UP and (missing := QUESTIONS - len(questions_in(made))):
-                say(f"  {missing} of {QUESTIONS} questions were never on the screen")
+            seen |= questions_in(made)
+        say(f"{len(seen)} of {QUESTIONS} questions were on the screen")

@@ -1,4 +1,4 @@
-"""kvchat in a pseudo-terminal, measured from outside: what it prints, when, and at the price of how much processor."""
+"""kvchat in a pseudo-terminal, measured from outside: what it prints, when, and what that costs."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ ROWS, COLUMNS = 44, 150
 NOTHING_S = 1.0
 """A key that prints nothing within this time does nothing."""
 QUIET_S = 0.1
-"""What a key causes is over when nothing is printed for this long; a frame of an animation comes every 16 ms."""
+"""What a key causes is over when nothing is printed for this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,8 @@ def running(folder: str, *flags: str) -> Iterator[Terminal]:
 
 def spread(milliseconds: list[float]) -> str:
     """Median, the value that 95 % stay under, and the largest."""
-    most = statistics.quantiles(milliseconds, n=20)[-1]
-    return f"median {statistics.median(milliseconds):.0f} ms, 95th percentile {most:.0f} ms, worst {max(milliseconds):.0f} ms"
+    middle, most = statistics.median(milliseconds), statistics.quantiles(milliseconds, n=20)[-1]
+    return f"median {middle:.0f} ms, 95th percentile {most:.0f} ms, worst {max(milliseconds):.0f} ms"
 
 
 def say(words: str) -> None:

@@ -4,6 +4,7 @@ Of a long conversation only the messages around what is read are mounted; others
 near them, whether by mouse or by key.
 """
 
+import gc
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
@@ -11,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.layout import WidgetPlacement
+from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -26,8 +28,9 @@ SHOWN_AT_ONCE = 12
 STEP = 4
 """Messages mounted at least when the view comes near the edge of what is mounted."""
 KEPT_VIEWS = 2
-"""Messages further from the view than this many of its heights are unmounted: all that are mounted take part in
-every layout."""
+"""Messages further from the view than so many of its heights are unmounted: layouts take all others along."""
+CALM_S = 1.5
+"""So long after the last scrolling, memory is searched for what is left of unmounted messages."""
 MOUNTED_AT_MOST = 40
 """In a conversation that grows while its end is followed."""
 
@@ -96,6 +99,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """Whether messages are being mounted and unmounted."""
         self._looking_ahead = False
         """Whether they are going to be, after the next painting."""
+        self._calm: Timer | None = None
         self._held: tuple[Widget, int] | None = None
         """(a message, the row of the view that it begins in after the next layout)."""
         self._earlier, self._later = EarlierMessages(), LaterMessages()
@@ -201,8 +205,13 @@ class Transcript(VerticalScroll, can_focus=False):
         return (focused or answers)[-1]
 
     def scroll_page(self, pages: int) -> None:
-        """Scrolls a page up (-1) or down (1), at once: every frame of an animation would draw all of the text."""
-        (self.scroll_page_up if pages < 0 else self.scroll_page_down)(animate=False)
+        """Scrolls a page up (-1) or down (1), at once: an animation would draw all of it in each frame."""
+        rows = pages * self.scrollable_content_region.height
+        if self._held:  # a layout is under way that scrolls
+            block, row = self._held
+            self._held = (block, row - rows)
+        else:
+            self.scroll_to(y=self.scroll_y + rows, animate=False, immediate=True)
         # at the edge of what is mounted nothing moves, and more is to come all the same
         self._look_ahead()
 
@@ -268,6 +277,8 @@ class Transcript(VerticalScroll, can_focus=False):
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """Brings messages before the view comes to the edge of what is mounted."""
         super().watch_scroll_y(old_value, new_value)
+        if self._calm:
+            self._calm.reset()
         self._look_ahead()
 
     def process_layout(self, placements: list[WidgetPlacement]) -> list[WidgetPlacement]:
@@ -363,8 +374,6 @@ class Transcript(VerticalScroll, can_focus=False):
         try:
             # the end of what is mounted is not what the user follows where more comes after it
             follows = self._follows_end and self._window.stop == len(self._messages)
-            read = None if follows else self._in_view()
-            row = read.virtual_region.y - self.scroll_offset.y if read else 0
             before = [self._block(place) for place in range(start, self._window.start)]
             after = [self._block(place) for place in range(self._window.stop, stop)]
             self._window = range(start, stop)
@@ -374,8 +383,9 @@ class Transcript(VerticalScroll, can_focus=False):
                 await self._unmount(self._outside())
                 await self.mount_all(before, after=self._earlier)
                 await self.mount_all(after, before=self._later)
-                if read:
-                    self._hold(read, row)
+                # now, since the user may have scrolled meanwhile
+                if not follows and (read := self._in_view()):
+                    self._hold(read, row=read.virtual_region.y - self.scroll_offset.y)
         finally:
             self._moving = False
 
@@ -383,11 +393,17 @@ class Transcript(VerticalScroll, can_focus=False):
         """Removes widgets that won't be seen again."""
         gone = list(widgets)
         for widget in gone:
-            # Textual remembers the caches of the last thousand widgets: what is drawn in these would stay in memory,
-            # and every search for garbage would walk through it
+            # Textual remembers the caches of the last thousand widgets: what is drawn in these would stay in
+            # memory, and every search for garbage would walk through it
             for each in widget.walk_children(with_self=True):
                 each.refresh()
         await self.remove_children(gone)
+        # now would be a pause of a tenth of a second in mid-scroll; in a thread, it would be one as well
+        self._calm = self._calm or self.set_timer(CALM_S, self._collect)
+
+    def _collect(self) -> None:
+        self._calm = None
+        gc.collect()
 
     def _hold(self, block: MessageBlock, row: int) -> None:
         """Lets a message begin in this row of the view, whatever is mounted above it."""
@@ -442,7 +458,7 @@ class Transcript(VerticalScroll, can_focus=False):
             self._look_after_painting(self.show_later)
 
     def _look_after_painting(self, show: Callable[[], Awaitable[None]]) -> None:
-        """Brings messages once what was scrolled is on the screen, and more of them where those were short."""
+        """Brings messages once what was scrolled is painted, and more of them where those were short."""
         self._looking_ahead = True
 
         async def bring() -> None:
