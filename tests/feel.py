@@ -1,7 +1,7 @@
 """How the program feels, in figures: `python -m tests.feel` runs it in a pseudo-terminal on the real model.
 
 Measures from outside, as a user would: first paint, engine ready, how long a typed character takes to show
-with the engine idle and while it decodes on all cores, what an idle chat costs, and what the screen costs the
+with the engine idle, and while it reads or decodes on all cores, what an idle chat costs, and what the screen costs the
 decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
 
 `python -m tests.feel FOLDER decode` measures that last part alone, and `python -m tests.feel FOLDER scroll`
@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from kvchat.store import Store
-from tests.feel_scroll import report_scroll
+from tests.feel_scroll import LONG, report_scroll, save_conversations
 from tests.feel_terminal import Terminal, running, say, spread
 
 RUNS = 5
@@ -52,6 +52,24 @@ def echoes(terminal: Terminal) -> list[float]:
         terminal.send(key)
         times.append(terminal.wait_for(key) * 1000)
     return times
+
+
+def echoes_while_reading(folder: str) -> list[float]:
+    """Milliseconds until each of `KEYS` shows while 500 messages are read, of which nothing is cached."""
+    save_conversations(folder)
+    with running(folder, "-r", LONG) as terminal:
+        terminal.wait_for("ready")
+        terminal.drain(2.0)
+        terminal.send("Go on.\r")
+        terminal.drain(1.0)
+        times = echoes(terminal)
+        # Esc stops it, and the next question finds nothing cached again
+        terminal.send("\x1b")
+        terminal.wait_for("stopped")
+        # what is left in the prompt would be there again the next time
+        terminal.send("\x7f" * len(KEYS))
+        terminal.drain(2.0)
+        return times
 
 
 def decode_with_screen(folder: str, threads: int) -> tuple[float, float]:
@@ -129,6 +147,7 @@ def main() -> None:
         terminal.drain(3.0)
         busy = echoes(terminal)
         say(f"key echo, decoding  {spread(busy)}")
+    say(f"key echo, reading   {spread(echoes_while_reading(data_dir))}")
     report_decode(data_dir)
 
 
