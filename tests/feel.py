@@ -1,8 +1,8 @@
 """How the program feels, in figures: `python -m tests.feel` runs it in a pseudo-terminal on the real model.
 
 Measures from outside, as a user would: first paint, engine ready, how long a typed character takes to show
-with the engine idle, and while it reads or decodes on all cores, what an idle chat costs, and what the screen costs the
-decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
+with the engine idle, and while it reads or decodes on all cores, what an idle chat costs, and what the screen
+costs the decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
 
 `python -m tests.feel FOLDER decode` measures that last part alone, and `python -m tests.feel FOLDER scroll`
 something else: how soon a conversation of 500 messages opens, and how it scrolls.
