@@ -1,31 +1,27 @@
 """How the program feels, in figures: `python -m tests.feel` runs it in a pseudo-terminal on the real model.
 
 Measures from outside, as a user would: first paint, engine ready, how long a typed character takes to show
-with the engine idle and while it decodes on all cores, what an idle chat costs, and what the screen costs the
-decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
+with the engine idle, and while it reads or decodes on all cores, what an idle chat costs, and what the screen
+costs the decode: tokens a second with it against `kvchat run` without. Medians and 95th percentiles.
 
-`python -m tests.feel FOLDER decode` measures that last part alone.
+`python -m tests.feel FOLDER decode` measures that last part alone, and `python -m tests.feel FOLDER scroll`
+something else: how soon a conversation of 500 messages opens, and how it scrolls.
 """
 
-import fcntl
 import json
 import os
-import pty
-import select
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from kvchat.store import Store
+from tests.feel_scroll import LONG, report_scroll, save_conversations
+from tests.feel_terminal import Terminal, running, say, spread
 
 RUNS = 5
 STORY = "Write a very long story about the sea, with many chapters."
@@ -34,83 +30,6 @@ IDLE_S = 10.0
 KEYS = "§¶†‡жщфюэяъыξψωλδθπφÞßðþæøłżźć"
 """Characters that no answer contains, so that seeing one means the key was echoed."""
 BETWEEN_KEYS_S = 0.25
-ROWS, COLUMNS = 44, 150
-
-
-class Terminal:
-    """kvchat in a pseudo-terminal; what it prints is read as bytes."""
-
-    def __init__(self, folder: str, *flags: str) -> None:
-        self.started = time.perf_counter()
-        self._child, self._pty = pty.fork()
-        if self._child == 0:
-            os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-            os.execv(
-                sys.executable,
-                [
-                    sys.executable,
-                    "-m",
-                    "kvchat",
-                    "--temperature",
-                    "0",
-                    "--data-dir",
-                    folder,
-                    *(flags or ("--max-tokens", "2000")),
-                ],
-            )
-        fcntl.ioctl(self._pty, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-
-    def send(self, text: str) -> None:
-        """Types."""
-        os.write(self._pty, text.encode())
-
-    def wait_for(self, text: str, seconds: float = 60.0) -> float:
-        """Seconds until `text` is printed, from now on."""
-        started, seen = time.perf_counter(), b""
-        while text.encode() not in seen:
-            left = seconds - (time.perf_counter() - started)
-            if left <= 0 or not select.select([self._pty], [], [], left)[0]:
-                raise SystemExit(f"{text!r} did not appear within {seconds:.0f} s")
-            seen = seen[-200:] + os.read(self._pty, 65536)
-        return time.perf_counter() - started
-
-    def drain(self, seconds: float) -> None:
-        """Reads and forgets what is printed in the next `seconds`."""
-        until = time.perf_counter() + seconds
-        while (left := until - time.perf_counter()) > 0:
-            if select.select([self._pty], [], [], left)[0]:
-                os.read(self._pty, 65536)
-
-    def screen_cpu_s(self) -> float:
-        """Processor seconds of the process that draws, so far."""
-        times = psutil.Process(self._child).cpu_times()
-        return times.user + times.system
-
-    def cpu_s(self) -> float:
-        """Processor seconds of the program and its children so far."""
-        program = psutil.Process(self._child)
-        times = [p.cpu_times() for p in (program, *program.children(recursive=True))]
-        return sum(t.user + t.system for t in times)
-
-    def close(self) -> None:
-        """Quits, and waits for the end."""
-        self.send("\x11")
-        try:
-            while os.read(self._pty, 65536):
-                pass
-        except OSError:  # Linux says so when the other side is closed
-            pass
-        os.waitpid(self._child, 0)
-
-
-@contextmanager
-def running(folder: str, *flags: str) -> Iterator[Terminal]:
-    """The program, from its start to its end."""
-    terminal = Terminal(folder, *flags)
-    try:
-        yield terminal
-    finally:
-        terminal.close()
 
 
 def starts(folder: str) -> tuple[list[float], list[float]]:
@@ -133,6 +52,24 @@ def echoes(terminal: Terminal) -> list[float]:
         terminal.send(key)
         times.append(terminal.wait_for(key) * 1000)
     return times
+
+
+def echoes_while_reading(folder: str) -> list[float]:
+    """Milliseconds until each of `KEYS` shows while 500 messages are read, of which nothing is cached."""
+    save_conversations(folder)
+    with running(folder, "-r", LONG) as terminal:
+        terminal.wait_for("ready")
+        terminal.drain(2.0)
+        terminal.send("Go on.\r")
+        terminal.drain(1.0)
+        times = echoes(terminal)
+        # Esc stops it, and the next question finds nothing cached again
+        terminal.send("\x1b")
+        terminal.wait_for("stopped")
+        # what is left in the prompt would be there again the next time
+        terminal.send("\x7f" * len(KEYS))
+        terminal.drain(2.0)
+        return times
 
 
 def decode_with_screen(folder: str, threads: int) -> tuple[float, float]:
@@ -177,18 +114,6 @@ def report_decode(folder: str) -> None:
         )
 
 
-def spread(milliseconds: list[float]) -> str:
-    """Median, and the value that 95 % stay under."""
-    worst = statistics.quantiles(milliseconds, n=20)[-1]
-    return f"median {statistics.median(milliseconds):.0f} ms, 95th percentile {worst:.0f} ms"
-
-
-def say(words: str) -> None:
-    """One line of the report."""
-    sys.stdout.write(words + "\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
     """Measures and reports."""
     data_dir = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
@@ -201,6 +126,9 @@ def main() -> None:
     os.environ["KVCHAT_MODEL"] = str(folder)
     if sys.argv[2:] == ["decode"]:
         report_decode(data_dir)
+        return
+    if sys.argv[2:] == ["scroll"]:
+        report_scroll(data_dir)
         return
     paints, readies = starts(data_dir)
     say(f"first paint   median {statistics.median(paints):.2f} s, slowest {max(paints):.2f} s")
@@ -219,6 +147,7 @@ def main() -> None:
         terminal.drain(3.0)
         busy = echoes(terminal)
         say(f"key echo, decoding  {spread(busy)}")
+    say(f"key echo, reading   {spread(echoes_while_reading(data_dir))}")
     report_decode(data_dir)
 
 

@@ -1,5 +1,6 @@
 """Reading a conversation: a window over many messages, walking over them by key, and taking text out."""
 
+import re
 from asyncio import gather
 
 import pyperclip
@@ -8,6 +9,7 @@ from textual.widgets import Static
 
 from kvchat.session import Session
 from kvchat.ui import clipboard as system
+from kvchat.ui.widgets.markdown import MarkdownText
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
 from kvchat.ui.widgets.transcript import MOUNTED_AT_MOST, SHOWN_AT_ONCE, EarlierMessages, LaterMessages
 from tests.ui.driving import Chat, running, saved_conversation, session_over
@@ -104,6 +106,41 @@ async def test_what_is_read_stays_in_its_place_when_messages_come_above_it() -> 
         assert places(chat)[0] < top
         text = [line[34:76] for line in chat.visible().splitlines()]
         assert text == [line[34:76] for line in before.splitlines()]
+
+
+@pytest.mark.parametrize("rows", [30, 90])
+async def test_pages_show_every_message_on_the_way_up_and_down(rows: int) -> None:
+    async with running(session=long_talk(60, lines=3), size=(116, rows)) as chat:
+        await chat.until_visible("assistant 59, line 2")
+        for pages, last in ((-1, "user 0, line 2"), (1, "assistant 59, line 2")):
+            seen: set[str] = set()
+            while last not in seen:
+                seen |= set(re.findall(r"(?:user|assistant) \d+, line \d", chat.visible()))
+                chat.transcript.scroll_page(pages)
+                await chat.pilot.pause(0.05)
+            assert len(seen) == 120 * 3
+
+
+async def test_scrolling_on_at_the_end_of_what_is_mounted_does_not_follow_the_end() -> None:
+    async with running(session=long_talk(60, lines=3)) as chat:
+        await chat.transcript.go_to(10)
+        await chat.until_visible("user 5, line 0")
+        chat.transcript.scroll_to(y=chat.transcript.max_scroll_y, animate=False, immediate=True)
+        read = chat.transcript._in_view()
+        assert read
+        await chat.pilot.pause(0.1)
+        assert chat.transcript._in_view() is read
+
+
+async def test_what_is_no_longer_mounted_keeps_nothing_that_was_drawn() -> None:
+    async with running(session=long_talk(60, lines=3)) as chat:
+        await chat.until_visible("assistant 59, line 2")
+        gone = list(chat.transcript.query(MarkdownText))
+        assert any(each._styles_cache._cache for each in gone)
+        await chat.transcript.go_to(0)
+        await chat.pilot.pause()
+        assert not any(each.is_attached or each._settled or each._last for each in gone)
+        assert not any(each._styles_cache._cache for each in gone)
 
 
 async def test_home_goes_to_the_first_message_and_end_follows_the_last_one() -> None:

@@ -1,5 +1,6 @@
 """The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
 
+import gc
 import time
 from importlib import import_module
 from pathlib import Path
@@ -40,7 +41,21 @@ PANEL_EVERY_S = 1.0
 """The figures are drawn this often at most while an answer streams."""
 DRAWING = "kvchat.ui.widgets.drawing"
 """What draws answers; heavy, and not needed before there is one."""
+SELDOM = 50
+"""Searches among younger objects for each one among all."""
 NONE_YET = "None yet. The first message starts one; it is kept here, with its cache."
+
+
+def prepare_drawing() -> None:
+    """Imports what draws answers, so that it is there by the time that the model answers.
+
+    What is there by then stays: searches for garbage that walk through all of it are pauses that can be seen.
+    And those that walk through everything else are left to the transcript, which has calm moments for them.
+    """
+    import_module(DRAWING)
+    gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, SELDOM)
 
 
 class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramActions):
@@ -89,8 +104,7 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
         await self._opened(typed=self._prompt.text)
         if self.first_command:
             await self.run_action(self.first_command)
-        # by the time that the model answers it is there
-        Thread(target=import_module, args=(DRAWING,), daemon=True, name="drawing").start()
+        Thread(target=prepare_drawing, daemon=True, name="drawing").start()
 
     def _gather(self) -> None:
         """Makes who works with the session; imported here, since nothing of it is painted first."""

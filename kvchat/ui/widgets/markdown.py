@@ -102,6 +102,10 @@ class MarkdownText(Widget):
         else:
             self.refresh(layout=True)
 
+    def on_unmount(self) -> None:
+        """Frees the lines at once: a widget is garbage that only a search finds, and that is a pause."""
+        self._settled, self._last, self._width = [], [], 0
+
     def mark(self, pattern: re.Pattern[str] | None) -> None:
         """Marks what matches, where it stands on one line."""
         self._found = pattern

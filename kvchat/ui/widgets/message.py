@@ -175,7 +175,8 @@ class UserMessage(MessageBlock):
     def compose(self) -> ComposeResult:
         yield Static(f"you · {self.number}", classes="who", markup=False)
         yield self._body
-        yield self._more
+        if self._rest():
+            yield self._more
 
     @property
     def text(self) -> str:
@@ -274,7 +275,9 @@ class AnswerMessage(MessageBlock):
 
     def compose(self) -> ComposeResult:
         yield Static(Content(one_line(self._who)), classes="who")
-        yield self._thinking
+        # an answer that is over goes on thinking no more, and a widget less is a tenth less to mount
+        if self._stream.thinking or not self._raw:
+            yield self._thinking
         yield self._markdown
         yield self._note
 

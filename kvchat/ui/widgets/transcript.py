@@ -4,12 +4,15 @@ Of a long conversation only the messages around what is read are mounted; others
 near them, whether by mouse or by key.
 """
 
+import gc
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from textual.containers import VerticalScroll
 from textual.content import Content
+from textual.layout import WidgetPlacement
+from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -23,9 +26,13 @@ P = ParamSpec("P")
 SHOWN_AT_ONCE = 12
 """Messages mounted when a conversation opens."""
 STEP = 4
-"""Messages mounted when the view comes near the edge of what is mounted."""
+"""Messages mounted at least when the view comes near the edge of what is mounted."""
+KEPT_VIEWS = 2
+"""Messages further from the view than so many of its heights are unmounted: layouts take all others along."""
+CALM_S = 1.5
+"""So long after the last scrolling, memory is searched for what is left of unmounted messages."""
 MOUNTED_AT_MOST = 40
-"""Every mounted message takes part in every layout."""
+"""In a conversation that grows while its end is followed."""
 
 
 def one_at_a_time(
@@ -90,6 +97,11 @@ class Transcript(VerticalScroll, can_focus=False):
         self._who = ""
         self._moving = False
         """Whether messages are being mounted and unmounted."""
+        self._looking_ahead = False
+        """Whether they are going to be, after the next painting."""
+        self._calm: Timer | None = None
+        self._held: tuple[Widget, int] | None = None
+        """(a message, the row of the view that it begins in after the next layout)."""
         self._earlier, self._later = EarlierMessages(), LaterMessages()
         self.unfolded = False
         """Whether the thinking of answers is shown."""
@@ -121,15 +133,19 @@ class Transcript(VerticalScroll, can_focus=False):
     @one_at_a_time
     async def show_earlier(self) -> None:
         """Mounts some of the messages that come before."""
-        start, stop = max(0, self._window.start - STEP), self._window.stop
+        end = self.scroll_y + (1 + KEPT_VIEWS) * self.size.height
+        kept = [block.place for block in self._blocks() if block.virtual_region.y < end]
         # the answer that streams stands after the last message: that one stays
-        await self._move(start, stop if self._streams_here else min(stop, start + MOUNTED_AT_MOST))
+        stop = self._window.stop if self._streams_here or not kept else kept[-1] + 1
+        await self._move(max(0, self._window.start - self._screenful), stop)
 
     @one_at_a_time
     async def show_later(self) -> None:
         """Mounts some of the messages that come after."""
-        stop = min(len(self._messages), self._window.stop + STEP)
-        await self._move(max(self._window.start, stop - MOUNTED_AT_MOST), stop)
+        start = self.scroll_y - KEPT_VIEWS * self.size.height
+        kept = [block.place for block in self._blocks() if block.virtual_region.bottom > start]
+        stop = min(len(self._messages), self._window.stop + self._screenful)
+        await self._move(kept[0] if kept else self._window.start, stop)
 
     @one_at_a_time
     async def show_end(self) -> None:
@@ -152,8 +168,7 @@ class Transcript(VerticalScroll, can_focus=False):
         if words:
             block.highlight(words)
         self.screen.set_focus(block, scroll_visible=False)
-        self._lay_out()
-        self.scroll_to(y=max(0, block.virtual_region.y - 1), animate=False, immediate=True)
+        self._hold(block, row=1)
 
     def leave_out(self, count: int) -> None:
         """Dims the oldest messages: the model doesn't see them any more."""
@@ -190,8 +205,15 @@ class Transcript(VerticalScroll, can_focus=False):
         return (focused or answers)[-1]
 
     def scroll_page(self, pages: int) -> None:
-        """Scrolls a page up (-1) or down (1)."""
-        (self.scroll_page_up if pages < 0 else self.scroll_page_down)()
+        """Scrolls a page up (-1) or down (1), at once: an animation would draw all of it in each frame."""
+        rows = pages * self.scrollable_content_region.height
+        if self._held:  # a layout is under way that scrolls
+            block, row = self._held
+            self._held = (block, row - rows)
+        else:
+            self.scroll_to(y=self.scroll_y + rows, animate=False, immediate=True)
+        # at the edge of what is mounted nothing moves, and more is to come all the same
+        self._look_ahead()
 
     @one_at_a_time
     async def ask(self, messages: Sequence[Message]) -> None:
@@ -255,7 +277,25 @@ class Transcript(VerticalScroll, can_focus=False):
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """Brings messages before the view comes to the edge of what is mounted."""
         super().watch_scroll_y(old_value, new_value)
+        if self._calm:
+            self._calm.reset()
         self._look_ahead()
+
+    def process_layout(self, placements: list[WidgetPlacement]) -> list[WidgetPlacement]:
+        """Scrolls to the message that is held, once its place is known and before anything is painted.
+
+        Scrolling after the layout would show the text in two places, one frame after the other.
+        """
+        held, row = self._held or (None, 0)
+        for placement in placements:
+            if placement.widget is held:
+                self._held = None
+                top = max(0, placement.region.y - row)
+                # set, not assigned: the layout under way sees it, and asks for no other one
+                self.set_reactive(Widget.scroll_y, top)
+                self.set_reactive(Widget.scroll_target_y, top)
+                self.vertical_scrollbar.position = top
+        return super().process_layout(placements)
 
     def action_scroll_home(self) -> None:
         """Goes to the first message of all."""
@@ -285,7 +325,9 @@ class Transcript(VerticalScroll, can_focus=False):
             following = blocks.index(block) + step if block in blocks else -1
         if 0 <= following < len(blocks):
             self.screen.set_focus(blocks[following], scroll_visible=False)
-            self._bring_into_view(blocks[following], step)
+            # one that was just mounted has no place before the next layout
+            bring = self._bring_into_view if blocks[following].region else self._bring_when_laid_out
+            bring(blocks[following], step)
         elif step > 0:
             self.screen.query_one("#prompt").focus()
 
@@ -316,7 +358,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self._moving = True
         try:
             async with self.batch():
-                await self.remove_children()
+                await self._unmount(self.children)
                 shown = blocks + self._streaming_again() or [Welcome()]
                 await self.mount_all([self._earlier, *shown, self._later])
             self._count()
@@ -330,29 +372,50 @@ class Transcript(VerticalScroll, can_focus=False):
             return
         self._moving = True
         try:
-            read = self._in_view()
-            offset = read.virtual_region.y - self.scroll_y if read else 0
+            # the end of what is mounted is not what the user follows where more comes after it
+            follows = self._follows_end and self._window.stop == len(self._messages)
             before = [self._block(place) for place in range(start, self._window.start)]
             after = [self._block(place) for place in range(self._window.stop, stop)]
             self._window = range(start, stop)
             after += self._streaming_again()
             self._count()
             async with self.batch():
-                await self.remove_children(list(self._outside()))
+                await self._unmount(self._outside())
                 await self.mount_all(before, after=self._earlier)
                 await self.mount_all(after, before=self._later)
-                if read and not self._follows_end:
-                    self._lay_out()
-                    self.scroll_to(y=read.virtual_region.y - offset, animate=False, immediate=True)
+                # now, since the user may have scrolled meanwhile
+                if not follows and (read := self._in_view()):
+                    self._hold(read, row=read.virtual_region.y - self.scroll_offset.y)
         finally:
             self._moving = False
 
-    def _lay_out(self) -> None:
-        """Finds out where messages stand, before anything is painted: else the text would jump.
+    async def _unmount(self, widgets: Iterable[Widget]) -> None:
+        """Removes widgets that won't be seen again."""
+        gone = list(widgets)
+        for widget in gone:
+            # Textual remembers the caches of the last thousand widgets: what is drawn in these would stay in
+            # memory, and every search for garbage would walk through it
+            for each in widget.walk_children(with_self=True):
+                each.refresh()
+        await self.remove_children(gone)
+        # now would be a pause of a tenth of a second in mid-scroll; in a thread, it would be one as well
+        self._calm = self._calm or self.set_timer(CALM_S, self._collect)
 
-        Textual's public ways to ask for a layout all come with the next painting.
-        """
-        self.screen._refresh_layout()
+    def _collect(self) -> None:
+        self._calm = None
+        gc.collect()
+
+    def _hold(self, block: MessageBlock, row: int) -> None:
+        """Lets a message begin in this row of the view, whatever is mounted above it."""
+        self.release_anchor()
+        self._held = (block, row)
+        block.refresh(layout=True)
+
+    @property
+    def _screenful(self) -> int:
+        """About how many messages fill the view."""
+        rows = max(1, self.virtual_size.height // max(1, len(self._window)))
+        return min(SHOWN_AT_ONCE, max(STEP, self.size.height // rows))
 
     @property
     def _follows_end(self) -> bool:
@@ -386,18 +449,24 @@ class Transcript(VerticalScroll, can_focus=False):
             await self._move(self._window.stop - SHOWN_AT_ONCE, self._window.stop)
 
     def _look_ahead(self) -> None:
-        if self._moving or not self.is_attached or not self.size.height:
+        if self._moving or self._looking_ahead or not self.is_attached or not self.size.height:
             return
         margin = self.size.height
         if self.scroll_y < margin and self._window.start > 0:
-            self.call_later(self._again, self.show_earlier)
+            self._look_after_painting(self.show_earlier)
         elif self.max_scroll_y - self.scroll_y < margin and self._window.stop < len(self._messages):
-            self.call_later(self._again, self.show_later)
+            self._look_after_painting(self.show_later)
 
-    async def _again(self, show: Callable[[], Awaitable[None]]) -> None:
-        """Brings messages, and more of them where those were short."""
-        await show()
-        self.call_after_refresh(self._look_ahead)
+    def _look_after_painting(self, show: Callable[[], Awaitable[None]]) -> None:
+        """Brings messages once what was scrolled is painted, and more of them where those were short."""
+        self._looking_ahead = True
+
+        async def bring() -> None:
+            self._looking_ahead = False
+            await show()
+            self.call_after_refresh(self._look_ahead)
+
+        self.call_after_refresh(bring)
 
     def _in_view(self) -> MessageBlock | None:
         """The message that the top of the view is in."""
@@ -412,6 +481,9 @@ class Transcript(VerticalScroll, can_focus=False):
             self.scroll_to(y=max(top, bottom) if region.height > self.size.height else top, animate=False)
         elif step > 0 and bottom > self.scroll_y:
             self.scroll_to(y=min(top, bottom), animate=False)
+
+    def _bring_when_laid_out(self, block: MessageBlock, step: int) -> None:
+        self.call_after_refresh(self._bring_into_view, block, step)
 
     def _count(self) -> None:
         """Says how many messages are not mounted."""
