@@ -174,18 +174,27 @@ inline void ask_for(const T* from, int64_t count) {  // what is read soon
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
-// (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of four vectors; wider ones are folded first
-inline void sum_lanes(const Floats v[4], float* to) {
-  const auto folded = [](Floats a) -> EightFloats {
-    if constexpr (kLanes == 8) return load<EightFloats>(&a);
-    else return load<EightFloats>(&a) + load<EightFloats>(reinterpret_cast<const float*>(&a) + 8);
+// (0 + 1) + (2 + 3) + ((4 + 5) + (6 + 7)) of the lanes of each vector; wide ones are folded first.
+constexpr int64_t kSummed = kLanes / 2;
+inline void sum_lanes(const Floats v[kSummed], float* to) {
+#ifdef __AVX512F__
+  using V = __m512;
+  const auto folded = [](Floats a, Floats b) {
+    return _mm512_shuffle_f32x4((V)a, (V)b, 0x44) + _mm512_shuffle_f32x4((V)a, (V)b, 0xEE);
   };
-  const auto pairs = [](EightFloats a, EightFloats b) {
+  const auto pairs = [](V a, V b) { return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xDD); };
+  const V low = pairs(folded(v[0], v[4]), folded(v[1], v[5])), high = pairs(folded(v[2], v[6]), folded(v[3], v[7]));
+  const V sums = pairs(low, high);
+  const V eight = _mm512_shuffle_f32x4(sums, sums, 0x88) + _mm512_shuffle_f32x4(sums, sums, 0xDD);
+  store(to, _mm512_castps512_ps256(eight));
+#else
+  const auto pairs = [](Floats a, Floats b) {
     return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
            __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
   };
-  const EightFloats sums = pairs(pairs(folded(v[0]), folded(v[1])), pairs(folded(v[2]), folded(v[3])));
+  const Floats sums = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
   store(to, __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7));
+#endif
 }
 
 // The lanes of a vector put together: halves first.
@@ -193,7 +202,8 @@ template <typename Fold>
 inline float fold(Floats v, const Fold& pair) {
   EightFloats eight = load<EightFloats>(&v);
   if constexpr (kLanes == 16) eight = pair(eight, load<EightFloats>(reinterpret_cast<const float*>(&v) + 8));
-  const FourFloats four = pair(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  const FourFloats four =
+      pair(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
   const FourFloats two = pair(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
   return pair(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
@@ -204,7 +214,8 @@ inline Floats exponential(Floats x) {
   const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
   const Floats shifted = x + magic, f = x - (shifted - magic);
   Floats p = all(0.000154035304f);
-  for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) p = fused(p, f, all(c));
+  for (float c : {0.00133335581f, 0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f})
+    p = fused(p, f, all(c));
   const Ints exponent = (Ints)shifted - (Ints)magic + 127;
   return p * (Floats)(exponent << 23);
 }
@@ -213,9 +224,8 @@ inline Floats exponential(Floats x) {
 
 constexpr int64_t kGroup = 32;    // weights of a row that share a scale
 constexpr int64_t kTile = 8;      // rows whose weights lie together
-constexpr int64_t kFewTokens = 4;  // are multiplied in one go where vectors are narrow
-constexpr int64_t kManyTokens = 8;  // where they are wide
-constexpr int64_t kBlock = 64;    // tokens that share what was unpacked, where vectors are wide
+constexpr int64_t kTogether = 4;  // tokens that are multiplied in one go where nothing stays unpacked
+constexpr int64_t kBlock = 64;    // tokens that share what was unpacked
 constexpr int64_t kSerial = 1 << 16;  // products that are not worth another thread
 constexpr int64_t kPieces = 4;    // for each thread
 
@@ -273,7 +283,7 @@ void multiply_few(const uint8_t* weights, const Rounded& states, int64_t first, 
   EightFloats result[kTiles][kTokens] = {};
   for (int64_t g = 0; g < groups; ++g) {
     EightInts sum[kTiles][kTokens] = {};
-    for (int r = 0; r < kTiles; ++r)
+    for (int r = 0; r < kTiles && first == 0; ++r)  // later tokens find the weights in the cache
       ask_for(weights + (r * groups + g) * kBlockBytes<kBits> + ahead, kBlockBytes<kBits>);
     const int64_t at = g * states.tokens + first;
     const int16_t* numbers = states.numbers.get() + at * kGroup;
@@ -294,11 +304,11 @@ void multiply_few(const uint8_t* weights, const Rounded& states, int64_t first, 
     for (int r = 0; r < kTiles; ++r) {
       const uint8_t* scales = weights + (r * groups + g) * kBlockBytes<kBits> + kBits * sizeof(SixteenShorts);
       const auto scale = halves<EightFloats>(scales);
+      const auto minimum = halves<EightFloats>(scales + (kBits == 4 ? 2 * kTile : 0));
       for (int n = 0; n < kTokens; ++n) {
         const auto whole = __builtin_convertvector(sum[r][n], EightFloats);
         result[r][n] = fused(whole, scale * states.scales[at + n], result[r][n]);
-        if constexpr (kBits == 4)
-          result[r][n] = fused(halves<EightFloats>(scales + 2 * kTile), all<EightFloats>(states.sums[at + n]), result[r][n]);
+        if constexpr (kBits == 4) result[r][n] = fused(minimum, all<EightFloats>(states.sums[at + n]), result[r][n]);
       }
     }
   }
@@ -310,12 +320,12 @@ void multiply_few(const uint8_t* weights, const Rounded& states, int64_t first, 
 template <int kBits>
 struct Unpacked {
   static constexpr int kVectors = 2;
-  static constexpr int64_t kRows = kVectors * kLanes, kTiles = kRows / kTile;
+  static constexpr int64_t kTilesOfVector = kLanes / kTile, kTiles = kVectors * kTilesOfVector, kRows = kTiles * kTile;
   Shorts weights[kGroup / 2][kVectors];
   Floats scales[kVectors], minima[kVectors];
 
   Unpacked(const uint8_t* from, int64_t tile_bytes) {
-    constexpr int64_t kTilesOfVector = kLanes / kTile, kScales = kTile * kGroup * kBits / 8;
+    constexpr int64_t kScales = kTile * kGroup * kBits / 8;
     for (int r = 0; r < kVectors; ++r, from += kTilesOfVector * tile_bytes) {
       const auto wide = [&]<typename V>(int64_t offset, V (*tile)(const void*), auto whole) {
         if constexpr (kTilesOfVector == 1) return tile(from + offset);
@@ -346,7 +356,8 @@ struct Unpacked {
     for (int v = 0; v < kVectors; ++v) {
       for (int n = 0; n < kTokens; ++n) {
         float* at = to + n * kRows + v * kLanes;
-        Floats result = fused(__builtin_convertvector(sum[n][v], Floats), scales[v] * token_scales[n], load<Floats>(at));
+        const auto whole = __builtin_convertvector(sum[n][v], Floats);
+        Floats result = fused(whole, scales[v] * token_scales[n], load<Floats>(at));
         if constexpr (kBits == 4) result = fused(minima[v], all(sums[n]), result);
         store(at, result);
       }
@@ -360,35 +371,37 @@ void multiply_block(const uint8_t* weights, const Rounded& states, int64_t first
                     int64_t stride) {
   constexpr int64_t kRows = Unpacked<kBits>::kRows, kTiles = Unpacked<kBits>::kTiles;
   const int64_t tile_bytes = states.groups * kBlockBytes<kBits>;
-  constexpr int kTogether = kLanes == 16 ? 8 : 4;  // tokens whose sums fit into registers
   alignas(kBytes) float results[kBlock * kRows];
   std::fill(results, results + count * kRows, 0.0f);
   for (int64_t g = 0; g < states.groups; ++g) {
-    for (int64_t t = 0; t < kTiles; ++t) ask_for(weights + (kTiles + t) * tile_bytes + g * kBlockBytes<kBits>, kBlockBytes<kBits>);
-    const Unpacked<kBits> group(weights + g * kBlockBytes<kBits>, tile_bytes);
+    const uint8_t* from = weights + g * kBlockBytes<kBits>;
+    for (int64_t t = 0; t < kTiles; ++t) ask_for(from + (kTiles + t) * tile_bytes, kBlockBytes<kBits>);
+    const Unpacked<kBits> group(from, tile_bytes);
     const int64_t at = g * states.tokens + first;
     const auto multiply = [&]<int kTokens>(int64_t n) {
-      group.template multiply<kTokens>(states.numbers.get() + (at + n) * kGroup, &states.scales[at + n], &states.sums[at + n], results + n * kRows);
+      group.template multiply<kTokens>(states.numbers.get() + (at + n) * kGroup, &states.scales[at + n],
+                                       &states.sums[at + n], results + n * kRows);
     };
     int64_t n = 0;
-    for (; n + kTogether <= count; n += kTogether) multiply.template operator()<kTogether>(n);
-    if (kTogether > 4 && n + 4 <= count) multiply.template operator()<4>(n), n += 4;
+    for (; n + 8 <= count; n += 8) multiply.template operator()<8>(n);  // their sums fit into registers
+    if (n + 4 <= count) multiply.template operator()<4>(n), n += 4;
     if (n + 2 <= count) multiply.template operator()<2>(n), n += 2;
     if (n < count) multiply.template operator()<1>(n);
   }
   for (int64_t n = 0; n < count; ++n)
     std::memcpy(to + (first + n) * stride, results + n * kRows, kRows * sizeof(float));
 }
-// `tiles` tiles of rows times `count` tokens from `first` on, both few.
+// `tiles` tiles of rows times `count` tokens from `first` on.
 template <int kBits>
-void multiply_tiles(const uint8_t* weights, const Rounded& states, int64_t first, int64_t count, float* to, int64_t tiles, int64_t stride) {
+void multiply_tiles(const uint8_t* weights, const Rounded& states, int64_t first, int64_t count, float* to,
+                    int64_t tiles, int64_t stride) {
   for (; tiles > 0; tiles -= 2, weights += 2 * states.groups * kBlockBytes<kBits>, to += 2 * kTile)
-    for (int64_t n = first, left; (left = first + count - n) > 0; n += kFewTokens) {
+    for (int64_t n = first, left; (left = first + count - n) > 0; n += kTogether) {
       const auto multiply = [&]<int kTokens>() {
         const auto apply = tiles > 1 ? multiply_few<kBits, 2, kTokens> : multiply_few<kBits, 1, kTokens>;
         apply(weights, states, n, to, stride);
       };
-      if (left >= 4) multiply.template operator()<4>();
+      if (left >= kTogether) multiply.template operator()<kTogether>();
       else if (left == 3) multiply.template operator()<3>();
       else if (left == 2) multiply.template operator()<2>();
       else multiply.template operator()<1>();
@@ -674,13 +687,13 @@ struct Attention {
 // Scores of queries against `kAtOnce` keys; both `padded` numbers wide.
 template <int kRows, typename Source>
 inline void score(const float* queries, const Source& keys, int64_t padded, float* to) {
-  for (int64_t k = 0; k < kAtOnce; k += 4) {
-    keys.ask(k, 4);
-    Floats sum[kRows][4] = {};
+  for (int64_t k = 0; k < kAtOnce; k += kSummed) {
+    keys.ask(k, kSummed);
+    Floats sum[kRows][kSummed] = {};
     for (int64_t i = 0; i < padded; i += kLanes) {
       Floats query[kRows];
       for (int r = 0; r < kRows; ++r) query[r] = load<Floats>(queries + r * padded + i);
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kSummed; ++j) {
         const Floats key = keys.at(k + j, i);
         for (int r = 0; r < kRows; ++r) sum[r][j] = fused(query[r], key, sum[r][j]);
       }
@@ -698,7 +711,10 @@ inline void transpose(const float* from, int64_t padded, float* to) {
 #pragma GCC unroll 4
       for (int half = kLanes / 2; half; half /= 2) {  // two rows of halves change places, then of quarters, ...
         Ints low, high;
-        for (int l = 0; l < kLanes; ++l) low[l] = l & half ? kLanes + (l ^ half) : l, high[l] = l & half ? kLanes + l : l ^ half;
+        for (int l = 0; l < kLanes; ++l) {
+          low[l] = l & half ? kLanes + (l ^ half) : l;
+          high[l] = l & half ? kLanes + l : l ^ half;
+        }
 #pragma GCC unroll 16
         for (int k = 0; k < kLanes; ++k)
           if (const Floats a = square[k], b = square[k | half]; !(k & half))
@@ -811,8 +827,7 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
     for (int64_t t = std::max<int64_t>(0, last + 1); t < kChunk; ++t) s[t] = kLowest;
     Floats top = all(kLowest);
     for (int64_t t = 0; t < kChunk; t += kLanes) top = larger(top, load<Floats>(s + t));
-    float peak = kLowest;
-    for (int64_t i = 0; i < kLanes; ++i) peak = std::max(peak, top[i]);
+    const float peak = fold(top, [](auto a, auto b) { return a > b ? a : b; });
     part.peaks[r] = peak;
     if (from > last) continue;
     Floats total = all(0);
@@ -822,10 +837,7 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
       total += weight;
       store(s + t, weight);
     }
-    const Floats totals[4] = {total, total, total, total};
-    float four[4];
-    sum_lanes(totals, four);
-    part.totals[r] = four[0];
+    part.totals[r] = fold(total, [](auto a, auto b) { return a + b; });
   }
   std::fill(part.sums, part.sums + rows * how.value_padded, 0.0f);
   for (int64_t at = start; at < end; at += kAtOnce)
