@@ -82,12 +82,6 @@ class House:
 
 
 @pytest.fixture
-def loaded(tiny: LoadedModel) -> LoadedModel:
-    """The tiny model: the real one has a test of its own below."""
-    return tiny
-
-
-@pytest.fixture
 def house(loaded: LoadedModel, tmp_path: Path) -> Iterator[House]:
     house = House(tmp_path / "shelf", loaded)
     yield house

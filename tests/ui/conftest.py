@@ -35,8 +35,6 @@ def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _rare_collections() -> Iterator[None]:
     """Every app makes many small objects: looking for garbage among them took a quarter of the time."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
