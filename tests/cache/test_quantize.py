@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from kvchat.cache.codes import BLOCK, PER_CHANNEL, PER_TOKEN, dequantise, quantise
 from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import GROWTH_STEP, GrowableLayer, HeadShape, StoredLayer
-from kvchat.cache.quantize import BLOCK, PER_CHANNEL, PER_TOKEN, QuantizedLayer, convert, dequantise, quantise
+from kvchat.cache.quantize import QuantizedLayer, convert
 from kvchat.engine.load import LoadedModel
 
 SHAPE = HeadShape(2, 16, 12)

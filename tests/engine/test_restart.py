@@ -11,7 +11,8 @@ from transformers import MambaConfig
 
 from kvchat.cache.fingerprint import WORDS, Fingerprint
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.shelf import Shelf, read_segment, segment_files
+from kvchat.cache.segment import read_segment
+from kvchat.cache.shelf import Shelf, segment_files
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
