@@ -640,7 +640,7 @@ def real(smollm2: LoadedModel) -> LoadedModel:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("text", [building.TEXT.read_text()[:2000], sentences(30), TRAINING_TEXT])
+@pytest.mark.parametrize("text", [building.TEXT.read_text()[:2000], TRAINING_TEXT], ids=["prose", "other"])
 def test_a_real_models_step_says_what_the_model_says(
     smollm2: LoadedModel, real: LoadedModel, text: str
 ) -> None:
