@@ -767,7 +767,7 @@ events = st.one_of(
 )
 
 
-@given(st.lists(st.tuples(st.floats(0, 2 * BATCH_S), events), max_size=12))
+@given(st.lists(st.tuples(st.floats(0, 2 * BATCH_S), events)))
 def test_batching_loses_nothing_and_keeps_the_order(timed: list[tuple[float, TurnEvent]]) -> None:
     def unbatched(passed: Sequence[tuple[float, TurnEvent]]) -> list[object]:
         """Texts between the other events, and these."""
