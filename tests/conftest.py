@@ -72,14 +72,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Some tests take more, and whoever loads a model: small ones are several times slower with them."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
     """The tiny Llama with its tokenizer."""
-    import torch
-
     from tests.tiny import tiny_loaded
 
-    torch.set_num_threads(THREADS)
     return tiny_loaded()
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -163,9 +163,7 @@ def built(request: pytest.FixtureRequest) -> Built:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
+def two_threads() -> None:
     torch.set_num_threads(2)
 
 
