@@ -62,7 +62,7 @@ def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) 
     if as_csv:
         _write_csv(events)
         return
-    from kvchat.cache.shelf import SnapshotRefused
+    from kvchat.cache.segment import SnapshotRefused
 
     try:
         chain, damage = _shelf(paths).chain(conversation), ""

@@ -97,11 +97,10 @@ def cli() -> None:
 @cli.command()
 @model_options
 @chat_options
-@click.option("--tour", is_flag=True, hidden=True)
 @screen_options
 @click.option("--plain", is_flag=True, help="Line by line, without a screen: for screen readers.")
 @click.pass_context
-def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN401 - click's own
+def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: Any) -> None:  # noqa: ANN401
     """Open the chat."""
     from kvchat.diagnose import report_on_signal
     from kvchat.link import EngineOptions, LinkedEngine, allow_spawning
@@ -176,8 +175,8 @@ def chat(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN
             preferences=preferences,
             shelf=shelf,
         )
-        if given["tour"]:
-            app.begin_with("tour")
+        if begin_with:
+            app.begin_with(begin_with)
         app.run()
         code = app.return_code or 0
     options.log_file.unlink(missing_ok=True)
@@ -201,7 +200,7 @@ def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's
 
     Works offline once the model is here; nothing of it is kept.
     """
-    ctx.invoke(chat, tour=True, **given)
+    ctx.invoke(chat, begin_with="tour", **given)
 
 
 @cli.command()

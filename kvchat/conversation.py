@@ -5,7 +5,7 @@ conversation's `head` says which leaf is shown. It knows no storage and no engin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvchat.attachments import parse_attachments
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
@@ -74,6 +74,16 @@ class Conversation:
             if read > self.left_out:
                 return index
         return len(self.messages)
+
+    def showing(self, messages: tuple[Message, ...]) -> "Conversation":
+        """This conversation on another branch.
+
+        What was left out stays so, unless that would leave nothing. It is counted as an engine counts:
+        unanswered questions in a row are one message.
+        """
+        other = replace(self, messages=messages)
+        read = replace(other, system_prompt="").prompt()
+        return replace(other, left_out=self.left_out if len(read) > self.left_out else 0)
 
     def question(self, number: str) -> Message | None:
         """A question by its number, from 1; the last one for an empty `number`."""

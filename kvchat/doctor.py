@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import click
 
 from kvchat.catalog import DEFAULT_MODEL, WheelSource, find_card
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, reason
 from kvchat.flags import data_dir, setting
 from kvchat.locate import installed, is_prepared
 from kvchat.paths import Paths, find_paths
@@ -82,6 +83,7 @@ def examine(paths: Paths, model: str) -> Iterator[Finding]:
     yield libraries()
     yield weights(paths, model)
     yield disk(paths)
+    yield folders(paths)
     yield terminal(os.environ, shutil.get_terminal_size((0, 0)))
 
 
@@ -186,6 +188,19 @@ def disk(paths: Paths) -> Finding:
         means = "saved caches may take 4 GB (--kv-disk): they are dropped, the oldest first, when it is full."
         return Finding("disk", f"{megabytes(free)} free", means, Verdict.SLOW)
     return Finding("disk", f"{megabytes(free)} free", "conversations and their caches have room.")
+
+
+def folders(paths: Paths) -> Finding:
+    """Whether what has to be kept can be written, by trying."""
+    for place in dict.fromkeys((paths.database.parent, paths.models, paths.kv, paths.logs)):
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        try:
+            with TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            means = f"nothing can be kept in {place}: make it writable, or choose another with --data-dir."
+            return Finding("folders", f"{existing}: {reason(error)}", one_line(means), Verdict.BAD)
+    return Finding("folders", str(paths.database.parent), "conversations, models and caches can be kept.")
 
 
 def terminal(environment: "os._Environ[str] | dict[str, str]", size: os.terminal_size) -> Finding:

@@ -15,11 +15,9 @@ from kvchat.contract import (
     CacheEvent,
     CacheMode,
     EvictionPolicy,
-    Fate,
     FinishReason,
     KVPrecision,
     Sampling,
-    Span,
     Tokens,
     TurnFinished,
     TurnRequest,
@@ -29,11 +27,9 @@ from kvchat.contract import (
 from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
 from kvchat.errors import KvchatError
 from kvchat.fates import ANSWER, Fates, fates_of
-from kvchat.thinking import split_thinking
+from kvchat.pending import PendingTurn
 
-if (
-    TYPE_CHECKING
-):  # sqlite-utils takes a fifth of a second to import, and the first paint must not wait for it
+if TYPE_CHECKING:  # sqlite-utils takes a fifth of a second to import: the first paint must not wait for it
     from kvchat.store import Store
 
 UNSAVED = ""
@@ -58,54 +54,6 @@ class Defaults:
     policy: EvictionPolicy = EvictionPolicy.TURNS
     private: bool = False
     """Nothing is written, of the text or of the cache."""
-
-
-@dataclass(slots=True)
-class PendingTurn:
-    """The turn that is being answered; it outlives a switch to another conversation."""
-
-    turn: str
-    conversation: str
-    asked: int
-    """Id of the message that is being answered."""
-    places: tuple[tuple[int, ...], ...] = ()
-    """Ids of the messages at each place of the request."""
-    spans: tuple[Span, ...] = ()
-    """What the turn does with every message; none before the engine told it."""
-    reply: Message | None = None
-    """The answer as it was saved last."""
-    text: str = ""
-    """Of the whole answer so far."""
-    ids: list[int] = field(default_factory=list)
-    """Of what this turn wrote."""
-    saved_at: float = 0.0
-    tokenizer: str = ""
-    begun: Message | None = None
-    """The answer that this turn goes on with, as it was before."""
-
-    @property
-    def begun_text(self) -> str:
-        """What the answer said before this turn."""
-        return self.begun.raw if self.begun else ""
-
-    def fates(self) -> Fates:
-        """What the turn has done with every message so far."""
-        answer = self.reply.id if self.reply else ANSWER
-        found = fates_of(self.spans, self.places, answer)
-        if self.spans and self.ids:
-            found[answer] = {**found.get(answer, {}), Fate.WRITTEN: len(self.ids)}
-        return found
-
-    @property
-    def all_ids(self) -> tuple[int, ...]:
-        """Of the whole answer; none where a part of it has none of this tokenizer.
-
-        Such an answer is encoded again: ids that stand for half of a text would lose the other half.
-        """
-        if self.begun is None:
-            return tuple(self.ids)
-        fits = self.begun.token_ids and self.begun.tokenizer == self.tokenizer
-        return (*self.begun.token_ids, *self.ids) if fits else ()
 
 
 def known_rate(turns: Sequence[TurnStats]) -> float:
@@ -352,8 +300,7 @@ class Session:
         if place is None:
             raise KvchatError("Only a question of this conversation can be edited.")
         before = self.current
-        kept = messages[:place]
-        self.current = replace(before, messages=kept, left_out=self._still_left_out(kept))
+        self.current = before.showing(messages[:place])
         try:
             request = self.begin_turn(text)
         except KvchatError:
@@ -394,13 +341,8 @@ class Session:
         if not ends or not self._saved():
             raise KvchatError("There is nothing to fork there.")
         end = ends[-1]
-        copy = replace(
-            self.current,
-            id=secrets.token_hex(4),
-            title=f"{self.current.title} (fork)",
-            messages=messages[:end],
-            left_out=self._still_left_out(messages[:end]),
-        )
+        title = f"{self.current.title} (fork)"
+        copy = replace(self.current.showing(messages[:end]), id=secrets.token_hex(4), title=title)
         store = self._here
         if self.current.id in self._private:
             self._private.add(copy.id)
@@ -506,19 +448,10 @@ class Session:
 
     def _go_to(self, messages: tuple[Message, ...]) -> None:
         """Makes the last of `messages` the head; what came after stays in the file as another branch."""
-        left_out = self._still_left_out(messages)
-        self.current = replace(self.current, messages=messages, left_out=left_out)
+        self.current = self.current.showing(messages)
         if self._saved():
             self._here.set_head(self.current.id, messages[-1].id if messages else None)
             self._here.save_settings(self.current)
-
-    def _still_left_out(self, messages: tuple[Message, ...]) -> int:
-        """Messages that stay left out of these; none where that would leave nothing.
-
-        Counted as an engine counts them: unanswered questions in a row are one message.
-        """
-        read = replace(self.current, system_prompt="", messages=messages).prompt()
-        return self.current.left_out if len(read) > self.current.left_out else 0
 
     def _leave_out(self, conversation: str, count: int) -> None:
         """Remembers how many of the oldest messages an eviction left out."""
@@ -611,15 +544,7 @@ class Session:
 
     def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""
-        thinking, text = split_thinking(pending.text)
-        reply = replace(
-            pending.reply or Message(0, pending.asked, "assistant", "", ""),
-            text=text,
-            thinking=thinking,
-            token_ids=pending.all_ids,
-            tokenizer=pending.tokenizer,
-            finish_reason=finish,
-        )
+        reply = pending.answer(finish)
         if pending.reply is None:
             reply = self._store_of(pending.conversation).add_message(pending.conversation, reply)
         else:

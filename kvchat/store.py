@@ -8,15 +8,14 @@ still true. It knows rows and values; it refuses to know engines and screens.
 import json
 import re
 import sqlite3
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock
-from sqlite_utils import Database, Migrations
+from sqlite_utils import Database
 
 from kvchat.contract import (
     CacheEvent,
@@ -31,6 +30,7 @@ from kvchat.contract import (
 from kvchat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
 from kvchat.errors import KvchatError, reason
 from kvchat.fates import Fates
+from kvchat.schema import open_database
 
 TRIGRAM = 3
 """Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
@@ -49,129 +49,12 @@ from messages m join conversations c on c.id = m.conversation where m.id in (sel
 order by m.created_at desc, m.id desc limit {limit}
 """
 """Hits on every branch; what is not on the way to the head of its conversation is not shown there."""
-BUSY_S = 30.0
-"""How long a write waits for another process."""
-
 TURN_COLUMNS = ", ".join(f"turns.{field.name} as turn_{field.name}" for field in fields(TurnStats))
 # renamed: messages have a finish reason of their own, also where there are no figures
 SELECT_MESSAGES = (
     f"select messages.*, turns.message as turn, {TURN_COLUMNS} "
     "from messages left join turns on turns.message = messages.id"
 )
-
-migrations = Migrations("kvchat")
-
-
-@migrations()
-def m001_conversations(db: Database) -> None:
-    db.create_table(
-        "conversations",
-        {
-            "id": str,
-            "title": str,
-            "system_prompt": str,
-            "model": str,
-            "mode": str,
-            "sampling": str,
-            "head": int,
-            "created_at": str,
-            "updated_at": str,
-        },
-        pk="id",
-    )
-    db.create_table(
-        "messages",
-        {
-            "id": int,
-            "conversation": str,
-            "parent_id": int,
-            "role": str,
-            "text": str,
-            "thinking": str,
-            "token_ids": str,
-            "tokenizer": str,
-            "finish_reason": str,
-            "created_at": str,
-        },
-        pk="id",
-        foreign_keys=[("conversation", "conversations", "id"), ("parent_id", "messages", "id")],
-    )
-    db.table("messages").create_index(["conversation"])
-    db.create_table("drafts", {"conversation": str, "text": str}, pk="conversation")
-
-
-@migrations()
-def m002_turns(db: Database) -> None:
-    texts = "cache_mode kv_dtype weights_dtype path finish_reason reuse_note"
-    counts = "prompt_tokens reused_tokens prefilled_tokens generated_tokens evaluated_tokens"
-    sizes = "kv_tokens kv_bytes kv_used_bytes weights_bytes rss_bytes context_limit"
-    seconds = "ttft_s prefill_s decode_s prefill_tok_s decode_tok_s"
-    columns: dict[str, type] = {"message": int}
-    for names, kind in ((texts, str), (counts, int), (sizes, int), (seconds, float)):
-        columns |= dict.fromkeys(names.split(), kind)
-    db.create_table("turns", columns, pk="message", foreign_keys=[("message", "messages", "id")])
-
-
-@migrations()
-def m003_cache(db: Database) -> None:
-    for column, kind in (("kv", str), ("policy", str), ("left_out", int)):
-        db.table("conversations").add_column(column, kind)
-    for column in ("evicted_tokens", "restored_tokens"):
-        db.table("turns").add_column(column, int, not_null_default=0)
-    db.table("turns").add_column("restore_s", float, not_null_default=0.0)
-    db.create_table(
-        "cache_events",
-        {
-            "id": int,
-            "conversation": str,
-            "kind": str,
-            "tokens": int,
-            "bytes": int,
-            "seconds": float,
-            "note": str,
-            "at": float,
-        },
-        pk="id",
-    )
-    db.table("cache_events").create_index(["conversation"])
-
-
-@migrations()
-def m004_search_and_presets(db: Database) -> None:
-    db.create_table("presets", {"name": str, "system_prompt": str, "sampling": str}, pk="name")
-    # trigrams find parts of words, and words of scripts that are written without spaces
-    db.table("messages").enable_fts(["text"], create_triggers=True, tokenize="trigram")
-
-
-@migrations()
-def m005_drafting(db: Database) -> None:
-    for column in ("drafted_tokens", "accepted_tokens"):
-        db.table("turns").add_column(column, int, not_null_default=0)
-
-
-@migrations()
-def m006_last_turn(db: Database) -> None:
-    db.table("conversations").add_column("last_turn", str, not_null_default="{}")
-
-
-class _Readable(Database):
-    """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
-
-    def query(
-        self, sql: str, params: Sequence[Any] | dict[str, Any] | None = None
-    ) -> Generator[dict[Any, Any], None, None]:
-        """The rows.
-
-        Raises:
-            KvchatError: they can't be read.
-        """
-        try:
-            yield from super().query(sql, params)
-        except sqlite3.DatabaseError as error:
-            raise KvchatError(
-                f"The conversations can't be read: {error}. `kvchat paths` says where they are; put a copy "
-                "of the file there, or move it away to begin anew."
-            ) from error
 
 
 class Store:
@@ -184,7 +67,7 @@ class Store:
             KvchatError: the file can't be opened, or is no kvchat database.
         """
         try:
-            self._db = _open(path)
+            self._db = open_database(path)
         except (sqlite3.Error, OSError) as error:
             raise KvchatError(
                 f"The conversations in {path} can't be opened: {reason(error)}. "
@@ -453,21 +336,6 @@ class Store:
 
     def _message(self, number: int) -> Message:
         return _message(next(iter(self._db.query(f"{SELECT_MESSAGES} where id = ?", [number]))))
-
-
-def _open(path: Path | None) -> Database:
-    if path is None:
-        db = _Readable(memory=True)
-        migrations.apply(db)
-        return db
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(f"{path}.lock"):
-        path.touch(mode=0o600)
-        db = _Readable(sqlite3.connect(path, timeout=BUSY_S))
-        db.enable_wal()
-        db.execute("pragma synchronous = normal")
-        migrations.apply(db)
-    return db
 
 
 def _all_like(column: str, parameters: Iterable[str]) -> str:

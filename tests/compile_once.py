@@ -1,6 +1,7 @@
-"""Stands in for the C++ compiler while tests run: `kernels.cpp` takes it long, and never changes meanwhile.
+"""Stands in for the C++ compiler while tests run: most of what a model is compiled with is the same for all.
 
-Run as the compiler; everything but the kernels is handed to the real one.
+Run as the compiler. The kernels, torch's precompiled headers and its questions what the CPU can do are made
+once; the code of a model itself, and everything else, is handed to the real one.
 """
 
 import fcntl
@@ -12,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = "kernels.cpp"
+SOURCES = (".cpp", ".h")
+OWN = {"-c", "-E"}
+"""Flags with which a model's own code is compiled, and with which nothing is."""
 
 
 def install(folder: Path, compiler: str) -> Path:
@@ -35,11 +38,13 @@ compile_once({real!r}, sys.argv[1:], __file__)
 
 def compile_once(real: str, arguments: Sequence[str], program: str) -> None:
     """Ends as the real compiler would."""
-    if not any(argument.endswith(SOURCE) for argument in arguments):
+    sources = [Path(argument) for argument in arguments if argument.endswith(SOURCES)]
+    if len(sources) != 1 or "-o" not in arguments or OWN & {*arguments}:
         os.execv(real, [real, *arguments])
     target = Path(arguments[arguments.index("-o") + 1])
-    same = "\0".join(argument for argument in arguments if argument != str(target))
-    made = Path(program).with_name(hashlib.sha256(same.encode()).hexdigest())
+    places = {str(sources[0]), str(target)}
+    same = "\0".join("" if argument in places else argument for argument in arguments)
+    made = Path(program).with_name(hashlib.sha256(same.encode() + sources[0].read_bytes()).hexdigest())
     with made.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
         if not made.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
 THREADS = 1
 """Of torch, in each process: two of them run tests."""
+LONG = (
+    *("test_compiled.py", "test_machine.py", "test_link.py", "test_cli.py", "test_quantize.py"),
+    *("test_equalities.py", "test_shapes.py", "test_policies.py", "test_pictures.py", "test_verify.py"),
+)
+"""Files that take long, the longest first: what is begun last leaves the other process without work."""
 
 # a run in the background has it ignored, and so would every program that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +35,20 @@ wait_politely()  # tests run where other things run too
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")
+gc.disable()  # what is imported stays: looking for garbage in it took half of the time of collecting
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The processes take files in this order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """From here on only what tests make is looked through."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,14 +72,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Some tests take more, and whoever loads a model: small ones are several times slower with them."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
     """The tiny Llama with its tokenizer."""
-    import torch
-
     from tests.tiny import tiny_loaded
 
-    torch.set_num_threads(THREADS)
     return tiny_loaded()
 
 

@@ -668,6 +668,11 @@ def test_standard_input_that_is_no_text_is_one_sentence(ask: Asking) -> None:
     assert done.complaint.startswith("Standard input is not text: ")
 
 
+def test_a_wrong_flag_is_answered_with_flags_that_help_lists(kvchat: Shell) -> None:
+    assert "--tour" not in kvchat("--bogus").err
+    assert kvchat("--tour").code == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

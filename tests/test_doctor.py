@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from kvchat import doctor
 from kvchat.catalog import DEFAULT_MODEL
 from kvchat.cli import cli
-from kvchat.doctor import Verdict, compiler, disk, processor, terminal, weights
+from kvchat.doctor import Verdict, compiler, disk, folders, processor, terminal, weights
 from kvchat.locate import MARKER
 from kvchat.paths import find_paths
 
@@ -18,7 +18,7 @@ from kvchat.paths import find_paths
 def test_it_looks_at_everything_and_says_what_it_means(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["doctor", "--json", "--data-dir", str(tmp_path)])
     found = {finding["name"]: finding for finding in json.loads(result.stdout)}
-    names = ["processor", "cores", "memory", "compiler", "libraries", "model", "disk", "terminal"]
+    names = ["processor", "cores", "memory", "compiler", "libraries", "model", "disk", "folders", "terminal"]
     assert list(found) == names
     assert all(finding["means"].endswith(".") and finding["found"] for finding in found.values())
     assert result.exit_code == 0
@@ -72,6 +72,18 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch:
     assert disk(paths).found.endswith("free")
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1 << 62)
     assert disk(paths).verdict is Verdict.SLOW
+
+
+def test_a_folder_that_can_not_be_written_is_told_and_what_to_do(tmp_path: Path) -> None:
+    assert folders(find_paths(tmp_path / "not" / "yet")).verdict is Verdict.GOOD
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    finding = folders(find_paths(tmp_path / "file" / "data"))
+    assert finding.verdict is Verdict.BAD
+    assert finding.found == f"{tmp_path / 'file'}: Not a directory"
+    assert finding.means.endswith("make it writable, or choose another with --data-dir.")
+    (tmp_path / "models").touch()  # the folder itself is fine
+    assert folders(find_paths(tmp_path)).found.startswith(str(tmp_path / "models"))
 
 
 @pytest.mark.parametrize(

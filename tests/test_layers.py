@@ -27,6 +27,7 @@ NEVER_LOADED = {
     "kvchat.cache.evict": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.cache.pool": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.cache.fingerprint": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.segment": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.cache.shelf": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.engine.prepare": TENSORS | SCREEN | STORAGE,
     "kvchat.locate": TENSORS | SCREEN | ENGINE | STORAGE,

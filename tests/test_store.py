@@ -27,6 +27,7 @@ from kvchat.contract import (
 )
 from kvchat.conversation import Conversation, Message
 from kvchat.errors import KvchatError
+from kvchat.schema import migrations
 from kvchat.session import UNSAVED
 from kvchat.store import Store
 from tests import samples
@@ -340,7 +341,7 @@ def old_file(path: Path, first_missing: str) -> Database:
     """A file of the kvchat that knew the migrations before that one only, with a conversation in it."""
     path.parent.mkdir()
     db = Database(sqlite3.connect(path))
-    store_module.migrations.apply(db, stop_before=first_missing)
+    migrations.apply(db, stop_before=first_missing)
     db.executescript(OLD_ROWS)
     return db
 
@@ -501,7 +502,7 @@ def test_a_file_that_cannot_be_opened_is_named_in_a_sentence(
 def test_a_write_that_fails_is_a_sentence_and_the_next_one_works(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "BUSY_S", 0.0)
+    monkeypatch.setattr("kvchat.schema.BUSY_S", 0.0)
     with closing(Store(path)) as store, closing(sqlite3.connect(path)) as other:
         store.create(TALK)
         other.execute("begin immediate")

@@ -16,12 +16,12 @@ Which rows are quantised depends on lengths alone, never on the chunks in which 
 lengths, shapes, bits and bytes; it refuses to know token ids and when a precision is worth its error.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Self
-from weakref import WeakSet
+from collections.abc import Iterator, Mapping
+from typing import Self
 
 import torch
 
+from kvchat.cache.codes import BLOCK, PER_CHANNEL, PER_TOKEN, SCALE, Codes, dequantise, quantise
 from kvchat.cache.layers import (
     GROWTH_STEP,
     AddressedLayer,
@@ -29,192 +29,11 @@ from kvchat.cache.layers import (
     HeadShape,
     Memory,
     StoredLayer,
-    bytes_of,
 )
-
-BLOCK = 64
-"""Rows of a block. 32 would quantise keys a little better and cost 3 % of bf16 more in scales."""
-
-SCALE = torch.float16
-"""dtype of scales and zero points. Codes are computed with the rounded ones, which costs nothing."""
-
-PER_CHANNEL, PER_TOKEN = -2, -1
-"""The dimension of `[slots, kv_heads, BLOCK, head_dim]` whose numbers share a scale."""
+from kvchat.cache.rows import SharedRows
 
 COUNTS = "counts"
 """Name of the part that says how many rows each packed slot has."""
-
-
-class Codes(NamedTuple):
-    """Quantised states: `codes * scales + zeros`, broadcast over the dimension that shares them."""
-
-    codes: torch.Tensor
-    """8 bits: int8 `[slots, kv_heads, BLOCK, head_dim]`. 4 bits: uint8, half as many rows; the low half-bytes
-    are the first half of the block's rows."""
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-
-
-def quantise(states: torch.Tensor, bits: int, shared: int) -> Codes:
-    """Rounds states `[slots, kv_heads, BLOCK, head_dim]` to 8 or 4 bits, computing in fp32.
-
-    4 bits go from the minimum to the maximum of what shares a scale (KIVI, arXiv 2402.02750, section 3).
-    8 bits are symmetric: per token around zero, per channel around its middle (keys have channels off zero).
-    """
-    exact = states.float()
-    lowest, highest = exact.aminmax(dim=shared, keepdim=True)
-    if bits == 8:
-        zeros = _rounded((lowest + highest) / 2) if shared == PER_CHANNEL else None
-        centred = exact if zeros is None else exact - zeros.float()
-        scales = _rounded(centred.abs().amax(shared, keepdim=True) / 127)
-        codes = (centred / _divisor(scales)).round_().clamp_(-127, 127)
-        return Codes(codes.to(torch.int8), scales, zeros)
-    zeros = _rounded(lowest)
-    scales = _rounded((highest - zeros.float()) / 15)
-    codes = ((exact - zeros.float()) / _divisor(scales)).round_().clamp_(0, 15).to(torch.uint8)
-    half = BLOCK // 2
-    return Codes(codes[:, :, :half] | codes[:, :, half:] << 4, scales, zeros)
-
-
-def _rounded(exact: torch.Tensor) -> torch.Tensor:
-    limit = torch.finfo(SCALE).max
-    return exact.clamp(-limit, limit).to(SCALE)
-
-
-def _divisor(scales: torch.Tensor) -> torch.Tensor:
-    return scales.float().masked_fill_(scales == 0, 1)
-
-
-def dequantise(packed: Codes, out: torch.Tensor) -> None:
-    """Writes the states into `out` `[slots, kv_heads, BLOCK, head_dim]`, computing in its dtype."""
-    codes, scales = packed.codes, packed.scales.to(out.dtype).expand(out.shape)
-    if codes.dtype is torch.int8:
-        torch.mul(codes, scales, out=out)
-    else:
-        half = BLOCK // 2
-        torch.mul(codes & 15, scales[:, :, :half], out=out[:, :, :half])
-        torch.mul(codes >> 4, scales[:, :, half:], out=out[:, :, half:])
-    if packed.zeros is not None:
-        out.add_(packed.zeros.to(out.dtype))
-
-
-class SharedRows:
-    """Tensors by name with one first dimension, whose rows are appended in place.
-
-    Forks hold the same memory. A holder writes in place where no other one has rows, else it copies first.
-    """
-
-    def __init__(self, step: int, elsewhere: int = 0) -> None:
-        """`step`: rows by which the memory grows, where so many of the first step are held elsewhere."""
-        self.step = step
-        self.elsewhere = elsewhere
-        self.count = 0
-        self.moves = 0
-        """How often the memory became another one."""
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._holders: WeakSet[SharedRows] = WeakSet([self])
-        self._storages: tuple[int, dict[int, int]] = 0, {}
-        """What `storages` said, after so many moves."""
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """The rows in use of one tensor."""
-        return self._tensors[name][: self.count]
-
-    @property
-    def filled(self) -> dict[str, torch.Tensor]:
-        """The rows in use by name; nothing where nothing was ever written."""
-        return {name: tensor[: self.count] for name, tensor in self._tensors.items()}
-
-    @property
-    def capacity(self) -> int:
-        """Rows that fit before the memory has to grow."""
-        return next((len(tensor) for tensor in self._tensors.values()), 0)
-
-    def storages(self) -> dict[int, int]:
-        """Address → bytes."""
-        if self._storages[0] != self.moves:
-            self._storages = self.moves, bytes_of(self._tensors.values())
-        return self._storages[1]
-
-    def rounded_up(self, rows: int) -> int:
-        """`rows`, up to the next growth step; no rows take no memory."""
-        return rows and -(-(rows + self.elsewhere) // self.step) * self.step - self.elsewhere
-
-    def growth(self, start: int, end: int, row_bytes: int) -> Growth:
-        """What writing the rows from `start` to `end` does to the memory."""
-        if start == end or self._fits(start, end):
-            return Growth()
-        freed = sum(self.storages().values()) if len(self._holders) == 1 else 0
-        return Growth(row_bytes * self.rounded_up(end), freed)
-
-    def unshare(self, start: int, end: int) -> int:
-        """Leaves the memory of others where writing from `start` to `end` would go over it;
-
-        returns bytes copied.
-        """
-        if not self._tensors or not self._writes_over_others(start):
-            return 0
-        self._move(start, self.rounded_up(end), {})
-        return sum(tensor[:start].nbytes for tensor in self._tensors.values())
-
-    def write(self, start: int, rows: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the first `start` rows and puts these after them."""
-        new = len(next(iter(rows.values())))
-        if not self._tensors or (new and not self._fits(start, start + new)):
-            self._move(start, self.rounded_up(start + new), rows)
-        self.count = start + new
-        for name, tensor in self._tensors.items():
-            tensor[start : self.count] = rows[name]
-
-    def whole(self, name: str) -> torch.Tensor:
-        """One tensor with its growth slack."""
-        return self._tensors[name]
-
-    def reserve(self, rows: int, like: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Makes room for so many rows after those in use, read by nobody else; a fresh one is as `like`."""
-        if not self._tensors or not self._fits(self.count, self.count + rows):
-            self._move(self.count, self.rounded_up(self.count + rows), self._tensors or like())
-
-    def _fits(self, start: int, end: int) -> bool:
-        return self.capacity >= end and not self._writes_over_others(start)
-
-    def _writes_over_others(self, start: int) -> bool:
-        return len(self._holders) > 1 and any(o.count > start for o in self._holders if o is not self)
-
-    def _move(self, kept: int, capacity: int, like: Mapping[str, torch.Tensor]) -> None:
-        """Into memory of its own; a fresh one takes shapes and dtypes from `like`."""
-        like = self._tensors or like
-        moved = {name: tensor.new_empty((capacity, *tensor.shape[1:])) for name, tensor in like.items()}
-        for name, tensor in self._tensors.items():
-            moved[name][:kept] = tensor[:kept]
-        self._leave()
-        self._tensors = moved
-
-    def _leave(self) -> None:
-        self.moves += 1
-        self._tensors = {}
-        self._holders.discard(self)
-        self._holders = WeakSet([self])
-
-    def select(self, index: torch.Tensor) -> None:
-        """Keeps those rows, in memory of their own."""
-        kept = {name: tensor[index] for name, tensor in self._tensors.items()}
-        self.clear()
-        if kept:
-            self.write(0, kept)
-
-    def clear(self) -> None:
-        """Lets go of the memory."""
-        self.count = 0
-        self._leave()
-
-    def fork(self) -> "SharedRows":
-        """Another holder of the same rows."""
-        other = SharedRows(self.step, self.elsewhere)
-        other.count, other._tensors, other._holders = self.count, dict(self._tensors), self._holders
-        other.moves = 1
-        self._holders.add(other)
-        return other
 
 
 def finished(start: int, end: int) -> list[int]:

@@ -22,24 +22,18 @@ from xxhash import xxh3_128_hexdigest
 from kvchat.cache.kv import ConversationKV, PackedRows
 from kvchat.cache.layers import GrowableLayer, StoredLayer
 from kvchat.cache.recurrent import RecurrentState
-from kvchat.cache.shelf import (
-    TEMP_SUFFIX,
-    Chain,
+from kvchat.cache.segment import (
     Header,
-    NoRoomError,
     Segment,
-    Shelf,
     SnapshotRefused,
     TensorEntry,
     encode_header,
     header_checksum,
-    read_chain,
     refusal,
-    segment_files,
     segment_number,
     segment_path,
-    unsuperseded,
 )
+from kvchat.cache.shelf import TEMP_SUFFIX, Chain, NoRoomError, Shelf, read_chain, segment_files, unsuperseded
 
 DTYPES = {
     "F64": torch.float64,

@@ -15,7 +15,7 @@ from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import StoredLayer
 from kvchat.cache.prefix import common_prefix
 from kvchat.cache.recurrent import StateLayer
-from kvchat.cache.shelf import SnapshotRefused
+from kvchat.cache.segment import SnapshotRefused
 from kvchat.contract import CacheBlock, CacheMap, Inspect, KVPrecision, LayerGroup, TurnRequest
 from kvchat.engine.caches import Caches, Kept
 from kvchat.engine.disk import DiskTier, Saved

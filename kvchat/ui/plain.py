@@ -5,13 +5,16 @@ same session, engine, prices and slash words as the screen.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TextIO
 
 from textual.message import Message
 
+from kvchat.attachments import mentions
 from kvchat.contract import (
     Died,
     Evicted,
@@ -38,12 +41,15 @@ from kvchat.ui.desk import CacheDesk
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.models import ModelDesk, ModelShelf
 from kvchat.ui.plain_acts import PlainActs
+from kvchat.ui.reckoner import Reckoner, Reckoning
 from kvchat.ui.widgets.message import ENDINGS
 from kvchat.ui.words import sentence, tokens
 
 PROMPT = "you: "
 SETTLE_S = 0.3
 """A price comes at once or with the next line."""
+COUNT_S = 20.0
+"""Longest wait for the tokens of files: counting a megabyte takes a second or two."""
 
 
 def talk(session: Session, factory: EngineFactory, model: str, shelf: ModelShelf) -> int:
@@ -88,6 +94,8 @@ class PlainChat:
         self._desk = CacheDesk(session, self._bridge, lambda: self._warm, self.say, self.confirm)
         self._acts = PlainActs(session, self._bridge, self._desk, self)
         self._models = ModelDesk(session, self._bridge, shelf, self.say, lambda: None) if shelf else None
+        self._reckoner = Reckoner(session, self._bridge, self._reckoned, Path.cwd())
+        self._reckoning = Reckoning()
         self._ready = False
         self._given_up = False
         self._left = False
@@ -133,9 +141,34 @@ class PlainChat:
             elif line.startswith("/"):
                 self.say(f"There is no command {one_line(line.split()[0])}. /help lists them.")
             elif line.strip():
-                self.answer(self._acts.ask(line))
+                self.answer(self._acts.ask(self._with_files(line)))
         except KvchatError as error:
             self.say(str(error))
+
+    def _with_files(self, line: str) -> str:
+        """The message with every file that it mentions; what each of them counts is told.
+
+        Raises:
+            KvchatError: a file is no text, or larger than the context.
+        """
+        if not mentions(line):
+            return line
+        self._reckoner.typed(line, self._acts.editing)
+        end = time.monotonic() + COUNT_S
+        with suppress(Empty):
+            while self._ready and self._counting():
+                self._on_message(self._inbox.get(timeout=max(0, end - time.monotonic())))
+        message = self._reckoner.composed(line)
+        for name, count in self._reckoning.files:
+            self.say(sentence(f"attached {name}" + (f", {tokens(count)}" if count is not None else "")))
+        return message
+
+    def _counting(self) -> bool:
+        """Whether the tokens of a file that can be attached are still unknown."""
+        return any(count is None for _, count in self._reckoning.files)
+
+    def _reckoned(self, reckoning: Reckoning) -> None:
+        self._reckoning = reckoning
 
     def answer(self, request: TurnRequest) -> None:
         """Writes the answer as it comes; Ctrl-C stops it and keeps what there is."""
@@ -173,6 +206,8 @@ class PlainChat:
                 self.say(f"\n{one_line(event.reason)}")
 
     def _on_status(self, status: Status) -> None:
+        if self._reckoner.on_status(status):
+            return
         match status:
             case Loading():
                 self.say(f"{one_line(status.stage).capitalize()}.")

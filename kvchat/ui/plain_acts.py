@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Protocol
 
+from kvchat.attachments import mention, mentions, parse_attachments
 from kvchat.contract import CacheMode, TurnRequest
 from kvchat.conversation import Hit, Message
 from kvchat.errors import KvchatError
@@ -83,7 +84,7 @@ class PlainActs:
         self._loop = loop
         self._say = loop.say
         self._archive = Archive(session, loop.say)
-        self._editing: int | None = None
+        self.editing: int | None = None
         """Id of the question that the next line replaces."""
         self._acts: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -94,7 +95,7 @@ class PlainActs:
             "model": loop.model,
             "regenerate": lambda _: loop.answer(session.regenerate()),
             "continue": lambda _: loop.answer(session.continue_answer()),
-            "undo": lambda _: self._say(f"Taken back: {one_line(session.undo())}"),
+            "undo": lambda _: self._say(f"Taken back: {short(session.undo())}"),
             "edit": self._edit,
             "fork": self._fork,
             "copy": self._copy,
@@ -133,7 +134,7 @@ class PlainActs:
         Raises:
             KvchatError: another process deleted the conversation.
         """
-        editing, self._editing = self._editing, None
+        editing, self.editing = self.editing, None
         if any(message.id == editing for message in self._session.current.messages):
             return self._session.edit(editing or 0, text)
         return self._session.begin_turn(text)
@@ -173,8 +174,8 @@ class PlainActs:
 
     def _edit(self, number: str) -> None:
         question = self._question(number)
-        self._editing = question.id
-        self._say(f"It was: {one_line(question.text)}. The next line is asked in its place.")
+        self.editing = question.id
+        self._say(f"It was: {short(question.text)}. The next line is asked in its place.")
 
     def _fork(self, number: str) -> None:
         current = self._session.current
@@ -319,6 +320,13 @@ class PlainActs:
         if not name:
             raise KvchatError("/import FILE reads conversations from a file.")
         asyncio.run(self._archive.import_file(name))
+
+
+def short(text: str) -> str:
+    """A message on one line: what was written and, as mentions, the files that nobody wants to hear again."""
+    written, attached = parse_attachments(text)
+    unmentioned = [each.name for each in attached if each.name not in mentions(written)]
+    return one_line(" ".join([written, *map(mention, unmentioned)]))
 
 
 def hit_line(hit: Hit, words: list[str]) -> str:

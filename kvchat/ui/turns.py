@@ -23,7 +23,8 @@ from kvchat.contract import (
 )
 from kvchat.conversation import Message
 from kvchat.errors import KvchatError
-from kvchat.session import PendingTurn, Session
+from kvchat.pending import PendingTurn
+from kvchat.session import Session
 from kvchat.text import one_line
 from kvchat.ui.bridge import RESTARTS, EngineBridge
 from kvchat.ui.figures import Figures

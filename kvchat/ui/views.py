@@ -65,7 +65,7 @@ class Views:
 
     def show_pool(self) -> None:
         """Shows the caches as they are now, where the list of them is open."""
-        if self._caches:
+        if self._caches in self._app.screen_stack:  # one that was left stays mounted, without a table
             self._caches.show(self._turns.pool)
 
     async def race(self, text: str) -> None:

@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
+from kvchat.cache import segment as segment_module
 from kvchat.cache import shelf as shelf_module
-from kvchat.cache.shelf import (
+from kvchat.cache.segment import (
+    OPENING,
     Header,
-    NoRoomError,
-    Shelf,
     SnapshotRefused,
     TensorEntry,
     encode_header,
     header_checksum,
-    read_chain,
     read_segment,
     runs,
     segment_path,
 )
+from kvchat.cache.shelf import NoRoomError, Shelf, read_chain
 from kvchat.errors import KvchatError
 
 CAP = 1_000_000
@@ -188,7 +188,7 @@ def test_a_header_with_a_right_checksum_that_makes_no_sense_is_refused(
 def test_a_short_run_that_claims_a_huge_range_is_refused_before_it_is_spelled_out(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "runs", lambda _values: [(0, 10**15)])
+    monkeypatch.setattr(segment_module, "runs", lambda _values: [(0, 10**15)])
     write(shelf, header("a", 4))
     with pytest.raises(SnapshotRefused, match="runs of numbers that can't be"):
         shelf.chain("a")
@@ -196,7 +196,7 @@ def test_a_short_run_that_claims_a_huge_range_is_refused_before_it_is_spelled_ou
 
 def test_another_format_is_refused_by_its_number(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as future:
-        future.setattr(shelf_module, "FORMAT", 99)
+        future.setattr(segment_module, "FORMAT", 99)
         write(shelf, header("a", 4))
     with pytest.raises(SnapshotRefused, match="it has format 99, and this kvchat reads 1"):
         shelf.chain("a")
@@ -219,7 +219,7 @@ def test_deeply_nested_json_is_refused(shelf: Shelf) -> None:
     good = encode_header(header("a", 1))
     text = good[8:-8].rstrip(b" }") + b',"x":' + b"[" * 200_000
     raw = len(text).to_bytes(8, "little") + text
-    place = slice(8 + len(shelf_module.OPENING), 8 + len(shelf_module.OPENING) + 32)
+    place = slice(8 + len(OPENING), 8 + len(OPENING) + 32)
     raw = raw[: place.start] + header_checksum(raw).encode() + raw[place.stop :]
     path = segment_path(shelf.root / "a", 0)
     path.parent.mkdir(parents=True)

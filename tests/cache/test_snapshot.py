@@ -24,16 +24,8 @@ from safetensors import safe_open
 from kvchat.cache.kv import MARKS, ConversationKV
 from kvchat.cache.layers import GrowableLayer, HeadShape
 from kvchat.cache.recurrent import RecurrentLayer
-from kvchat.cache.shelf import (
-    Header,
-    NoRoomError,
-    Shelf,
-    SnapshotRefused,
-    encode_header,
-    read_segment,
-    segment_files,
-    segment_path,
-)
+from kvchat.cache.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
+from kvchat.cache.shelf import NoRoomError, Shelf, segment_files
 from kvchat.cache.snapshot import load, save
 
 SHAPE = HeadShape(kv_heads=2, key_dim=8, value_dim=6)

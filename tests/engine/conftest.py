@@ -15,10 +15,10 @@ from kvchat.engine.package import compiler
 from tests.conftest import REQUIRE_MODEL
 
 
-@pytest.fixture(scope="session", params=["tiny", pytest.param("smollm2", marks=pytest.mark.model)])
+@pytest.fixture(scope="session")
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
-    """A model in fp32."""
-    return cast("LoadedModel", request.getfixturevalue(request.param))
+    """The tiny model in fp32; where a test is marked `on_both_models`, the real one too."""
+    return cast("LoadedModel", request.getfixturevalue(getattr(request, "param", "tiny")))
 
 
 @pytest.fixture

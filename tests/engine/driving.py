@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,15 +38,15 @@ Watch = Callable[[TurnEvent], None]
 turn_ids = count(1)
 
 
+on_both_models = pytest.mark.parametrize(
+    "loaded", ["tiny", pytest.param("smollm2", marks=pytest.mark.model)], indirect=True
+)
+"""For what depends on the size of a model, on its rounding or on its tokenizer."""
+
+
 def affordable(loaded: LoadedModel, of_tiny: int, of_real: int) -> int:
     """As many rounds as the model's size allows."""
     return of_tiny if loaded.facts.name == tiny.NAME else of_real
-
-
-def some_layers(loaded: LoadedModel) -> list[int]:
-    """All layers of the tiny model; one in the middle and the last of a real one."""
-    last = loaded.facts.layers - 1
-    return list(range(last + 1)) if loaded.facts.name == tiny.NAME else [last // 2, last]
 
 
 def user(text: str) -> PromptMessage:

@@ -11,7 +11,7 @@ from kvchat.contract import Sampling
 from kvchat.engine.detokenize import Detokenizer
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
-from tests.engine.driving import Chat, saying
+from tests.engine.driving import Chat, on_both_models, saying
 from tests.tiny import END, tiny_chat
 
 TEXTS = [
@@ -39,12 +39,14 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
+@on_both_models
 def test_pieces_are_whole_characters_and_join_to_the_text(loaded: LoadedModel, text: str) -> None:
     streamed = pieces(loaded.tokenizer, loaded.tokenizer.encode(text, add_special_tokens=False).ids)
     assert not any(HALF in piece for piece in streamed)
     assert "".join(streamed) == text
 
 
+@on_both_models
 def test_a_character_of_several_tokens_comes_with_its_last_one(loaded: LoadedModel) -> None:
     ids = loaded.tokenizer.encode("🦙", add_special_tokens=False).ids
     assert len(ids) > 1
@@ -73,6 +75,7 @@ def test_control_tokens_show_nothing() -> None:
     assert pieces(tokenizer, tokenizer.encode(f"a{END}b").ids) == ["a", "", "b"]
 
 
+@on_both_models
 def test_an_answer_streams_in_whole_characters(engine: LocalEngine, loaded: LoadedModel) -> None:
     text = "A 🦙 in the 雪."
     ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids

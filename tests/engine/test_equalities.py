@@ -20,6 +20,7 @@ from tests.engine.driving import (
     affordable,
     assert_committed,
     assert_equals_cold,
+    on_both_models,
     rendered,
     saying,
     sentences,
@@ -43,6 +44,7 @@ def spelled(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(i for letter in text for i in tokenizer.encode(letter, add_special_tokens=False).ids)
 
 
+@on_both_models
 def test_the_second_turn_equals_a_cold_pass_for_64_tokens(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
@@ -54,6 +56,7 @@ def test_the_second_turn_equals_a_cold_pass_for_64_tokens(engine: LocalEngine, l
     assert_equals_cold(second, loaded)
 
 
+@on_both_models
 def test_prefill_in_any_chunks_gives_the_same_logits_and_lengths(loaded: LoadedModel) -> None:
     question = sentences(affordable(loaded, 12, 4))
     first_logits = []
@@ -184,6 +187,7 @@ def test_a_changed_system_prompt_reads_everything_again_and_says_so(
     assert_equals_cold(changed, loaded)
 
 
+@on_both_models
 def test_a_reply_that_would_encode_to_other_ids_is_reused_whole(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
@@ -208,6 +212,7 @@ def test_a_reply_that_would_encode_to_other_ids_is_reused_whole(
     assert_equals_cold(second, loaded)
 
 
+@on_both_models
 def test_a_reply_cut_inside_a_character_is_reused_whole(engine: LocalEngine, loaded: LoadedModel) -> None:
     emoji = loaded.tokenizer.encode("🦙", add_special_tokens=False).ids
     assert len(emoji) > 1
@@ -257,6 +262,7 @@ def interleaved(engine: LocalEngine, loaded: LoadedModel, seed: int) -> dict[tup
     return played
 
 
+@on_both_models
 def test_random_interleavings_of_three_conversations_equal_cold_runs(loaded: LoadedModel) -> None:
     proven: dict[tuple[str, int], Played] = {}
     for seed in range(affordable(loaded, 20, 2)):

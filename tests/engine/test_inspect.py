@@ -32,12 +32,6 @@ SYSTEM = "You answer in one word."
 QUESTIONS = ("Which pass is open in May?", "How long is the drive?")
 
 
-@pytest.fixture
-def loaded(tiny: LoadedModel) -> LoadedModel:
-    """What is looked at here needs no real model."""
-    return tiny
-
-
 def talk(engine: LocalEngine, loaded: LoadedModel, **options: object) -> Chat:
     """A conversation of two turns."""
     chat = Chat(engine, loaded, system=SYSTEM, **options)  # type: ignore[arg-type]

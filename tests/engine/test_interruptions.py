@@ -1,7 +1,6 @@
 """A stop, an exception or a lost listener at any point leaves a cache that the next turn can trust."""
 
 import threading
-from typing import cast
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from tests.engine.driving import (
     decoder_layers,
     rendered,
     sentences,
-    some_layers,
     stopping_at,
     uncached_logits,
 )
@@ -30,18 +28,6 @@ REPLY = 5
 FIRST, SECOND, NEXT = "Which pass is open in May?", "How long is the drive?", "Tell me about the sea."
 PREFILL, DECODE = 1, 3
 """Forward passes of a turn: the first reads the prompt, each later one a token of the answer."""
-
-
-@pytest.fixture
-def loaded(tiny: LoadedModel) -> LoadedModel:
-    """One model: most of what is tested here depends on none."""
-    return tiny
-
-
-@pytest.fixture(params=["tiny", pytest.param("smollm2", marks=pytest.mark.model)])
-def each_model(request: pytest.FixtureRequest) -> LoadedModel:
-    """The real one too, for what depends on layers."""
-    return cast("LoadedModel", request.getfixturevalue(request.param))
 
 
 class BrokenError(Exception):
@@ -132,9 +118,9 @@ def test_a_stop_meant_for_another_turn_changes_nothing(engine: LocalEngine, load
 
 
 @pytest.mark.parametrize("call", [PREFILL, DECODE], ids=["prefill", "decode"])
-def test_a_stop_between_layers_ends_the_pass_at_once(each_model: LoadedModel, call: int) -> None:
-    for layer in some_layers(each_model):
-        check_stop_after(layer, call, each_model)
+def test_a_stop_between_layers_ends_the_pass_at_once(loaded: LoadedModel, call: int) -> None:
+    for layer in range(loaded.facts.layers):
+        check_stop_after(layer, call, loaded)
 
 
 def check_stop_after(layer: int, call: int, loaded: LoadedModel) -> None:
@@ -166,19 +152,19 @@ def test_a_stop_between_layers_works_in_every_mode(tiny: LoadedModel, mode: Cach
     assert_equals_cold(following, tiny)
 
 
-def test_a_stop_during_chunked_prefill_keeps_the_finished_chunks(each_model: LoadedModel) -> None:
+def test_a_stop_during_chunked_prefill_keeps_the_finished_chunks(loaded: LoadedModel) -> None:
     chunk, finished = 8, 2
-    engine = LocalEngine(each_model, prefill_chunk=chunk)
-    chat = chatting(engine, each_model)
+    engine = LocalEngine(loaded, prefill_chunk=chunk)
+    chat = chatting(engine, loaded)
     held = len(chat.kv)
     stopped = chat.ask(sentences(4), stopping_at(engine, PrefillProgress, finished - 1))
-    prompt = rendered(each_model, stopped.request.messages)
+    prompt = rendered(loaded, stopped.request.messages)
     assert stopped.tokens == []
     assert_committed(chat.kv, prompt[: held + finished * chunk])
     retried = chat.answer()
     assert retried.started.reused_tokens == held + finished * chunk
     assert retried.started.reuse_note == ""
-    assert_equals_cold(retried, each_model)
+    assert_equals_cold(retried, loaded)
 
 
 def test_a_stop_inside_a_chunk_gives_up_that_chunk_only(tiny: LoadedModel) -> None:
@@ -195,12 +181,12 @@ def test_a_stop_inside_a_chunk_gives_up_that_chunk_only(tiny: LoadedModel) -> No
 
 @pytest.mark.parametrize("call", [PREFILL, DECODE], ids=["prefill", "decode"])
 def test_an_exception_in_any_layer_fails_the_turn_and_rolls_every_layer_back(
-    each_model: LoadedModel, call: int
+    loaded: LoadedModel, call: int
 ) -> None:
-    for layer in some_layers(each_model):
-        chat = chatting(LocalEngine(each_model), each_model)
+    for layer in range(loaded.facts.layers):
+        chat = chatting(LocalEngine(loaded), loaded)
         held = chat.kv.ids
-        with after_layer(each_model.model, layer, call, break_down):
+        with after_layer(loaded.model, layer, call, break_down):
             broken = chat.ask(SECOND)
         assert "BrokenError: it broke" in broken.failed.reason
         assert len(broken.tokens) == call - 1
@@ -236,19 +222,19 @@ def test_a_question_edited_after_its_turn_failed_costs_nothing_read_before(
 
 
 @pytest.mark.parametrize("new", [1, 5], ids=["one token", "five tokens"])
-def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(each_model: LoadedModel, new: int) -> None:
-    ids = each_model.tokenizer.encode(sentences(2)).ids
+def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(loaded: LoadedModel, new: int) -> None:
+    ids = loaded.tokenizer.encode(sentences(2)).ids
     start = ids[:-new]
-    cold = uncached_logits(each_model.model, ids)[-1]
-    kv = each_model.new_kv()
-    CachedReader(each_model.model, kv).read(start)
-    for layer in range(each_model.facts.layers):
-        reader = CachedReader(each_model.model, kv)
-        with after_layer(each_model.model, layer, 1, break_down), pytest.raises(BrokenError):
+    cold = uncached_logits(loaded.model, ids)[-1]
+    kv = loaded.new_kv()
+    CachedReader(loaded.model, kv).read(start)
+    for layer in range(loaded.facts.layers):
+        reader = CachedReader(loaded.model, kv)
+        with after_layer(loaded.model, layer, 1, break_down), pytest.raises(BrokenError):
             reader.read(ids[-new:])
         assert reader.evaluated == 0
         assert_committed(kv, start)
-    logits = CachedReader(each_model.model, kv).read(ids[-new:])
+    logits = CachedReader(loaded.model, kv).read(ids[-new:])
     torch.testing.assert_close(logits[0], cold, atol=TOLERANCE, rtol=0)
 
 

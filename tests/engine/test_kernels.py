@@ -4,7 +4,7 @@ Where nothing may depend on company, on threads or on chunks, the answers are co
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,9 +23,7 @@ each_precision = pytest.mark.parametrize("bits", BITS)
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
+def two_threads() -> None:
     torch.set_num_threads(2)
 
 

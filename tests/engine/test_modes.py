@@ -12,7 +12,7 @@ from kvchat.contract import CacheMode, Sampling, Tokens
 from kvchat.engine import explain
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
-from tests.engine.driving import Chat, Played, affordable, assert_equals_cold, rendered, sentences
+from tests.engine.driving import Chat, Played, assert_equals_cold, rendered, sentences
 
 FIRST, SECOND, THIRD = "Which pass is open in May?", "How long is the drive?", "Tell me about the sea."
 
@@ -38,7 +38,15 @@ def two_turns(loaded: LoadedModel, mode: CacheMode, sampling: Sampling) -> list[
     ids=["greedy", "sampled", "sampled with penalty"],
 )
 def test_every_mode_says_the_same(loaded: LoadedModel, sampling: Sampling) -> None:
-    sampling = replace(sampling, max_tokens=affordable(loaded, 20, 3))
+    assert_every_mode_says_the_same(loaded, replace(sampling, max_tokens=20))
+
+
+@pytest.mark.model
+def test_every_mode_of_a_real_model_says_the_same(smollm2: LoadedModel) -> None:
+    assert_every_mode_says_the_same(smollm2, Sampling(max_tokens=3))
+
+
+def assert_every_mode_says_the_same(loaded: LoadedModel, sampling: Sampling) -> None:
     on, turn, off = (two_turns(loaded, mode, sampling) for mode in CacheMode)
     for a, b, c in zip(on, turn, off, strict=True):
         assert a.finished.text == b.finished.text == c.finished.text

@@ -50,12 +50,6 @@ REWRITING = CHATML.replace(
 Change = Callable[[Chat], None]
 
 
-@pytest.fixture
-def loaded(tiny: LoadedModel) -> LoadedModel:
-    """The tiny model: plans are made of ids, and any model's will do."""
-    return tiny
-
-
 @dataclass
 class Desk:
     """An engine, and everything it reported."""

@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from kvchat.cache.codes import BLOCK
 from kvchat.cache.evict import SINKS
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.quantize import BLOCK
 from kvchat.cache.rotate import close_gaps
 from kvchat.contract import (
     CacheEventKind,

@@ -11,7 +11,8 @@ from transformers import MambaConfig
 
 from kvchat.cache.fingerprint import WORDS, Fingerprint
 from kvchat.cache.kv import ConversationKV
-from kvchat.cache.shelf import Shelf, read_segment, segment_files
+from kvchat.cache.segment import read_segment
+from kvchat.cache.shelf import Shelf, segment_files
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
@@ -79,12 +80,6 @@ class House:
 
     def segments(self, name: str = "chat") -> list[Path]:
         return segment_files(self.folder(name))
-
-
-@pytest.fixture
-def loaded(tiny: LoadedModel) -> LoadedModel:
-    """The tiny model: the real one has a test of its own below."""
-    return tiny
 
 
 @pytest.fixture

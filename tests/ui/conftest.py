@@ -4,6 +4,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from textual.css.model import RuleSet
+from textual.css.stylesheet import Stylesheet
 
 from kvchat.settings import SETTINGS
 
@@ -31,12 +33,26 @@ def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return filled
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _style_sheets_parsed_once() -> Iterator[None]:
+    """Every app has the same ones; the rules that come of them are only read."""
+    parse, parsed = Stylesheet._parse_rules, dict[object, list[RuleSet]]()
+
+    def parse_once(sheet: Stylesheet, *text: object, **how: object) -> list[RuleSet]:
+        key = frozenset(sheet._variables.items()), text, frozenset(how.items())
+        if key not in parsed:
+            parsed[key] = parse(sheet, *text, **how)  # type: ignore[arg-type]
+        return parsed[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stylesheet, "_parse_rules", parse_once)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _rare_collections() -> Iterator[None]:
     """Every app makes many small objects: looking for garbage among them took a quarter of the time."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()

@@ -268,3 +268,13 @@ async def test_the_screen_opens_while_an_answer_streams(command: str) -> None:
         await chat.press("escape")
         await chat.until(lambda: chat.app.screen is chat.screen, "it is closed")
         assert chat.answers() == ["Half done"]
+
+
+async def test_a_list_that_was_left_is_not_drawn_any_more() -> None:
+    async with running() as chat:
+        await chat.ask("Hello")
+        await opened(chat)
+        await chat.press("escape")
+        await chat.until(lambda: chat.app.screen is chat.screen, "the list is left")
+        await chat.ask("Still there?")
+        assert chat.answers() == ["ok", "ok"]

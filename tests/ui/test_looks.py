@@ -149,6 +149,17 @@ def assert_laid_out(chat: Chat, size: tuple[int, int]) -> None:
     assert chat.screen.query_one("#middle").region.contains_region(chat.prompt.region)
 
 
+@pytest.mark.parametrize("size", [(60, 20), (120, 40)])
+async def test_what_is_said_in_passing_covers_nothing_that_is_typed(size: tuple[int, int]) -> None:
+    async with running(size=size, toasts=True) as chat:
+        await chat.send("/nothing")
+        await chat.until_visible("F1 lists")
+        said = chat.screen.query("Toast").first().region
+        assert not said.overlaps(chat.prompt.region)
+        assert not said.overlaps(chat.screen.query_one("#keys").region)
+        assert chat.screen.region.contains_region(said)
+
+
 async def test_beside_narrow_words_there_is_room_for_one_part() -> None:
     async with running(size=(100, 30)) as chat:
         assert chat.shows("#panel")

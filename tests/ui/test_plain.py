@@ -282,6 +282,45 @@ def test_deleting_is_asked_about() -> None:
     assert len(engine.forgotten) == 1
 
 
+def test_files_are_attached_by_the_rules_of_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my notes.md").write_text("The pass is open.\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    engine = ScriptedEngine()
+    engine.tells_typed = True
+    lines = (
+        'Read @"my notes.md"!',
+        "Ask @alice",
+        "See @picture.png",
+        "See @long.txt",
+        "/undo",
+        "/edit",
+        "/undo",
+    )
+    said, session, _ = talk(*lines, engine=engine)
+    message = 'Read @"my notes.md"!\n\n<file name="my notes.md">\nThe pass is open.\n</file>'
+    assert [request.messages[-1].text for request in engine.requests] == [message, "Ask @alice"]
+    assert "Attached my notes.md, 4 tokens.\nScripted: ok\n" in said
+    assert "picture.png is no text (no UTF-8); only text files can be attached.\n" in said
+    assert "long.txt has 9,000 tokens; the context holds 8,192. Attach a part of it.\n" in said
+    assert 'It was: Read @"my notes.md"!. The next line' in said
+    assert 'Taken back: Read @"my notes.md"!\n' in said
+    assert session.current.messages == ()
+
+
+def test_a_file_waits_for_no_engine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text("Open.")
+    engine = ScriptedEngine()  # it counts nothing
+    monkeypatch.setattr("kvchat.ui.plain.COUNT_S", 0.05)
+    said, _, _ = talk("Read @notes.md", engine=engine)
+    assert "Attached notes.md.\n" in said
+    assert engine.requests[0].messages[0].text.endswith("\nOpen.\n</file>")
+
+
 def test_a_failed_turn_and_a_full_context_are_told() -> None:
     engine = (
         ScriptedEngine()

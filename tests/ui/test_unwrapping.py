@@ -47,6 +47,17 @@ async def test_items_of_a_list_stay_lines_of_their_own() -> None:
     assert await copied(f"1. {PROSE}\n2. Short.") == f" 1 {PROSE}\n 2 Short."
 
 
+async def test_quotes_and_what_is_nested_in_them_are_copied_in_the_lines_of_their_author() -> None:
+    assert await copied(f"> {PROSE}\n>\n> {CJK}") == f"▌ {PROSE}\n▌ {CJK}"
+    assert await copied(f"> > {PROSE}\n\nAfter.") == f"▌ ▌ {PROSE}\n\nAfter."
+    assert await copied(f"> 1. {PROSE}\n> 2. Short.") == f"▌  1 {PROSE}\n▌  2 Short."
+    assert await copied(f"- {PROSE}\n  - {CJK}\n    > {PROSE}") == f" • {PROSE}\n    • {CJK}\n      ▌ {PROSE}"
+
+
+async def test_a_part_of_a_quote_begins_in_the_middle_of_a_line() -> None:
+    assert (await copied(f"> {PROSE}", Selection(Offset(6, 0), None))) == PROSE[4:]
+
+
 async def test_code_keeps_its_lines_and_indents() -> None:
     code = f"def chains(month):\n    return month < 6 or {'x' * 40}"
     assert (await copied(f"```python\n{code}\n```")).replace("\n ", "\n").strip() == code

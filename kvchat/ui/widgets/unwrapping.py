@@ -4,9 +4,12 @@ Rich tells nobody where it wrapped a line. So the same text is drawn once more w
 are laid beside each other. Knows lines of text; refuses to know Markdown and widgets.
 """
 
+import re
 from collections.abc import Sequence
 
 BREAK = "\n"
+INDENT = re.compile(r"\s*(?:▌\s+)*")
+"""Before a line that goes on: blanks, and the bars with which quotes are drawn."""
 
 
 def joints_of(lines: Sequence[str], whole: Sequence[str]) -> list[str]:
@@ -30,7 +33,7 @@ def _joints(lines: Sequence[str], whole: str) -> list[str] | None:
     """What stands after each line that `whole` became; None where these are others."""
     rest, found = whole.strip(), list[str]()
     for line in lines:
-        part = line.strip()
+        part = (INDENT.sub("", line, count=1) if found else line).strip()
         if not rest.startswith(part) or (rest and not part):
             return None
         rest = rest[len(part) :]
@@ -42,9 +45,10 @@ def _joints(lines: Sequence[str], whole: str) -> list[str] | None:
 
 
 def joined(parts: Sequence[str], joints: Sequence[str]) -> str:
-    """Parts of neighbouring lines as one text; a joint stands after each. What goes on loses its indent."""
+    """Parts of neighbouring lines as one text; a joint stands after each. What goes on loses its indent,
+    and its bars where it is a quote."""
     text, before = "", BREAK
     for part, joint in zip(parts, joints, strict=True):
-        text += (part if before == BREAK else part.lstrip()) + joint
+        text += (part if before == BREAK else INDENT.sub("", part, count=1)) + joint
         before = joint
     return text.removesuffix(before)

@@ -1,0 +1,152 @@
+"""The tables of the conversations, how they came about, and the file that they lie in.
+
+A migration that was published never changes: another one follows it. It knows columns and SQLite; it refuses
+to know what they mean.
+"""
+
+import sqlite3
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from sqlite_utils import Database, Migrations
+
+from kvchat.errors import KvchatError
+
+BUSY_S = 30.0
+"""How long a write waits for another process."""
+
+migrations = Migrations("kvchat")
+
+
+@migrations()
+def m001_conversations(db: Database) -> None:
+    db.create_table(
+        "conversations",
+        {
+            "id": str,
+            "title": str,
+            "system_prompt": str,
+            "model": str,
+            "mode": str,
+            "sampling": str,
+            "head": int,
+            "created_at": str,
+            "updated_at": str,
+        },
+        pk="id",
+    )
+    db.create_table(
+        "messages",
+        {
+            "id": int,
+            "conversation": str,
+            "parent_id": int,
+            "role": str,
+            "text": str,
+            "thinking": str,
+            "token_ids": str,
+            "tokenizer": str,
+            "finish_reason": str,
+            "created_at": str,
+        },
+        pk="id",
+        foreign_keys=[("conversation", "conversations", "id"), ("parent_id", "messages", "id")],
+    )
+    db.table("messages").create_index(["conversation"])
+    db.create_table("drafts", {"conversation": str, "text": str}, pk="conversation")
+
+
+@migrations()
+def m002_turns(db: Database) -> None:
+    texts = "cache_mode kv_dtype weights_dtype path finish_reason reuse_note"
+    counts = "prompt_tokens reused_tokens prefilled_tokens generated_tokens evaluated_tokens"
+    sizes = "kv_tokens kv_bytes kv_used_bytes weights_bytes rss_bytes context_limit"
+    seconds = "ttft_s prefill_s decode_s prefill_tok_s decode_tok_s"
+    columns: dict[str, type] = {"message": int}
+    for names, kind in ((texts, str), (counts, int), (sizes, int), (seconds, float)):
+        columns |= dict.fromkeys(names.split(), kind)
+    db.create_table("turns", columns, pk="message", foreign_keys=[("message", "messages", "id")])
+
+
+@migrations()
+def m003_cache(db: Database) -> None:
+    for column, kind in (("kv", str), ("policy", str), ("left_out", int)):
+        db.table("conversations").add_column(column, kind)
+    for column in ("evicted_tokens", "restored_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
+    db.table("turns").add_column("restore_s", float, not_null_default=0.0)
+    db.create_table(
+        "cache_events",
+        {
+            "id": int,
+            "conversation": str,
+            "kind": str,
+            "tokens": int,
+            "bytes": int,
+            "seconds": float,
+            "note": str,
+            "at": float,
+        },
+        pk="id",
+    )
+    db.table("cache_events").create_index(["conversation"])
+
+
+@migrations()
+def m004_search_and_presets(db: Database) -> None:
+    db.create_table("presets", {"name": str, "system_prompt": str, "sampling": str}, pk="name")
+    # trigrams find parts of words, and words of scripts that are written without spaces
+    db.table("messages").enable_fts(["text"], create_triggers=True, tokenize="trigram")
+
+
+@migrations()
+def m005_drafting(db: Database) -> None:
+    for column in ("drafted_tokens", "accepted_tokens"):
+        db.table("turns").add_column(column, int, not_null_default=0)
+
+
+@migrations()
+def m006_last_turn(db: Database) -> None:
+    db.table("conversations").add_column("last_turn", str, not_null_default="{}")
+
+
+class _Readable(Database):
+    """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
+
+    def query(
+        self, sql: str, params: Sequence[Any] | dict[str, Any] | None = None
+    ) -> Generator[dict[Any, Any], None, None]:
+        """The rows.
+
+        Raises:
+            KvchatError: they can't be read.
+        """
+        try:
+            yield from super().query(sql, params)
+        except sqlite3.DatabaseError as error:
+            raise KvchatError(
+                f"The conversations can't be read: {error}. `kvchat paths` says where they are; put a copy "
+                "of the file there, or move it away to begin anew."
+            ) from error
+
+
+def open_database(path: Path | None) -> Database:
+    """The file with its tables as they are today; None keeps everything in memory.
+
+    Raises:
+        sqlite3.Error, OSError: it can't be opened, or is no database.
+    """
+    if path is None:
+        db = _Readable(memory=True)
+        migrations.apply(db)
+        return db
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(f"{path}.lock"):
+        path.touch(mode=0o600)
+        db = _Readable(sqlite3.connect(path, timeout=BUSY_S))
+        db.enable_wal()
+        db.execute("pragma synchronous = normal")
+        migrations.apply(db)
+    return db
