@@ -128,7 +128,8 @@ def main() -> None:
         report_decode(data_dir)
         return
     if sys.argv[2:] == ["scroll"]:
-        report_scroll(data_dir)
+        with tempfile.TemporaryDirectory(dir=data_dir) as apart:  # no other conversation stands in its list
+            report_scroll(apart)
         return
     paints, readies = starts(data_dir)
     say(f"first paint   median {statistics.median(paints):.2f} s, slowest {max(paints):.2f} s")
