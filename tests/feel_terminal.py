@@ -78,7 +78,7 @@ class Terminal:
             if select.select([self._pty], [], [], left)[0]:
                 os.read(self._pty, 65536)
 
-    def step(self, keys: str) -> "Step":
+    def step(self, keys: str) -> Step:
         """What is printed after these keys."""
         began = last = time.perf_counter()
         first, printed, patience = 0.0, b"", NOTHING_S

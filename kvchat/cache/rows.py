@@ -8,10 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from kvchat.cache.layers import (
-    Growth,
-    bytes_of,
-)
+from kvchat.cache.layers import Growth, bytes_of
 
 
 class SharedRows:

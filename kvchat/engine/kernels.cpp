@@ -201,12 +201,14 @@ inline void sum_lanes(const Floats v[kSummed], float* to) {
 template <typename Fold>
 inline float fold(Floats v, const Fold& pair) {
   EightFloats eight = load<EightFloats>(&v);
-  if constexpr (kLanes == 16) eight = pair(eight, load<EightFloats>(reinterpret_cast<const float*>(&v) + 8));
+  if constexpr (kWide) eight = pair(eight, load<EightFloats>(reinterpret_cast<const float*>(&v) + 8));
   const FourFloats four =
       pair(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
   const FourFloats two = pair(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
   return pair(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
+inline float sum_of(Floats v) { return fold(v, [](auto a, auto b) { return a + b; }); }
+inline float largest_of(Floats v) { return fold(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // exp(x) for x <= 0, to 2e-7: a polynomial (Taylor of 2^f on half a unit) and a shift of the exponent
 inline Floats exponential(Floats x) {
@@ -259,10 +261,10 @@ struct Rounded {
       sum += v;
       top = larger(top, larger(v, -v));
     }
-    const float peak = fold(top, [](auto a, auto b) { return a > b ? a : b; });
+    const float peak = largest_of(top);
     const float inverse = peak > 0 ? 32767 / peak : 0;
     scales[at] = peak / 32767;
-    sums[at] = fold(sum, [](auto a, auto b) { return a + b; });
+    sums[at] = sum_of(sum);
     int16_t* to = numbers.get() + at * kGroup;
     for (int64_t i = 0; i < kGroup; ++i) to[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
   }
@@ -391,6 +393,7 @@ void multiply_block(const uint8_t* weights, const Rounded& states, int64_t first
   for (int64_t n = 0; n < count; ++n)
     std::memcpy(to + (first + n) * stride, results + n * kRows, kRows * sizeof(float));
 }
+
 // `tiles` tiles of rows times `count` tokens from `first` on.
 template <int kBits>
 void multiply_tiles(const uint8_t* weights, const Rounded& states, int64_t first, int64_t count, float* to,
@@ -827,8 +830,7 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
     for (int64_t t = std::max<int64_t>(0, last + 1); t < kChunk; ++t) s[t] = kLowest;
     Floats top = all(kLowest);
     for (int64_t t = 0; t < kChunk; t += kLanes) top = larger(top, load<Floats>(s + t));
-    const float peak = fold(top, [](auto a, auto b) { return a > b ? a : b; });
-    part.peaks[r] = peak;
+    const float peak = part.peaks[r] = largest_of(top);
     if (from > last) continue;
     Floats total = all(0);
     for (int64_t t = 0; t < kChunk; t += kLanes) {
@@ -837,7 +839,7 @@ void attend_chunk(const Attention& how, const Rows& keys, const Rows& values, co
       total += weight;
       store(s + t, weight);
     }
-    part.totals[r] = fold(total, [](auto a, auto b) { return a + b; });
+    part.totals[r] = sum_of(total);
   }
   std::fill(part.sums, part.sums + rows * how.value_padded, 0.0f);
   for (int64_t at = start; at < end; at += kAtOnce)

@@ -82,11 +82,15 @@ def test_a_product_is_that_of_the_same_blocks_in_fp64(kind: str, rows: int, bits
 
 @each_precision
 def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
-    """4 tokens are multiplied in one go; 2 tiles of rows are, with one left over."""
-    states, blocks = random(11, COLUMNS), blocks_of(3 * TILE, bits)
+    """1, 2, 4 or 8 tokens are multiplied in one go, and 64 share unpacked weights; 2 or 4 tiles of rows are.
+
+    Of 7 tiles some are left over, so that rows are multiplied in every way that this CPU has.
+    """
+    count = 150
+    states, blocks = random(count, COLUMNS), blocks_of(7 * TILE, bits)
     alone = torch.cat([product(state[None], blocks) for state in states])
-    for size in (2, 3, 4, 5, 11):
-        together = torch.cat([product(states[n : n + size], blocks) for n in range(0, 11, size)])
+    for size in (2, 3, 4, 5, 8, 15, 64, 65, count):
+        together = torch.cat([product(states[n : n + size], blocks) for n in range(0, count, size)])
         assert torch.equal(together, alone)
 
 
