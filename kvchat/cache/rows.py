@@ -61,14 +61,15 @@ class SharedRows:
         return Growth(row_bytes * self.rounded_up(end), freed)
 
     def unshare(self, start: int, end: int) -> int:
-        """Leaves the memory of others where writing from `start` to `end` would go over it;
+        """Copies the rows in use where writing from `start` to `end` would overwrite another holder's rows.
 
-        returns bytes copied.
+        All `count` rows are copied, also those from `start` on: a caller may read them before it overwrites
+        them. Returns the bytes copied.
         """
         if not self._tensors or not self._writes_over_others(start):
             return 0
-        self._move(start, self.rounded_up(end), {})
-        return sum(tensor[:start].nbytes for tensor in self._tensors.values())
+        self._move(self.count, self.rounded_up(max(end, self.count)), {})
+        return sum(tensor[: self.count].nbytes for tensor in self._tensors.values())
 
     def write(self, start: int, rows: Mapping[str, torch.Tensor]) -> None:
         """Keeps the first `start` rows and puts these after them."""

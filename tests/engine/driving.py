@@ -98,7 +98,14 @@ class Tap:
     """What passes through a model while it is open."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
-    evaluated: int = 0
+    """After the last token of each finished forward pass, `[vocabulary]`."""
+    inputs: list[list[int]] = field(default_factory=list)
+    """The ids of each forward pass that was begun."""
+
+    @property
+    def evaluated(self) -> int:
+        """Tokens that went in."""
+        return sum(len(ids) for ids in self.inputs)
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
@@ -112,7 +119,7 @@ class Tap:
             end.remove()
 
     def _enter(self, _module: object, args: tuple[torch.Tensor, ...]) -> None:
-        self.evaluated += args[0].shape[-1]
+        self.inputs.append(args[0].flatten().tolist())
 
     def _leave(self, _module: object, _args: object, output: CausalLMOutputWithPast) -> None:
         assert output.logits is not None

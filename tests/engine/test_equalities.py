@@ -8,7 +8,17 @@ import torch
 from tokenizers import Tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from kvchat.contract import PrefillProgress, PromptMessage, Sampling
+from kvchat.cache.codes import BLOCK
+from kvchat.cache.kv import ConversationKV
+from kvchat.contract import (
+    Fork,
+    KVPrecision,
+    PrefillProgress,
+    PromptMessage,
+    Sampling,
+    TurnEvent,
+    TurnStarted,
+)
 from kvchat.engine import explain
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.load import LoadedModel
@@ -310,3 +320,34 @@ def test_history_without_a_cache_is_read_once_and_the_note_says_why(
     assert (resumed.started.reused_tokens, resumed.started.reuse_note) == (0, explain.NOT_READ_YET)
     assert_equals_cold(resumed, loaded)
     assert chat.ask(THIRD).started.reuse_note == ""
+
+
+@pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
+@pytest.mark.parametrize("shared_by", ["system prompt", "fork"])
+def test_a_quantised_cache_that_shares_a_prefix_answers_as_one_that_shares_none(
+    tiny: LoadedModel, kv: KVPrecision, shared_by: str
+) -> None:
+    """The second conversation finishes a block whose first rows it shares with the first conversation."""
+    engine = LocalEngine(tiny)
+    system = "You answer in the words of the old towns."
+    first, second = Chat(engine, tiny, "first", system=system), Chat(engine, tiny, "second", system=system)
+    first.precision = second.precision = kv
+    first.ask("Hi!")
+    if shared_by == "fork":
+        engine.act(Fork("first", "second"))
+        second.messages = list(first.messages)
+        first.ask("And?")
+    alone: list[ConversationKV] = []
+
+    def copy(event: TurnEvent) -> None:
+        if isinstance(event, TurnStarted):
+            alone.append(tiny.new_kv(kv.value))
+            alone[0].unpack(second.kv.fork(len(second.kv)).pack())
+
+    played = second.ask(sentences(9), copy)
+    assert 0 < played.started.reused_tokens < BLOCK < played.started.prompt_tokens
+    reader = tiny.reader(alone[0])
+    logits = reader.read(rendered(tiny, played.request.messages)[played.started.reused_tokens :])
+    torch.testing.assert_close(played.logits[0], logits[-1], atol=TOLERANCE, rtol=0)
+    for token, found in zip(played.tokens, played.logits[1:], strict=False):
+        torch.testing.assert_close(found, reader.read([token])[-1], atol=TOLERANCE, rtol=0)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvchat.cache.kv import ConversationKV
 from kvchat.cache.layers import GROWTH_STEP
 from kvchat.contract import (
     CacheAct,
@@ -65,6 +66,7 @@ EXAMPLES, STEPS = 150, 12
 names = st.sampled_from(NAMES)
 texts = st.sampled_from(WORDS)
 few = st.integers(1, 6)
+precisions = st.sampled_from([KVPrecision.FP32, KVPrecision.AUTO, KVPrecision.INT8, KVPrecision.INT4])
 
 
 @cache
@@ -85,6 +87,15 @@ def renderer() -> Renderer:
 def budget_of(rows: int, conversations: float) -> int:
     """Bytes that so many conversations of so many tokens hold."""
     return int(model().new_kv().bytes_at(rows) * conversations)
+
+
+def unshared(engine: LocalEngine, name: str) -> ConversationKV:
+    """A copy of that conversation's cache, row for row, in memory of its own."""
+    kept = engine.caches.get(name)
+    assert kept is not None
+    copy = model().new_kv(kept.precision.value)
+    copy.unpack(kept.kv.fork(len(kept.kv.ids)).pack())
+    return copy
 
 
 @dataclass
@@ -134,15 +145,15 @@ class Machine(RuleBasedStateMachine):
         self.engine.close()
         shutil.rmtree(self.folder)
 
-    @initialize(system=st.booleans(), past=st.tuples(*[st.integers(0, 8)] * len(NAMES)))
-    def begin(self, system: bool, past: tuple[int, ...]) -> None:
+    @initialize(system=st.booleans(), kv=precisions, past=st.tuples(*[st.integers(0, 8)] * len(NAMES)))
+    def begin(self, system: bool, kv: KVPrecision, past: tuple[int, ...]) -> None:
         """Some conversations begin elsewhere: they have a past that no engine here has read."""
         opening = [PromptMessage("system", SYSTEM)] if system else []
         for name, turns in zip(NAMES, past, strict=True):
             said = [
                 m for n in range(turns) for m in (user(f"{n} {WORDS[1]}"), PromptMessage("assistant", "Far."))
             ]
-            self.talks[name] = Talk([*opening, *said])
+            self.talks[name] = Talk([*opening, *said], kv=kv)
 
     # What a user says.
 
@@ -206,12 +217,12 @@ class Machine(RuleBasedStateMachine):
     def choose_policy(self, name: str, policy: EvictionPolicy) -> None:
         self.talks[name].policy = policy
 
-    @rule(name=names, kv=st.sampled_from([KVPrecision.FP32, KVPrecision.AUTO, KVPrecision.INT8]))
+    @rule(name=names, kv=precisions)
     def choose_precision(self, name: str, kv: KVPrecision) -> None:
         """For what is read from now on; a cache that is stored otherwise is of no use then."""
         self.talks[name].kv = kv
 
-    @rule(name=names, kv=st.sampled_from([KVPrecision.FP32, KVPrecision.AUTO, KVPrecision.INT8]))
+    @rule(name=names, kv=precisions)
     def convert(self, name: str, kv: KVPrecision) -> None:
         self.talks[name].kv = kv
         self.do(SetPrecision(name, kv))
@@ -300,6 +311,8 @@ class Machine(RuleBasedStateMachine):
         with run.tap.on(model().model):
             for event in self.engine.turn(request):
                 run.events.append(event)
+                if isinstance(event, TurnStarted) and not talk.exact:
+                    run.alone = unshared(self.engine, name)
                 guard()
                 seen += stop is not None and isinstance(event, stop[0])
                 if stop is not None and seen == stop[1]:
@@ -324,6 +337,8 @@ class Run:
     request: TurnRequest
     events: list[TurnEvent] = field(default_factory=list)
     tap: Tap = field(default_factory=Tap)
+    alone: ConversationKV | None = None
+    """A copy of a quantised cache as the turn found it, in memory of its own."""
 
     def check_failure(self, failed: TurnFailed) -> None:
         """The only reason is that what may not be dropped is too long."""
@@ -337,6 +352,8 @@ class Run:
         assert len(self.prompt(finished.left_out)) + len(finished.token_ids) <= CONTEXT
         if talk.exact:
             self.check_answer(finished)
+        elif not any(isinstance(event, Evicted) for event in self.events[2:]):
+            self.check_unshared(finished.stats.reused_tokens)
 
     def prompt(self, left_out: int) -> tuple[int, ...]:
         """The ids of the messages that stay, by a renderer that knows nothing of this turn."""
@@ -370,6 +387,15 @@ class Run:
         cold = uncached_logits(model().model, [*prompt, *chosen])[len(prompt) - 1 :]
         torch.testing.assert_close(found, cold[before:generated], atol=TOLERANCE, rtol=0)
         assert cold.argmax(dim=-1).tolist()[before : len(chosen)] == chosen[before:]
+
+    def check_unshared(self, reused: int) -> None:
+        """Logits are those of a cache with the same rows that shares its memory with no other."""
+        kv = self.alone
+        assert kv is not None
+        assert len(kv) == reused
+        reader = model().reader(kv)
+        for ids, found in zip(self.tap.inputs, self.tap.logits, strict=False):
+            torch.testing.assert_close(reader.read(ids)[-1], found, atol=TOLERANCE, rtol=0)
 
 
 TestMachine = Machine.TestCase
