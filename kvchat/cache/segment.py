@@ -26,7 +26,8 @@ from xxhash import xxh3_128_hexdigest
 
 from kvchat.errors import KvchatError
 
-FORMAT = 1
+FORMAT = 2
+"""1: quantised layers that shared memory could hold uninitialised values; such files are read again."""
 MAX_HEADER_BYTES = 16_000_000
 """128,000 ids and the tensors of 100 layers are 1 MB."""
 ITEM_BYTES = {

@@ -198,7 +198,7 @@ def test_another_format_is_refused_by_its_number(shelf: Shelf, monkeypatch: pyte
     with monkeypatch.context() as future:
         future.setattr(segment_module, "FORMAT", 99)
         write(shelf, header("a", 4))
-    with pytest.raises(SnapshotRefused, match="it has format 99, and this kvchat reads 1"):
+    with pytest.raises(SnapshotRefused, match="it has format 99, and this kvchat reads 2"):
         shelf.chain("a")
 
 
