@@ -1,6 +1,6 @@
 """`python -m kvchat` is the `kvchat` command."""
 
-from kvchat.cli import main
+from kvchat.cli.main import main
 
 if __name__ == "__main__":
     main()

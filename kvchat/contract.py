@@ -34,7 +34,7 @@ class KVPrecision(StrEnum):
 
 
 class EvictionPolicy(StrEnum):
-    """What is dropped when the context is full; `kvchat.cache.evict` has them."""
+    """What is dropped when the context is full; `kvchat.cache.eviction` has them."""
 
     NONE = "none"
     """Nothing: the answer ends, and the next one is refused."""

@@ -4,6 +4,9 @@ Everything that goes wrong for a reason the user can act on is raised as `Kvchat
 what is wrong, where, and what to do. The command line prints it and exits with 1; the screen shows it.
 """
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
 
 class KvchatError(Exception):
     """A clear sentence for the user; never a traceback."""

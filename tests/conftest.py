@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from kvchat.openmp import wait_politely
+from kvchat.engine_process.openmp import wait_politely
 
 if TYPE_CHECKING:
     from kvchat.contract import Engine
-    from kvchat.engine.load import LoadedModel
+    from kvchat.engine.model.loader import LoadedModel
 
 REQUIRE_MODEL = "KVCHAT_REQUIRE_MODEL"
 THREADS = 1
@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     real = shutil.which(os.environ.get("CXX", "g++"))
     if hasattr(config, "workerinput") or real is None or sys.platform == "win32":
         return
-    from tests.compile_once import install
+    from tests.support.compile_once import install
 
     folder = tempfile.TemporaryDirectory(prefix="kvchat-compiler-")
     config.add_cleanup(folder.cleanup)
@@ -66,8 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Where the real model is required, it is fetched and compiled before tests share the cores with that."""
     if os.environ.get(REQUIRE_MODEL) == "1" and not hasattr(session.config, "workerinput"):
-        from kvchat.engine.prepare import prepare
-        from kvchat.paths import find_paths
+        from kvchat.config.paths import find_paths
+        from kvchat.engine.setup.prepare import prepare
 
         prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
 
@@ -82,7 +82,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
     """The tiny Llama with its tokenizer."""
-    from tests.tiny import tiny_loaded
+    from tests.support.tiny import tiny_loaded
 
     return tiny_loaded()
 
@@ -98,7 +98,7 @@ def tiny_engine(tiny: LoadedModel) -> Engine:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama as a model folder, for `load_model` and for `-m FOLDER`."""
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
@@ -106,10 +106,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The real SmolLM2 in fp32, for tests marked `model`; without it they skip, or fail where required."""
-    from kvchat.engine.load import load_model
-    from kvchat.engine.prepare import prepare
+    from kvchat.config.paths import find_paths
+    from kvchat.engine.model.loader import load_model
+    from kvchat.engine.setup.prepare import prepare
     from kvchat.errors import KvchatError
-    from kvchat.paths import find_paths
 
     try:
         folder = prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)

@@ -10,27 +10,32 @@ ROOT = Path(__file__).parents[1]
 TENSORS = {"torch", "transformers"}
 SCREEN = {"textual", "kvchat.ui"}
 ENGINE = {"kvchat.engine", "kvchat.cache"}
-TENSORS_OF_CACHE = {"kvchat.cache.kv", "kvchat.cache.layers", "kvchat.cache.snapshot", "kvchat.engine"}
-STORAGE = {"sqlite_utils", "kvchat.store"}
+TENSORS_OF_CACHE = {
+    "kvchat.cache.kv_cache",
+    "kvchat.cache.layer",
+    "kvchat.cache.disk.snapshot",
+    "kvchat.engine",
+}
+STORAGE = {"sqlite_utils", "kvchat.chat.store"}
 
 NEVER_LOADED = {
-    "kvchat.cli": TENSORS | SCREEN | ENGINE | STORAGE | {"numpy"},
-    "kvchat.link": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.cli.main": TENSORS | SCREEN | ENGINE | STORAGE | {"numpy"},
+    "kvchat.engine_process.client": TENSORS | SCREEN | ENGINE | STORAGE,
     "kvchat.ui.app": TENSORS | ENGINE,
-    "kvchat.session": TENSORS | SCREEN | ENGINE,
-    "kvchat.headless": TENSORS | SCREEN | ENGINE,
-    "kvchat.store": TENSORS | SCREEN | ENGINE,
-    "kvchat.conversation": TENSORS | SCREEN | ENGINE | STORAGE,
-    "kvchat.contract": TENSORS | SCREEN | ENGINE | STORAGE | {"kvchat.conversation"},
-    "kvchat.cache_commands": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.chat.session": TENSORS | SCREEN | ENGINE,
+    "kvchat.cli.run": TENSORS | SCREEN | ENGINE,
+    "kvchat.chat.store": TENSORS | SCREEN | ENGINE,
+    "kvchat.chat.conversation": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.contract": TENSORS | SCREEN | ENGINE | STORAGE | {"kvchat.chat.conversation"},
+    "kvchat.cli.cache": TENSORS | SCREEN | ENGINE | STORAGE,
     "kvchat.cache.prefix": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
-    "kvchat.cache.evict": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
-    "kvchat.cache.pool": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.eviction": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.memory_budget": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
     "kvchat.cache.fingerprint": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
-    "kvchat.cache.segment": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
-    "kvchat.cache.shelf": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
-    "kvchat.engine.prepare": TENSORS | SCREEN | STORAGE,
-    "kvchat.locate": TENSORS | SCREEN | ENGINE | STORAGE,
+    "kvchat.cache.disk.segment": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.cache.disk.disk_store": TENSORS | SCREEN | STORAGE | TENSORS_OF_CACHE,
+    "kvchat.engine.setup.prepare": TENSORS | SCREEN | STORAGE,
+    "kvchat.models.resolve": TENSORS | SCREEN | ENGINE | STORAGE,
 }
 
 

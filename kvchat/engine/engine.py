@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from kvchat.cache.saver import SaveResult
+from kvchat.cache.disk.writer import SaveResult
 from kvchat.contract import (
     CacheAct,
     CacheEventKind,
@@ -27,19 +27,19 @@ from kvchat.contract import (
     TurnRequest,
     TurnStarted,
 )
-from kvchat.engine import explain
-from kvchat.engine.acts import do
-from kvchat.engine.caches import Caches, Kept
-from kvchat.engine.disk import DiskTier, Saved
-from kvchat.engine.draft import Drafter, PromptLookup
-from kvchat.engine.identity import identify
-from kvchat.engine.load import LoadedModel
-from kvchat.engine.meter import Meter
-from kvchat.engine.plan import Lent, Plan, Planner, Rate
-from kvchat.engine.render import Renderer
-from kvchat.engine.spans import spans_at_end, spans_at_start
-from kvchat.engine.timeline import Timeline
+from kvchat.engine import miss_reason
+from kvchat.engine.cache_commands import do
+from kvchat.engine.cache_manager import Caches, Kept
+from kvchat.engine.disk_tier import DiskTier, Saved
+from kvchat.engine.event_log import Timeline
+from kvchat.engine.model.fingerprint import identify
+from kvchat.engine.model.loader import LoadedModel
+from kvchat.engine.planner import Lent, Plan, Planner, Rate
+from kvchat.engine.prompt import Renderer
+from kvchat.engine.speculative import Drafter, PromptLookup
+from kvchat.engine.token_spans import spans_at_end, spans_at_start
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
+from kvchat.engine.turn_timer import Meter
 from kvchat.errors import KvchatError
 
 UNBOUNDED = 1 << 62
@@ -194,7 +194,7 @@ class LocalEngine:
         if request.mode is CacheMode.ON:
             self.caches.save(request.conversation)
         else:
-            self.caches.discard(request.conversation, explain.WHEN_DISCARDED[request.mode])
+            self.caches.discard(request.conversation, miss_reason.WHEN_DISCARDED[request.mode])
         return TurnFinished(
             request.turn, answer.text, ids, self.facts.tokenizer, stats, self.pool(), plan.left_out, spans
         )
@@ -250,7 +250,7 @@ class LocalEngine:
 
     def _tell_of_reuse(self, request: TurnRequest, plan: Plan) -> None:
         if plan.miss:
-            note = explain.sentence(plan.miss)
+            note = miss_reason.sentence(plan.miss)
             self._timeline.tell(request.conversation, CacheEventKind.MISS, plan.miss.tokens, note=note)
         if plan.reused:
             self._timeline.tell(request.conversation, CacheEventKind.REUSE, plan.reused)

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import torch
 
-from kvchat.cache.evict import POLICIES
+from kvchat.cache.eviction import POLICIES
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
@@ -24,16 +24,16 @@ from kvchat.contract import (
     TurnEvent,
     TurnRequest,
 )
-from kvchat.engine.caches import Caches, Kept
-from kvchat.engine.context import Room, evict_rows, keep_positions, layout_of
-from kvchat.engine.detokenize import Detokenizer
-from kvchat.engine.draft import Drafter
-from kvchat.engine.forward import Stopped
-from kvchat.engine.load import LoadedModel
-from kvchat.engine.meter import Meter
-from kvchat.engine.plan import Plan, Planner
-from kvchat.engine.sample import Sampler
-from kvchat.engine.timeline import Timeline
+from kvchat.engine.cache_manager import Caches, Kept
+from kvchat.engine.detokenizer import Detokenizer
+from kvchat.engine.event_log import Timeline
+from kvchat.engine.eviction import Room, evict_rows, keep_positions, layout_of
+from kvchat.engine.model.forward import Stopped
+from kvchat.engine.model.loader import LoadedModel
+from kvchat.engine.planner import Plan, Planner
+from kvchat.engine.sampler import Sampler
+from kvchat.engine.speculative import Drafter
+from kvchat.engine.turn_timer import Meter
 from kvchat.errors import KvchatError
 
 PREFILL_CHUNK = 512

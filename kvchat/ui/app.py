@@ -10,21 +10,21 @@ from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import Input, TextArea
 
-from kvchat.config_file import write_setting
+from kvchat.chat.session import Session
+from kvchat.config.file import write_setting
+from kvchat.config.settings import find_setting
 from kvchat.errors import KvchatError
-from kvchat.session import Session
-from kvchat.settings import find_setting
 from kvchat.text import clean
-from kvchat.ui.bridge import EngineFactory
 from kvchat.ui.clipboard import fill_system_clipboard
 from kvchat.ui.commands import COMMANDS
-from kvchat.ui.pace import keep_still
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.redraw_rate import keep_still
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.themes import OWN
+from kvchat.ui.turn_thread import EngineFactory
 
 if TYPE_CHECKING:
-    from kvchat.ui.models import ModelShelf
+    from kvchat.ui.model_switch import ModelShelf
 
 QUIT_WITHIN_S = 2.0
 """A second Ctrl-C within this time quits."""

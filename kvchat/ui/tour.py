@@ -8,14 +8,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+from kvchat.chat.session import Session
 from kvchat.contract import CacheMode, Drop, EvictionPolicy, KVPrecision, ModelFacts, SetBudget, TurnStats
 from kvchat.errors import KvchatError
-from kvchat.session import Session
 from kvchat.text import megabytes, one_line
-from kvchat.ui.bridge import EngineBridge
-from kvchat.ui.desk import CacheDesk
-from kvchat.ui.turns import Turns
-from kvchat.ui.words import tokens
+from kvchat.ui.cache_actions import CacheDesk
+from kvchat.ui.formatting import tokens
+from kvchat.ui.turn_presenter import Turns
+from kvchat.ui.turn_thread import EngineBridge
 
 LOOKS_EVERY_S = 0.05
 STEP_TOKENS = 256

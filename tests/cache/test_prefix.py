@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.cache.kv import ConversationKV
+from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.prefix import common_prefix, gap_bounds, reusable_prefix
 
 ids = st.lists(st.integers(0, 3), max_size=40)

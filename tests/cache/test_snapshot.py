@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from kvchat.cache.kv import MARKS, ConversationKV
-from kvchat.cache.layers import GrowableLayer, HeadShape
-from kvchat.cache.recurrent import RecurrentLayer
-from kvchat.cache.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
-from kvchat.cache.shelf import NoRoomError, Shelf, segment_files
-from kvchat.cache.snapshot import load, save
+from kvchat.cache.disk.disk_store import NoRoomError, Shelf, segment_files
+from kvchat.cache.disk.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
+from kvchat.cache.disk.snapshot import load, save
+from kvchat.cache.kv_cache import MARKS, ConversationKV
+from kvchat.cache.layer import GrowableLayer, HeadShape
+from kvchat.cache.state_layer import RecurrentLayer
 
 SHAPE = HeadShape(kv_heads=2, key_dim=8, value_dim=6)
 LAYERS = 3

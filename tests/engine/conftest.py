@@ -6,12 +6,12 @@ from typing import cast
 
 import pytest
 
-from kvchat.engine.compile import compile_kernels
-from kvchat.engine.compiled import KERNELS, load_kernels
-from kvchat.engine.draft import PromptLookup
+from kvchat.engine.compiled.build import compile_kernels
+from kvchat.engine.compiled.package import compiler
+from kvchat.engine.compiled.runner import KERNELS, load_kernels
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
-from kvchat.engine.package import compiler
+from kvchat.engine.model.loader import LoadedModel
+from kvchat.engine.speculative import PromptLookup
 from tests.conftest import REQUIRE_MODEL
 
 

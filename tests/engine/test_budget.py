@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from kvchat.cache.layers import GROWTH_STEP
+from kvchat.cache.layer import GROWTH_STEP
 from kvchat.contract import (
     CacheEventKind,
     EvictionPolicy,
@@ -19,11 +19,11 @@ from kvchat.contract import (
     Spill,
     Warm,
 )
-from kvchat.engine.disk import DiskTier
+from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import UNBOUNDED, LocalEngine
-from kvchat.engine.load import LoadedModel
-from tests.engine.driving import Chat, Played, assert_equals_cold, rendered, sentences
-from tests.engine.oracle import (
+from kvchat.engine.model.loader import LoadedModel
+from tests.support.engine_driver import Chat, Played, assert_equals_cold, rendered, sentences
+from tests.support.oracle import (
     Guard,
     assert_equals_cold_without,
     chat_with,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GROWTH_STEP
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GROWTH_STEP
 from kvchat.cache.prefix import common_prefix
 from kvchat.contract import (
     CacheEventKind,
@@ -24,9 +24,9 @@ from kvchat.contract import (
     Tokens,
 )
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
-from kvchat.engine.plan import LEAST_LOAN
-from tests.engine.driving import (
+from kvchat.engine.model.loader import LoadedModel
+from kvchat.engine.planner import LEAST_LOAN
+from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
     Played,

@@ -21,23 +21,12 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GrowableLayer, Memory
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GrowableLayer, Memory
+from kvchat.config.paths import find_paths
 from kvchat.contract import CacheMode, KVPrecision, Sampling
-from kvchat.engine import compile as building
-from kvchat.engine.compiled import (
-    CompiledReader,
-    CompiledStep,
-    Description,
-    addressed,
-    find_step,
-)
-from kvchat.engine.draft import Drafter, PromptLookup
-from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import CachedReader
-from kvchat.engine.identity import identify
-from kvchat.engine.load import LoadedModel, load_model
-from kvchat.engine.package import (
+from kvchat.engine.compiled import build as building
+from kvchat.engine.compiled.package import (
     LIBRARIES,
     REFUSAL,
     fingerprint,
@@ -45,14 +34,25 @@ from kvchat.engine.package import (
     package_folder,
     remove_stale,
 )
-from kvchat.engine.prepare import prepare
+from kvchat.engine.compiled.runner import (
+    CompiledReader,
+    CompiledStep,
+    Description,
+    addressed,
+    find_step,
+)
+from kvchat.engine.engine import LocalEngine
+from kvchat.engine.model.fingerprint import identify
+from kvchat.engine.model.forward import CachedReader
+from kvchat.engine.model.loader import LoadedModel, load_model
+from kvchat.engine.setup.prepare import prepare
+from kvchat.engine.speculative import Drafter, PromptLookup
 from kvchat.errors import KvchatError
-from kvchat.paths import find_paths
-from kvchat.staging import Progress
+from kvchat.models.staging import Progress
 from tests.engine.conftest import need_compiler
-from tests.engine.driving import TOLERANCE, Chat, sentences, uncached_logits, user
-from tests.engine.oracle import tier
-from tests.tiny import TRAINING_TEXT, seeded_model, tiny_chat, tiny_config
+from tests.support.engine_driver import TOLERANCE, Chat, sentences, uncached_logits, user
+from tests.support.oracle import tier
+from tests.support.tiny import TRAINING_TEXT, seeded_model, tiny_chat, tiny_config
 
 IDS = [(7 * i + i * i) % 400 + 5 for i in range(300)]
 CUTS = {
@@ -459,7 +459,7 @@ def test_a_package_loads_without_compiler_model_code_and_temporary_files(
 ) -> None:
     """Ended by force, as a kill would: nothing that it wrote could be cleaned up."""
     script = (
-        "import os, sys, pathlib; from kvchat.engine.load import load_model\n"
+        "import os, sys, pathlib; from kvchat.engine.model.loader import load_model\n"
         f"loaded = load_model(pathlib.Path({str(llama.folder)!r}), 'tiny', precision='fp32', threads=1)\n"
         "loaded.reader(loaded.new_kv()).read([5, 6, 7]); assert loaded.step\n"
         "unwanted = ('torch._inductor', 'torch._dynamo', 'transformers.modeling_utils')\n"
@@ -487,7 +487,7 @@ def test_a_package_belongs_to_its_model_precision_and_machine(
     assert fingerprint(other, "bf16") != mine
     for name in ("cpu_features", "installed_version"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvchat.engine.package.{name}", lambda *_: "another")
+            patch.setattr(f"kvchat.engine.compiled.package.{name}", lambda *_: "another")
             assert fingerprint(other, "fp32") != mine
     seen = {mine}
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):

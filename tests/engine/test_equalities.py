@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from kvchat.cache.codes import BLOCK
-from kvchat.cache.kv import ConversationKV
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.quant_codec import BLOCK
 from kvchat.contract import (
     Fork,
     KVPrecision,
@@ -19,10 +19,10 @@ from kvchat.contract import (
     TurnEvent,
     TurnStarted,
 )
-from kvchat.engine import explain
+from kvchat.engine import miss_reason
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
-from tests.engine.driving import (
+from kvchat.engine.model.loader import LoadedModel
+from tests.support.engine_driver import (
     GREEDY,
     TOLERANCE,
     Chat,
@@ -317,7 +317,7 @@ def test_history_without_a_cache_is_read_once_and_the_note_says_why(
     chat = Chat(engine, loaded)
     chat.messages = before.messages
     resumed = chat.ask(SECOND)
-    assert (resumed.started.reused_tokens, resumed.started.reuse_note) == (0, explain.NOT_READ_YET)
+    assert (resumed.started.reused_tokens, resumed.started.reuse_note) == (0, miss_reason.NOT_READ_YET)
     assert_equals_cold(resumed, loaded)
     assert chat.ask(THIRD).started.reuse_note == ""
 

@@ -8,9 +8,9 @@ import torch
 from kvchat.cache.prefix import common_prefix
 from kvchat.contract import CacheMode, PrefillProgress, Sampling, Tokens, TurnEvent, TurnStarted
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import CachedReader
-from kvchat.engine.load import LoadedModel
-from tests.engine.driving import (
+from kvchat.engine.model.forward import CachedReader
+from kvchat.engine.model.loader import LoadedModel
+from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
     Played,

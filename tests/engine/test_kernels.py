@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvchat.cache.layers import AddressedLayer, GrowableLayer, HeadShape
-from kvchat.cache.quantize import QuantizedLayer
-from kvchat.engine.packed import GROUP, TILE, Blocks, pack, round_to_blocks
+from kvchat.cache.layer import AddressedLayer, GrowableLayer, HeadShape
+from kvchat.cache.quantized_layer import QuantizedLayer
+from kvchat.engine.compiled.quantized_linear import GROUP, TILE, Blocks, pack, round_to_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -14,8 +14,8 @@ from kvchat.contract import (
     TurnStarted,
 )
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
-from tests.engine.driving import (
+from kvchat.engine.model.loader import LoadedModel
+from tests.support.engine_driver import (
     GREEDY,
     Chat,
     assert_committed,
@@ -24,7 +24,7 @@ from tests.engine.driving import (
     saying,
     sentences,
 )
-from tests.tiny import CHATML, END_OF_TEXT, tiny_loaded
+from tests.support.tiny import CHATML, END_OF_TEXT, tiny_loaded
 
 QUESTION = "Which pass is open in May?"
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GROWTH_STEP
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GROWTH_STEP
 from kvchat.contract import (
     CacheAct,
     CacheMode,
@@ -42,14 +42,14 @@ from kvchat.contract import (
     TurnStarted,
     Warm,
 )
-from kvchat.engine.context import without_oldest
 from kvchat.engine.engine import UNBOUNDED, LocalEngine
-from kvchat.engine.load import LoadedModel, assemble
-from kvchat.engine.render import Renderer
+from kvchat.engine.eviction import without_oldest
+from kvchat.engine.model.loader import LoadedModel, assemble
+from kvchat.engine.prompt import Renderer
 from kvchat.errors import KvchatError
-from tests.engine.driving import TOLERANCE, Tap, uncached_logits, user
-from tests.engine.oracle import Guard, tier
-from tests.tiny import seeded_model, tiny_chat, tiny_config
+from tests.support.engine_driver import TOLERANCE, Tap, uncached_logits, user
+from tests.support.oracle import Guard, tier
+from tests.support.tiny import seeded_model, tiny_chat, tiny_config
 
 CONTEXT, CHUNK = 320, 48
 NAMES = ("alps", "bread", "rivers")

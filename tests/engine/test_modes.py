@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GROWTH_STEP
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GROWTH_STEP
 from kvchat.contract import CacheMode, Sampling, Tokens
-from kvchat.engine import explain
+from kvchat.engine import miss_reason
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.load import LoadedModel
-from tests.engine.driving import Chat, Played, assert_equals_cold, rendered, sentences
+from kvchat.engine.model.loader import LoadedModel
+from tests.support.engine_driver import Chat, Played, assert_equals_cold, rendered, sentences
 
 FIRST, SECOND, THIRD = "Which pass is open in May?", "How long is the drive?", "Tell me about the sea."
 
@@ -72,7 +72,7 @@ def test_turn_reads_the_history_once_per_turn_and_keeps_nothing(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded, mode=CacheMode.TURN)
-    for question, note in ((FIRST, ""), (SECOND, explain.CACHE_PER_TURN)):
+    for question, note in ((FIRST, ""), (SECOND, miss_reason.CACHE_PER_TURN)):
         played = chat.ask(question)
         stats = played.finished.stats
         assert (stats.reused_tokens, stats.reuse_note, stats.cache_mode) == (0, note, "turn")
@@ -86,7 +86,7 @@ def test_off_reads_everything_for_every_token_and_holds_nothing(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded, mode=CacheMode.OFF)
-    for question, note in ((FIRST, ""), (SECOND, explain.CACHE_IS_OFF)):
+    for question, note in ((FIRST, ""), (SECOND, miss_reason.CACHE_IS_OFF)):
         played = chat.ask(question)
         stats = played.finished.stats
         price = sum(stats.prompt_tokens + done for done in range(stats.generated_tokens))
@@ -98,7 +98,8 @@ def test_off_reads_everything_for_every_token_and_holds_nothing(
 
 
 @pytest.mark.parametrize(
-    ("mode", "note"), [(CacheMode.OFF, explain.CACHE_WAS_OFF), (CacheMode.TURN, explain.CACHE_WAS_PER_TURN)]
+    ("mode", "note"),
+    [(CacheMode.OFF, miss_reason.CACHE_WAS_OFF), (CacheMode.TURN, miss_reason.CACHE_WAS_PER_TURN)],
 )
 def test_switched_on_again_it_reads_once_says_why_and_then_reuses(
     engine: LocalEngine, loaded: LoadedModel, mode: CacheMode, note: str
@@ -148,7 +149,7 @@ def test_forget_frees_one_conversation_and_close_frees_all(tiny: LoadedModel) ->
     engine.forget("never heard of")
     gc.collect()
     assert (keys[0]() is None, keys[1]() is None) == (True, False)
-    assert a.ask(SECOND).started.reuse_note == explain.NOT_READ_YET
+    assert a.ask(SECOND).started.reuse_note == miss_reason.NOT_READ_YET
     engine.close()
     gc.collect()
     assert keys[1]() is None

@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from kvchat.cache.codes import BLOCK
-from kvchat.cache.evict import SINKS
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.rotate import close_gaps
+from kvchat.cache.eviction import SINKS
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.quant_codec import BLOCK
+from kvchat.cache.rope_shift import close_gaps
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
@@ -33,9 +33,9 @@ from kvchat.contract import (
     Tokens,
 )
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.forward import CachedReader, forward_pass
-from kvchat.engine.load import LoadedModel, assemble
-from tests.engine.driving import (
+from kvchat.engine.model.forward import CachedReader, forward_pass
+from kvchat.engine.model.loader import LoadedModel, assemble
+from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
     assert_equals_cold,
@@ -44,7 +44,7 @@ from tests.engine.driving import (
     uncached_logits,
     user,
 )
-from tests.engine.oracle import (
+from tests.support.oracle import (
     Journal,
     assert_equals_cold_without,
     chat_with,
@@ -55,7 +55,7 @@ from tests.engine.oracle import (
     with_context,
     with_positions,
 )
-from tests.tiny import seeded_model, tiny_chat
+from tests.support.tiny import seeded_model, tiny_chat
 
 LIMIT = 150
 FULL = 4

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import MambaConfig
 
+from kvchat.cache.disk.disk_store import Shelf, segment_files
+from kvchat.cache.disk.segment import read_segment
 from kvchat.cache.fingerprint import WORDS, Fingerprint
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.segment import read_segment
-from kvchat.cache.shelf import Shelf, segment_files
+from kvchat.cache.kv_cache import ConversationKV
 from kvchat.contract import (
     CacheEventKind,
     CacheMode,
@@ -29,14 +29,14 @@ from kvchat.contract import (
     Tokens,
     Warm,
 )
-from kvchat.engine import explain
-from kvchat.engine.disk import DiskTier
+from kvchat.engine import miss_reason
+from kvchat.engine.chat_template import ChatTemplate
+from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
-from kvchat.engine.identity import identify
-from kvchat.engine.load import LoadedModel, assemble
-from kvchat.engine.template import ChatTemplate
-from tests.engine.driving import Chat, Played, assert_equals_cold, sentences, stopping_at
-from tests.tiny import CHATML, seeded_model, tiny_chat, tiny_config, tiny_loaded
+from kvchat.engine.model.fingerprint import identify
+from kvchat.engine.model.loader import LoadedModel, assemble
+from tests.support.engine_driver import Chat, Played, assert_equals_cold, sentences, stopping_at
+from tests.support.tiny import CHATML, seeded_model, tiny_chat, tiny_config, tiny_loaded
 
 CAP = 1 << 30
 SYSTEM = "You answer in one word."
@@ -489,7 +489,7 @@ def test_a_cache_that_was_removed_meanwhile_is_read_again(house: House) -> None:
     house.engine.close()
     Shelf(house.root, CAP).remove(chat.name)
     house.restart(chat)
-    assert_read_again(chat, house, explain.NOT_READ_YET)
+    assert_read_again(chat, house, miss_reason.NOT_READ_YET)
 
 
 # What must not be written, and what has to go.
@@ -507,7 +507,7 @@ def test_a_private_conversation_writes_nothing(house: House, loaded: LoadedModel
     assert everything_on(house.root) == []
     assert house.engine.pool().caches == ()
     following = chat.ask("Why?")
-    assert following.finished.stats.reuse_note == explain.NOT_READ_YET
+    assert following.finished.stats.reuse_note == miss_reason.NOT_READ_YET
     assert_equals_cold(following, loaded)
 
 
@@ -537,7 +537,7 @@ def test_forgetting_removes_the_folder(house: House, loaded: LoadedModel) -> Non
     house.restart(chat, other)
     assert not house.folder().exists()
     played = chat.ask(SURE)
-    assert (played.started.restored_tokens, played.started.reuse_note) == (0, explain.NOT_READ_YET)
+    assert (played.started.restored_tokens, played.started.reuse_note) == (0, miss_reason.NOT_READ_YET)
     assert_equals_cold(played, loaded)
 
 

@@ -14,17 +14,17 @@ import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvchat.cache.kv import ConversationKV
-from kvchat.cache.layers import GrowableLayer, rounded_up
-from kvchat.cache.quantize import QuantizedLayer
-from kvchat.cache.recurrent import HybridLayer, RecurrentLayer
-from kvchat.cache.rotate import turned
-from kvchat.engine.forward import CachedReader, Stopped, forward_pass, stopping_between_layers
-from kvchat.engine.load import LoadedModel, assemble
-from kvchat.engine.measure import measure
-from kvchat.engine.shape import NO_LIMIT
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GrowableLayer, rounded_up
+from kvchat.cache.quantized_layer import QuantizedLayer
+from kvchat.cache.rope_shift import turned
+from kvchat.cache.state_layer import HybridLayer, RecurrentLayer
+from kvchat.engine.model.forward import CachedReader, Stopped, forward_pass, stopping_between_layers
+from kvchat.engine.model.layout import NO_LIMIT
+from kvchat.engine.model.loader import LoadedModel, assemble
+from kvchat.engine.model.probe import measure
 from kvchat.errors import KvchatError
-from tests.tiny import seeded_model, tiny_chat
+from tests.support.tiny import seeded_model, tiny_chat
 
 WINDOW, VOCABULARY, CONTEXT, LAYERS = 8, 300, 512, 4
 TOLERANCE = 1e-3

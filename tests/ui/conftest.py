@@ -7,7 +7,7 @@ import pytest
 from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 
-from kvchat.settings import SETTINGS
+from kvchat.config.settings import SETTINGS
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def clipboard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return True
 
     monkeypatch.setattr("kvchat.ui.app.fill_system_clipboard", filled.append)
-    monkeypatch.setattr("kvchat.ui.plain_acts.copied", copied)
+    monkeypatch.setattr("kvchat.ui.plain.commands.copied", copied)
     return filled
 
 

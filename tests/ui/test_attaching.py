@@ -6,9 +6,9 @@ import pytest
 
 from kvchat.contract import Count, Miss
 from kvchat.ui.widgets.prompt import LONG_PASTE
-from kvchat.ui.widgets.reckoning import GAP, HINTS, ReckoningLine, hints_in
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from kvchat.ui.widgets.prompt_cost import GAP, HINTS, ReckoningLine, hints_in
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 from tests.ui.test_hostile import WORST, assert_harmless
 
 NOTES = "The Brenner is open.\nThe Stelvio is not.\n"

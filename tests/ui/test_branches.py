@@ -2,11 +2,11 @@
 
 import pytest
 
+from kvchat.chat.session import Session
 from kvchat.contract import FinishReason, Fork
-from kvchat.session import Session
 from kvchat.ui.screens.dialogs import AskLine
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import Fails, ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import Fails, ScriptedEngine
 from tests.ui.test_hostile import HOSTILE, WORST, assert_harmless
 
 SIZES = [(60, 20), (100, 30), (160, 45)]

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from textual.widgets import DataTable, Static
 
+from kvchat.chat.session import Session
 from kvchat.contract import CacheAct, Drop, Pin, PoolState, SetBudget, Spill, Warm, WarmCache
-from kvchat.session import Session
 from kvchat.ui.screens.caches import CachesScreen, budget_line
 from kvchat.ui.screens.dialogs import AskLine
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 from tests.ui.test_branches import SIZES
 from tests.ui.test_hostile import CONTROLS, HOSTILE, MARKUP, assert_harmless
 

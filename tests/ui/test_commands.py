@@ -20,8 +20,8 @@ from kvchat.ui.commands import (
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.screens.dialogs import AskLine, Help
 from kvchat.ui.widgets.panel import MEANING
-from tests.ui.driving import running
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import running
+from tests.support.scripted_engine import ScriptedEngine
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

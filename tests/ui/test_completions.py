@@ -4,10 +4,10 @@ import pytest
 
 from kvchat.contract import CacheMode
 from kvchat.ui.commands import COMMANDS
-from kvchat.ui.completing import completions
+from kvchat.ui.completion import completions
 from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.widgets.completions import Completions, shortened
-from tests.ui.driving import Chat, running
+from tests.support.screen_driver import Chat, running
 
 BORDERS = 2
 

@@ -3,12 +3,12 @@
 import pytest
 from rich.cells import cell_len
 
-from kvchat import session as conductor
-from kvchat.session import Session
+from kvchat.chat import session as conductor
+from kvchat.chat.session import Session
 from kvchat.ui.screens.dialogs import Confirm
 from kvchat.ui.widgets.conversations import BADGE_CELLS, SIZE_CELLS, Row, TitleField
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 def two_conversations() -> Session:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvchat.chat.session import Session
 from kvchat.contract import (
     Ask,
     CacheAct,
@@ -15,12 +16,11 @@ from kvchat.contract import (
     SetPrecision,
     WarmCache,
 )
-from kvchat.session import Session
 from kvchat.text import megabytes
-from kvchat.ui.desk import WORTH_ASKING_S
+from kvchat.ui.cache_actions import WORTH_ASKING_S
 from kvchat.ui.screens.dialogs import AskLine, Confirm
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import PREVIEW, ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import PREVIEW, ScriptedEngine
 from tests.ui.test_branches import SIZES, held_before
 from tests.ui.test_hostile import WORST, assert_harmless
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from kvchat import session as conductor
+from kvchat.chat import session as conductor
 from kvchat.contract import PrefillProgress
-from kvchat.ui.bridge import RESTARTS
 from kvchat.ui.screens.settings import SettingsScreen
-from tests.ui.driving import running
-from tests.ui.scripted import NOT_RUNNING, ScriptedEngine
+from kvchat.ui.turn_thread import RESTARTS
+from tests.support.screen_driver import running
+from tests.support.scripted_engine import NOT_RUNNING, ScriptedEngine
 
 KILLED = "The engine was killed (signal 9)."
 

@@ -8,15 +8,15 @@ from rich.segment import Segment
 from textual.widgets import Input
 
 from kvchat.contract import Loading
-from kvchat.locate import MARKER
+from kvchat.models.resolve import MARKER
 from kvchat.text import clean, one_line
-from kvchat.ui.models import ModelShelf
+from kvchat.ui.model_switch import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine, Confirm
 from kvchat.ui.widgets.conversations import TitleField
 from kvchat.ui.widgets.markdown import markdown_of
-from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
-from tests.ui.scripted import Fails, ScriptedEngine
+from tests.support.screen_driver import Chat, rendered, running, saved_conversation, session_over
+from tests.support.scripted_engine import Fails, ScriptedEngine
 
 MARKUP = "[/b] [/] [red]r[/red] [@click=app.bell]x[/] [$x] a[0] = b[i] \\[/] [link=file:///etc]"
 CONTROLS = (

@@ -4,10 +4,10 @@ import pytest
 
 from kvchat.errors import KvchatError
 from kvchat.ui.commands import COMMANDS, help_markdown, remapped
-from kvchat.ui.keys import checked_keys
+from kvchat.ui.key_bindings import checked_keys
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import Help
-from tests.ui.driving import running
+from tests.support.screen_driver import running
 
 
 def test_keys_are_taken_as_they_are_written() -> None:

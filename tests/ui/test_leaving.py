@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.session import UNSAVED, Defaults, Session
-from kvchat.store import Store
-from tests.ui.driving import running, session_over
-from tests.ui.scripted import ScriptedEngine
+from kvchat.chat.session import UNSAVED, Defaults, Session
+from kvchat.chat.store import Store
+from tests.support.screen_driver import running, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 @pytest.fixture

@@ -9,19 +9,19 @@ from textual.color import Color
 from textual.command import CommandPalette
 from textual.widgets import Input
 
-from kvchat.config_file import read_config
+from kvchat.config.file import read_config
 from kvchat.errors import KvchatError
 from kvchat.ui.commands import COMMANDS
-from kvchat.ui.pace import FASTEST_S, SLOWEST_S, STILL, STILL_S, pause_after
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.redraw_rate import FASTEST_S, SLOWEST_S, STILL, STILL_S, pause_after
 from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.themes import DARK, LIGHT, NAMES, OWN, checked_theme
-from kvchat.ui.widgets.keyline import KeyLine, fitting
+from kvchat.ui.widgets.key_hints import KeyLine, fitting
 from kvchat.ui.widgets.panel import PanelState
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import status_content
-from tests.ui.driving import Chat, rendered, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, rendered, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 READABLE = 4.5
 """Contrast that WCAG 2 asks of text (level AA)."""

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from kvchat.contract import CacheBlock, CacheMap, Inspect, LayerGroup, PromptMessage
-from kvchat.ui.screens.map import MapScreen, block_words, size_words, summary
-from kvchat.ui.widgets.grid import (
+from kvchat.ui.screens.cache_map import MapScreen, block_words, size_words, summary
+from kvchat.ui.widgets.cache_grid import (
     EIGHT_BITS,
     EXACT,
     FOUR_BITS,
@@ -24,8 +24,8 @@ from kvchat.ui.widgets.grid import (
     mark_of,
     message_names,
 )
-from tests.ui.driving import Chat, running
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running
+from tests.support.scripted_engine import ScriptedEngine
 
 FULL = LayerGroup("full", 30, 0, 1_000_000)
 SLIDING = LayerGroup("sliding", 4, 512, 1_000)

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from textual.widgets import OptionList, Static
 
-from kvchat.catalog import DEFAULT_MODEL, find_card, load_cards
+from kvchat.config.settings import sampling_of
 from kvchat.contract import Status
-from kvchat.locate import MARKER
-from kvchat.settings import sampling_of
-from kvchat.staging import Progress
-from kvchat.ui.bridge import EngineFactory
-from kvchat.ui.models import ModelChoice, ModelShelf, progress_of, switch_price
+from kvchat.models.cards import DEFAULT_MODEL, find_card, load_cards
+from kvchat.models.resolve import MARKER
+from kvchat.models.staging import Progress
+from kvchat.ui.model_switch import ModelChoice, ModelShelf, progress_of, switch_price
 from kvchat.ui.screens.models import ModelScreen, facts_line, progress_line, state_words
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from kvchat.ui.turn_thread import EngineFactory
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 OTHER = "qwen3-0.6b"
 TITLE = "SmolLM2 135M Instruct"

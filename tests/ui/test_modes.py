@@ -4,8 +4,8 @@ import pytest
 
 from kvchat.contract import CacheMode
 from kvchat.ui.widgets.panel import MEANING, big_letters
-from tests.ui.driving import Chat, running, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 def shows_mode(chat: Chat, mode: CacheMode) -> bool:

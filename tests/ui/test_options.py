@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input, OptionList, TextArea
 
+from kvchat.chat.conversation import Preset
+from kvchat.chat.store import Store
 from kvchat.contract import Sampling
-from kvchat.conversation import Preset
-from kvchat.store import Store
 from kvchat.ui.screens.options import OptionsScreen
-from tests.ui.driving import Chat, running, saved_conversation, session_over
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
 from tests.ui.test_hostile import WORST, assert_harmless
 
 POET = Preset("Poet", "Rhyme.", Sampling(temperature=1.2, top_k=40, seed=7, max_tokens=64))

@@ -6,6 +6,7 @@ from math import prod
 import pytest
 from textual.content import Content
 
+from kvchat.chat.conversation import Conversation, Message
 from kvchat.contract import (
     CacheMode,
     Evicted,
@@ -23,10 +24,9 @@ from kvchat.contract import (
     TurnStats,
     WarmCache,
 )
-from kvchat.conversation import Conversation, Message
 from kvchat.text import megabytes
-from kvchat.ui.figures import KEPT_STEPS, Figures, figures_of
-from kvchat.ui.pace import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
+from kvchat.ui.panel_model import KEPT_STEPS, Figures, figures_of
+from kvchat.ui.redraw_rate import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
 from kvchat.ui.widgets.panel import (
     ENOUGH_TOKENS,
     INNER_WIDTH,
@@ -48,7 +48,7 @@ from kvchat.ui.widgets.panel import (
     ttft_lines,
     turn_lines,
 )
-from tests.ui.scripted import FACTS, RSS, stats_of
+from tests.support.scripted_engine import FACTS, RSS, stats_of
 
 
 def stats(

@@ -11,7 +11,8 @@ from typing import Protocol
 import pytest
 from textual.pilot import Pilot
 
-from kvchat.catalog import DEFAULT_MODEL
+from kvchat.chat.conversation import Preset
+from kvchat.chat.session import Session
 from kvchat.contract import (
     CacheBlock,
     CacheEvent,
@@ -24,28 +25,27 @@ from kvchat.contract import (
     SetBudget,
     WarmCache,
 )
-from kvchat.conversation import Preset
-from kvchat.locate import MARKER
-from kvchat.session import Session
-from kvchat.staging import Progress
+from kvchat.models.cards import DEFAULT_MODEL
+from kvchat.models.resolve import MARKER
+from kvchat.models.staging import Progress
 from kvchat.ui.app import ChatApp
-from kvchat.ui.models import ModelShelf
+from kvchat.ui.model_switch import ModelShelf
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.screens.cache_map import MapScreen
 from kvchat.ui.screens.caches import CachesScreen
+from kvchat.ui.screens.compare import RaceScreen
 from kvchat.ui.screens.dialogs import Confirm, Explanation, Help
-from kvchat.ui.screens.map import MapScreen
 from kvchat.ui.screens.models import ModelScreen
 from kvchat.ui.screens.options import OptionsScreen
-from kvchat.ui.screens.race import RaceScreen
 from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.screens.settings import SettingsScreen
 from kvchat.ui.screens.timeline import TimelineScreen
 from kvchat.ui.themes import OWN
-from kvchat.ui.widgets.card import TourCard
+from kvchat.ui.widgets.cache_grid import CURSOR
 from kvchat.ui.widgets.conversations import TitleField
-from kvchat.ui.widgets.grid import CURSOR
-from tests.ui.driving import MODEL, Chat, saved_conversation, session_over, still
-from tests.ui.scripted import ScriptedEngine
+from kvchat.ui.widgets.tour_card import TourCard
+from tests.support.screen_driver import MODEL, Chat, saved_conversation, session_over, still
+from tests.support.scripted_engine import ScriptedEngine
 
 SIZES = [(200, 60), (100, 30), (60, 20)]
 ANSWER = """\
@@ -328,7 +328,7 @@ def test_the_screen_looks_as_it_did(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     moments = (datetime.fromtimestamp(AN_EVENING + n).isoformat() for n in count())
-    monkeypatch.setattr("kvchat.store._now", moments.__next__)
+    monkeypatch.setattr("kvchat.chat.store._now", moments.__next__)
     (tmp_path / "notes.md").write_text("The Brenner is open.\nThe Stelvio is not.\n")
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):

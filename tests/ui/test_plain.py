@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.catalog import DEFAULT_MODEL
+from kvchat.chat.conversation import Preset
+from kvchat.chat.session import Session
 from kvchat.contract import (
     CacheEvent,
     CacheEventKind,
@@ -17,13 +18,12 @@ from kvchat.contract import (
     Sampling,
     SetBudget,
 )
-from kvchat.conversation import Preset
-from kvchat.session import Session
+from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.ui.commands import COMMANDS
-from kvchat.ui.plain import PlainChat, turn_sentence
-from kvchat.ui.plain_acts import INSTEAD, MOST_TOLD
-from tests.ui.driving import saved_conversation, session_over
-from tests.ui.scripted import Fails, ScriptedEngine, stats_of
+from kvchat.ui.plain.commands import INSTEAD, MOST_TOLD
+from kvchat.ui.plain.loop import PlainChat, turn_sentence
+from tests.support.screen_driver import saved_conversation, session_over
+from tests.support.scripted_engine import Fails, ScriptedEngine, stats_of
 from tests.ui.test_models import OTHER, TITLE, Shop
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -195,7 +195,7 @@ def test_answers_and_their_code_go_to_the_clipboard(
         assert words in said
     assert "has 2 code blocks" in said
     assert "There is no code block" in said
-    monkeypatch.setattr("kvchat.ui.plain_acts.copied", lambda _text: False)
+    monkeypatch.setattr("kvchat.ui.plain.commands.copied", lambda _text: False)
     said, _, _ = talk("First", "/copy")
     assert "There is no clipboard here. /export FILE" in said
 
@@ -315,7 +315,7 @@ def test_a_file_waits_for_no_engine_that_is_gone(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.md").write_text("Open.")
     engine = ScriptedEngine()  # it counts nothing
-    monkeypatch.setattr("kvchat.ui.plain.COUNT_S", 0.05)
+    monkeypatch.setattr("kvchat.ui.plain.loop.COUNT_S", 0.05)
     said, _, _ = talk("Read @notes.md", engine=engine)
     assert "Attached notes.md.\n" in said
     assert engine.requests[0].messages[0].text.endswith("\nOpen.\n</file>")

@@ -11,7 +11,7 @@ from time import monotonic, sleep
 import psutil
 import pytest
 
-from kvchat.store import Store
+from kvchat.chat.store import Store
 from tests.ui.terminal import CTRL_Q, ENTER, F4, PATIENCE_S, Terminal
 
 LEAVE_ALTERNATE_SCREEN, SHOW_CURSOR = b"\x1b[?1049l", b"\x1b[?25h"
@@ -104,9 +104,15 @@ def test_the_program_answers_survives_its_engine_and_leaves_the_terminal_as_it_w
     ("module", "forbidden"),
     [
         ("kvchat.ui.app", {"torch", "transformers", "kvchat.engine", "kvchat.cache"}),
-        ("kvchat.cli", {"torch", "transformers", "textual", "kvchat.engine", "kvchat.cache", "kvchat.ui"}),
-        ("kvchat.link", {"torch", "transformers", "textual", "kvchat.engine", "kvchat.cache", "kvchat.ui"}),
-        ("kvchat.engine.engine", {"textual", "kvchat.ui", "kvchat.session", "kvchat.store"}),
+        (
+            "kvchat.cli.main",
+            {"torch", "transformers", "textual", "kvchat.engine", "kvchat.cache", "kvchat.ui"},
+        ),
+        (
+            "kvchat.engine_process.client",
+            {"torch", "transformers", "textual", "kvchat.engine", "kvchat.cache", "kvchat.ui"},
+        ),
+        ("kvchat.engine.engine", {"textual", "kvchat.ui", "kvchat.chat.session", "kvchat.chat.store"}),
     ],
 )
 def test_importing_one_side_does_not_import_the_other(module: str, forbidden: set[str]) -> None:

@@ -4,8 +4,8 @@ import pytest
 from textual import events
 
 from kvchat.ui.screens.dialogs import Confirm
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 async def with_history(chat: Chat) -> None:

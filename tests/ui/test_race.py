@@ -16,7 +16,7 @@ from kvchat.contract import (
     Warm,
     WarmCache,
 )
-from kvchat.ui.race import (
+from kvchat.ui.compare import (
     UNCACHED_TOKENS,
     WITH,
     WITHOUT,
@@ -29,9 +29,9 @@ from kvchat.ui.race import (
     verdict,
     without_cache,
 )
-from kvchat.ui.screens.race import RaceScreen
-from tests.ui.driving import Chat, running
-from tests.ui.scripted import Fails, ScriptedEngine, stats_of
+from kvchat.ui.screens.compare import RaceScreen
+from tests.support.screen_driver import Chat, running
+from tests.support.scripted_engine import Fails, ScriptedEngine, stats_of
 
 REQUEST = TurnRequest(
     "turn",

@@ -7,12 +7,12 @@ import pytest
 from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
-from kvchat.store import Store
+from kvchat.chat.store import Store
 from kvchat.text import excerpt
 from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.widgets.message import MessageBlock
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 from tests.ui.test_hostile import WORST, assert_harmless, segments
 
 ALPS = (("user", "Which Pass is open in May?"), ("assistant", "The **Brenner** is, 100%."))

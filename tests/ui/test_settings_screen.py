@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input, OptionList, Static
 
-from kvchat.config_file import read_config
+from kvchat.config.file import read_config
+from kvchat.config.settings import SETTINGS
 from kvchat.contract import CacheMode, SetBudget
-from kvchat.settings import SETTINGS
-from kvchat.ui.pace import STILL
 from kvchat.ui.preferences import Preferences
+from kvchat.ui.redraw_rate import STILL
 from kvchat.ui.screens.dialogs import AskLine
 from kvchat.ui.screens.settings import SettingsScreen
-from tests.ui.driving import Chat, running
+from tests.support.screen_driver import Chat, running
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from kvchat.chat.session import Session
 from kvchat.errors import KvchatError
-from kvchat.session import Session
 from kvchat.ui.app import ChatApp
 from kvchat.ui.commands import COMMANDS
 from kvchat.ui.screens.chat import ChatScreen
-from tests.ui.driving import MODEL, Chat, running, saved_conversation, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import MODEL, Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 async def test_what_is_pressed_before_the_session_is_open_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +84,18 @@ def test_the_first_paint_waits_for_nothing_that_is_needed_later() -> None:
         "email",
         "sqlite3",
     }
-    later |= {"importlib.metadata", "kvchat.exports", "kvchat.doctor", "kvchat.engine.prepare"}
-    later |= {"kvchat.ui.screens.dialogs", "kvchat.ui.widgets.drawing"}
-    modules = "kvchat.cli, kvchat.link, kvchat.locate, kvchat.ui.models, kvchat.ui.keys, kvchat.ui.app"
-    program = f"import sys, {modules}, kvchat.engine.package as _; print(*sys.modules)"
+    later |= {
+        "importlib.metadata",
+        "kvchat.chat.exporters",
+        "kvchat.cli.doctor",
+        "kvchat.engine.setup.prepare",
+    }
+    later |= {"kvchat.ui.screens.dialogs", "kvchat.ui.widgets.markdown_layout"}
+    modules = (
+        "kvchat.cli.main, kvchat.engine_process.client, kvchat.models.resolve, "
+        "kvchat.ui.model_switch, kvchat.ui.key_bindings, kvchat.ui.app"
+    )
+    program = f"import sys, {modules}, kvchat.engine.compiled.package as _; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "kvchat.ui.screens.chat" in imported

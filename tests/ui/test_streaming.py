@@ -2,12 +2,12 @@
 
 import pytest
 
-from kvchat import session as conductor
+from kvchat.chat import session as conductor
 from kvchat.contract import FinishReason, PrefillProgress
 from kvchat.errors import KvchatError
 from kvchat.ui.widgets.markdown import MarkdownText
-from tests.ui.driving import Chat, running
-from tests.ui.scripted import Fails, ScriptedEngine
+from tests.support.screen_driver import Chat, running
+from tests.support.scripted_engine import Fails, ScriptedEngine
 
 PART = (
     "## Part {n}\n\nThe **word** number {n} has `code[{n}]`.\n\n"

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.store import Store
+from kvchat.chat.token_status import ANSWER
 from kvchat.contract import Fate
-from kvchat.conversation import Conversation, Message
-from kvchat.fates import ANSWER
-from kvchat.store import Store
+from kvchat.ui.formatting import FATES, fate_words
 from kvchat.ui.widgets.strip import ReuseStrip, beside, column
-from kvchat.ui.words import FATES, fate_words
-from tests.ui.driving import Chat, running, session_over
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, session_over
+from tests.support.scripted_engine import ScriptedEngine
 
 
 def test_each_message_on_the_screen_gets_what_was_done_to_it_and_the_answer_to_come_too() -> None:

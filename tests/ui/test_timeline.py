@@ -7,7 +7,7 @@ import pytest
 from kvchat.contract import CacheEvent, CacheEventKind
 from kvchat.ui.screens.caches import CachesScreen
 from kvchat.ui.screens.timeline import BAR_CELLS, EMPTY, KINDS, SHOWN, TimelineScreen, event_line, timeline
-from tests.ui.driving import running
+from tests.support.screen_driver import running
 
 AT = datetime(2026, 5, 17, 20, 15, 3).timestamp()
 DAY_S = 86_400

@@ -13,9 +13,9 @@ from kvchat.ui.tour import (
     after_restart,
     ms,
 )
-from kvchat.ui.widgets.card import TourCard
-from tests.ui.driving import Chat, running
-from tests.ui.scripted import BUDGET, Fails, ScriptedEngine
+from kvchat.ui.widgets.tour_card import TourCard
+from tests.support.screen_driver import Chat, running
+from tests.support.scripted_engine import BUDGET, Fails, ScriptedEngine
 from tests.ui.test_panel import stats
 
 

@@ -7,13 +7,13 @@ import pyperclip
 import pytest
 from textual.widgets import Static
 
-from kvchat.session import Session
+from kvchat.chat.session import Session
 from kvchat.ui import clipboard as system
 from kvchat.ui.widgets.markdown import MarkdownText
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage
 from kvchat.ui.widgets.transcript import MOUNTED_AT_MOST, SHOWN_AT_ONCE, EarlierMessages, LaterMessages
-from tests.ui.driving import Chat, running, saved_conversation, session_over
-from tests.ui.scripted import Fails, ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation, session_over
+from tests.support.scripted_engine import Fails, ScriptedEngine
 from tests.ui.test_hostile import HOSTILE, assert_harmless
 
 CODE = "Two ways:\n\n```python\nprint(1)\n```\n\nor\n\n```sh\nls\n```\n"

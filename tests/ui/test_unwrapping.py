@@ -6,7 +6,7 @@ from textual.geometry import Offset
 from textual.selection import SELECT_ALL, Selection
 
 from kvchat.ui.widgets.markdown import MarkdownText
-from kvchat.ui.widgets.unwrapping import joined, joints_of
+from kvchat.ui.widgets.original_breaks import joined, joints_of
 
 PROSE = "The Brenner is kept open all year, and most of the high passes open between late May and June."
 LONG_WORD = "supercalifragilisticexpialidocious" * 3

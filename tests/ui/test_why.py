@@ -4,10 +4,10 @@ import pytest
 from textual.widgets import Static
 
 from kvchat.contract import Evicted, Miss
+from kvchat.ui.formatting import visible
 from kvchat.ui.screens.dialogs import Explanation
-from kvchat.ui.words import visible
-from tests.ui.driving import Chat, running, saved_conversation
-from tests.ui.scripted import ScriptedEngine
+from tests.support.screen_driver import Chat, running, saved_conversation
+from tests.support.scripted_engine import ScriptedEngine
 from tests.ui.test_branches import SIZES, held_before
 from tests.ui.test_hostile import HOSTILE, WORST, assert_harmless
 

@@ -1,6 +1,6 @@
 """What is done with questions and answers of the open conversation."""
 
-from kvchat.ui.actions.stage import Stage
+from kvchat.ui.actions.base import Stage
 from kvchat.ui.widgets.transcript import Transcript
 
 

@@ -2,8 +2,8 @@
 
 from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
-from kvchat.ui.actions.stage import Stage
-from kvchat.ui.words import miss_words
+from kvchat.ui.actions.base import Stage
+from kvchat.ui.formatting import miss_words
 
 
 class CacheActions(Stage):
@@ -51,7 +51,7 @@ class CacheActions(Stage):
 
     async def action_tour(self) -> None:
         """Begins the tour, in a conversation that is not saved."""
-        from kvchat.ui.widgets.card import TourCard
+        from kvchat.ui.widgets.tour_card import TourCard
 
         with self._telling():
             if self.query(TourCard):

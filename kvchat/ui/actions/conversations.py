@@ -2,9 +2,9 @@
 
 from textual import on
 
-from kvchat.conversation import Hit, Preset
+from kvchat.chat.conversation import Hit, Preset
 from kvchat.text import one_line
-from kvchat.ui.actions.stage import Stage
+from kvchat.ui.actions.base import Stage
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.transcript import Transcript
 

@@ -1,6 +1,6 @@
 """What belongs to the program as a whole: help, settings, colours, the model, the panel, leaving."""
 
-from kvchat.ui.actions.stage import Stage
+from kvchat.ui.actions.base import Stage
 from kvchat.ui.themes import checked_theme
 
 
@@ -15,8 +15,8 @@ class ProgramActions(Stage):
 
     def action_settings(self) -> None:
         """Shows every setting."""
+        from kvchat.ui.live_settings import Tuning
         from kvchat.ui.screens.settings import SettingsScreen
-        from kvchat.ui.tuning import Tuning
 
         tuning = Tuning(self.app, self._session, self._desk.budget)
         self.app.push_screen(SettingsScreen(self._preferences, tuning.changed))
@@ -31,7 +31,7 @@ class ProgramActions(Stage):
 
     def action_model(self, name: str = "") -> None:
         """Lets another model answer, or offers the models."""
-        from kvchat.ui.models import switch_price
+        from kvchat.ui.model_switch import switch_price
         from kvchat.ui.screens.models import ModelScreen
 
         if not self._shelf:

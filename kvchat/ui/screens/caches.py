@@ -11,8 +11,8 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
+from kvchat.chat.conversation import Summary
 from kvchat.contract import CacheAct, Drop, Pin, PoolState, Spill, Warm, WarmCache
-from kvchat.conversation import Summary
 from kvchat.text import megabytes, one_line
 from kvchat.ui.widgets.conversations import fitted
 

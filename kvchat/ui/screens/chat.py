@@ -18,15 +18,15 @@ from kvchat.ui.actions.caches import CacheActions
 from kvchat.ui.actions.conversations import ConversationActions
 from kvchat.ui.actions.program import ProgramActions
 from kvchat.ui.commands import bindings, parse_slash
-from kvchat.ui.listening import tell
+from kvchat.ui.engine_listener import tell
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
-from kvchat.ui.widgets.keyline import KeyLine
+from kvchat.ui.widgets.key_hints import KeyLine
 from kvchat.ui.widgets.message import MessageBlock
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
-from kvchat.ui.widgets.reckoning import ReckoningLine
+from kvchat.ui.widgets.prompt_cost import ReckoningLine
 from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.strip import ReuseStrip
 from kvchat.ui.widgets.transcript import Transcript
@@ -39,7 +39,7 @@ DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
 PANEL_EVERY_S = 1.0
 """The figures are drawn this often at most while an answer streams."""
-DRAWING = "kvchat.ui.widgets.drawing"
+DRAWING = "kvchat.ui.widgets.markdown_layout"
 """What draws answers; heavy, and not needed before there is one."""
 SELDOM = 50
 """Searches among younger objects for each one among all."""
@@ -108,12 +108,12 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
 
     def _gather(self) -> None:
         """Makes who works with the session; imported here, since nothing of it is painted first."""
-        from kvchat.ui.archive import Archive
-        from kvchat.ui.desk import CacheDesk
-        from kvchat.ui.models import ModelDesk
-        from kvchat.ui.reckoner import Reckoner
-        from kvchat.ui.turns import Turns
-        from kvchat.ui.views import Views
+        from kvchat.ui.cache_actions import CacheDesk
+        from kvchat.ui.conversation_files import Archive
+        from kvchat.ui.inspectors import Views
+        from kvchat.ui.model_switch import ModelDesk
+        from kvchat.ui.prompt_cost import Reckoner
+        from kvchat.ui.turn_presenter import Turns
 
         self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
         self._desk = CacheDesk(

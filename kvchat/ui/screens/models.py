@@ -11,10 +11,9 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from kvchat.progress import BYTES, WORDS
-from kvchat.staging import Progress
+from kvchat.models.staging import BYTES, WORDS, Progress
 from kvchat.text import megabytes, one_line
-from kvchat.ui.models import ModelChoice, ModelDesk
+from kvchat.ui.model_switch import ModelChoice, ModelDesk
 
 HINT = "Enter lets it answer, or fetches it · C cancels a download · Esc back"
 FILLED, EMPTY, BAR_CELLS = "█", "░", 16

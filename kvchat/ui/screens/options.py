@@ -11,10 +11,10 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static, TextArea
 from textual.widgets.option_list import Option
 
+from kvchat.chat.conversation import Preset
+from kvchat.config.settings import changed, find_setting
 from kvchat.contract import Sampling
-from kvchat.conversation import Preset
 from kvchat.errors import KvchatError
-from kvchat.settings import changed, find_setting
 from kvchat.text import clean, one_line
 
 FIELDS = tuple(field.name for field in fields(Sampling))

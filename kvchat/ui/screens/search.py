@@ -11,8 +11,8 @@ from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from kvchat.conversation import Hit
-from kvchat.session import MOST_HITS
+from kvchat.chat.conversation import Hit
+from kvchat.chat.session import MOST_HITS
 from kvchat.text import EXCERPT, excerpt, found_pattern, one_line
 from kvchat.ui.widgets.markdown import FOUND
 

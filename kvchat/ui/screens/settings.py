@@ -11,9 +11,9 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from kvchat.config_file import Config, read_config, write_setting
+from kvchat.config.file import Config, read_config, write_setting
+from kvchat.config.settings import SETTINGS, Kind, Setting, Value, effective
 from kvchat.errors import KvchatError
-from kvchat.settings import SETTINGS, Kind, Setting, Value, effective
 from kvchat.text import one_line
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine

@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from kvchat.contract import CacheEvent, CacheEventKind, Fate
 from kvchat.text import megabytes, one_line
-from kvchat.ui.words import FATES
+from kvchat.ui.formatting import FATES
 
 BAR_CELLS = 8
 SHOWN = 400

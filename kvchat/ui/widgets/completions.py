@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
-from kvchat.ui.completing import Completion, completions
+from kvchat.ui.completion import Completion, completions
 
 MOST_LABEL_CELLS, GAP, PADDING = 34, 2, 3
 STEPS = {"down": 1, "up": -1}

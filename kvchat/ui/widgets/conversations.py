@@ -15,8 +15,8 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
+from kvchat.chat.conversation import Summary
 from kvchat.contract import WarmCache
-from kvchat.conversation import Summary
 from kvchat.text import megabytes, one_line
 
 GLYPHS = {"hot": "●", "disk": "◐", "cold": "○"}

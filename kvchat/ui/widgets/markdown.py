@@ -17,7 +17,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from kvchat.text import clean
-from kvchat.ui.widgets.unwrapping import BREAK, joined, joints_of
+from kvchat.ui.widgets.original_breaks import BREAK, joined, joints_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def markdown_of(text: str) -> str:
 
 def code_blocks(text: str) -> list[str]:
     """The code blocks of an answer, in order, without their fences; an open fence counts too."""
-    from kvchat.ui.widgets.drawing import parser
+    from kvchat.ui.widgets.markdown_layout import parser
 
     tokens = parser().parse(markdown_of(text))
     return [token.content for token in tokens if token.type in ("fence", "code_block")]
@@ -136,7 +136,7 @@ class MarkdownText(Widget):
 
     def _copied_lines(self) -> list[tuple[str, str]]:
         """Each line on the screen without its padding, and what stands between it and the next in a copy."""
-        from kvchat.ui.widgets.drawing import console_of, draw_block, parser, top_level_blocks
+        from kvchat.ui.widgets.markdown_layout import console_of, draw_block, parser, top_level_blocks
 
         narrow, code_theme = self._drawing_on(max(self.size.width, NARROWEST))
         wide = console_of(max(map(len, self.source.split("\n"))) + ROOM, self._styles())
@@ -190,7 +190,7 @@ class MarkdownText(Widget):
 
     def _draw(self, width: int) -> None:
         """Draws from the last block on."""
-        from kvchat.ui.widgets.drawing import draw_block, parser, top_level_blocks
+        from kvchat.ui.widgets.markdown_layout import draw_block, parser, top_level_blocks
 
         text = self.source[self._settled_at :]
         blocks = list(top_level_blocks(parser().parse(text)))
@@ -206,7 +206,7 @@ class MarkdownText(Widget):
 
     def _drawing_on(self, width: int) -> "tuple[Console, str]":
         """(where Rich draws, the theme of code)."""
-        from kvchat.ui.widgets.drawing import console_of
+        from kvchat.ui.widgets.markdown_layout import console_of
 
         if self._drawing is None or self._drawing[0] != width:
             self._drawing = (width, console_of(width, self._styles()))

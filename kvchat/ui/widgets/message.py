@@ -17,12 +17,12 @@ from textual.content import Content
 from textual.message import Message as Event
 from textual.widgets import Static
 
-from kvchat.attachments import Attachment, parse_attachments
+from kvchat.chat.attachments import Attachment, parse_attachments
+from kvchat.chat.conversation import Message
+from kvchat.chat.reasoning import ThinkingStream, inner_thinking
 from kvchat.contract import FinishReason, TurnStats
-from kvchat.conversation import Message
 from kvchat.text import clean, found_pattern, one_line
-from kvchat.thinking import ThinkingStream, inner_thinking
-from kvchat.ui.pace import STILL, pause_after
+from kvchat.ui.redraw_rate import STILL, pause_after
 from kvchat.ui.widgets.markdown import FOUND, MarkdownText, code_blocks, markdown_of
 
 ENDINGS = {

@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from kvchat.contract import CacheMode, EvictionPolicy, Fate, ModelFacts, PoolState, TurnStats
 from kvchat.text import clean, megabytes
-from kvchat.ui.words import BITS, FATES
+from kvchat.ui.formatting import BITS, FATES
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),

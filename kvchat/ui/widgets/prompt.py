@@ -7,8 +7,8 @@ from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
 
-from kvchat.attachments import Attachment, compose, mention, mentions, parse_attachments
-from kvchat.session import HISTORY_LENGTH
+from kvchat.chat.attachments import Attachment, compose, mention, mentions, parse_attachments
+from kvchat.chat.session import HISTORY_LENGTH
 from kvchat.text import clean
 from kvchat.ui.widgets.completions import Completions
 

@@ -12,10 +12,10 @@ from textual.containers import ScrollableContainer
 from textual.content import Content
 from textual.widget import Widget
 
+from kvchat.chat.conversation import Conversation
+from kvchat.chat.token_status import ANSWER, Counts, Fates
 from kvchat.contract import Fate
-from kvchat.conversation import Conversation
-from kvchat.fates import ANSWER, Counts, Fates
-from kvchat.ui.words import FATES, fate_words
+from kvchat.ui.formatting import FATES, fate_words
 
 
 def beside(conversation: Conversation, fates: Fates) -> list[Counts]:

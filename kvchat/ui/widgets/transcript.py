@@ -16,7 +16,7 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
-from kvchat.conversation import Message
+from kvchat.chat.conversation import Message
 from kvchat.errors import KvchatError
 from kvchat.text import clean
 from kvchat.ui.widgets.message import AnswerMessage, MessageBlock, UserMessage

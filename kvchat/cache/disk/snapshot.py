@@ -1,0 +1,393 @@
+"""A conversation's cache to disk and back, bit for bit; never a pickle.
+
+`save` writes packed rows as one more segment of a chain, `load` puts a chain into an empty cache; `shelf` is
+where they lie. A file appears under its name only when it is whole and on the disk (write to a temporary
+file, fsync, rename, fsync of the folder), so that a process may be killed at any moment.
+
+It knows tensors and their bytes. It refuses to know what the tokens mean, and to use a byte whose checksum is
+wrong (xxh3, https://xxhash.com: it notices damage, it is no signature).
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from xxhash import xxh3_128_hexdigest
+
+from kvchat.cache.disk.disk_store import (
+    TEMP_SUFFIX,
+    Chain,
+    NoRoomError,
+    Shelf,
+    read_chain,
+    segment_files,
+    unsuperseded,
+)
+from kvchat.cache.disk.segment import (
+    Header,
+    Segment,
+    SnapshotRefused,
+    TensorEntry,
+    encode_header,
+    header_checksum,
+    refusal,
+    segment_number,
+    segment_path,
+)
+from kvchat.cache.kv_cache import ConversationKV, PackedRows
+from kvchat.cache.layer import GrowableLayer, StoredLayer
+from kvchat.cache.state_layer import RecurrentState
+
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+READ_BYTES = 2_000_000
+"""Bytes of one read, checked while they are still in the processor's cache."""
+READERS = 2
+"""Threads that read and check: one waits for the disk while the other computes a checksum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a save did."""
+
+    checksum: str
+    """Of the chain as it is now."""
+    bytes: int
+    """Written."""
+    removed: tuple[str, ...]
+    """Conversations that made room."""
+
+
+def save(
+    shelf: Shelf, conversation: str, fingerprint: Mapping[str, str], packed: PackedRows, continues: str
+) -> Saved:
+    """Writes `packed` as one more segment, and removes the segments it supersedes.
+
+    `continues` is the checksum of the chain that the rows before `packed.start` were saved to or loaded from;
+    rows that start at 0 continue nothing, and may replace anything.
+
+    Raises:
+        SnapshotRefused: what is on disk isn't that chain: another process wrote to it, or removed it.
+        KvchatError: there is no room under the cap, or another process holds the shelf.
+        OSError: the disk is full, or can't be written to.
+    """
+    tensors = _named_tensors(packed)
+    entries = tuple(_entries(tensors))
+    with shelf.locked():
+        folder = shelf.folder(conversation)
+        base = _base(folder, fingerprint, packed, continues) if packed.start else []
+        header = encode_header(_header(conversation, fingerprint, packed, base, entries))
+        stale = [path for path in segment_files(folder) if path not in {segment.path for segment in base}]
+        size = len(header) + (entries[-1].end if entries else 0)
+        path = _next_path(folder)
+        shelf.clean(conversation)
+        removed = _make_room(shelf, size, conversation, stale)
+        _write(path, [memoryview(header), *map(_bytes_view, tensors.values())])
+        for old in stale:
+            old.unlink(missing_ok=True)
+    return Saved(header_checksum(header), size, tuple(removed))
+
+
+def load(chain: Chain, kv: ConversationKV, expected: Mapping[str, str]) -> None:
+    """Fills an empty cache from a chain that was read; afterwards it is as it was when it was saved.
+
+    Raises:
+        SnapshotRefused: it was made in another way than `expected`, doesn't fit the layers, or is damaged;
+            the cache is empty then.
+        ValueError: `kv` isn't empty.
+    """
+    if len(kv) or kv.ids:
+        raise ValueError("a saved cache is loaded into an empty one")
+    if not chain.segments:
+        raise SnapshotRefused(f"No cache of conversation {chain.conversation} is saved.")
+    _check_fingerprint(chain, expected)
+    for segment in chain.segments:
+        _check_shapes(segment, kv)
+    try:
+        _fill(chain, kv)
+    except BaseException as error:
+        kv.clear()
+        if isinstance(error, SnapshotRefused) or not isinstance(error, Exception):
+            raise
+        raise SnapshotRefused(f"The saved cache {chain.conversation} can't be used: {error}.") from error
+
+
+def _named_tensors(packed: PackedRows) -> dict[str, torch.Tensor]:
+    """Every tensor under the name it has in the file, the widest numbers first: so each one lies aligned."""
+    tensors = dict(packed.tensors)
+    for length, states in packed.marks.items():
+        for index, state in enumerate(states):
+            tensors |= {f"mark.{length}.{index}.{name}": tensor for name, tensor in state.tensors.items()}
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
+
+def _bytes_view(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's bytes; other ones are copied."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _entries(tensors: Mapping[str, torch.Tensor]) -> Iterator[TensorEntry]:
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        checksum = xxh3_128_hexdigest(_bytes_view(tensor))
+        yield TensorEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), begin, end, checksum)
+        begin = end
+
+
+def _header(
+    conversation: str,
+    fingerprint: Mapping[str, str],
+    packed: PackedRows,
+    base: Sequence[Segment],
+    tensors: tuple[TensorEntry, ...],
+) -> Header:
+    return Header(
+        conversation=conversation,
+        fingerprint=fingerprint,
+        parent=base[-1].checksum if base else "",
+        start=packed.start,
+        first=packed.first,
+        ids=packed.ids,
+        rows=packed.rows,
+        positions=packed.positions,
+        marks={length: len(states) for length, states in packed.marks.items()},
+        tensors=tensors,
+    )
+
+
+def _base(folder: Path, fingerprint: Mapping[str, str], packed: PackedRows, continues: str) -> list[Segment]:
+    """The segments that stay before `packed`."""
+    chain = read_chain(folder)
+    if not continues or chain.checksum != continues:
+        raise SnapshotRefused(
+            f"Rows from {packed.start} on of conversation {folder.name} don't continue what is saved: "
+            "it was never saved or loaded here, or another process changed it."
+        )
+    _check_fingerprint(chain, fingerprint)
+    return unsuperseded(chain.segments, packed.start, packed.first)
+
+
+def _make_room(shelf: Shelf, size: int, conversation: str, stale: Sequence[Path]) -> list[str]:
+    """Room for a new segment beside the stale ones it supersedes; where that is too much, instead of them."""
+    try:
+        return shelf.make_room(size, conversation)
+    except NoRoomError:
+        removed = shelf.make_room(size - sum(path.stat().st_size for path in stale), conversation)
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return removed
+
+
+def _next_path(folder: Path) -> Path:
+    """Numbers only grow: a reader that saw a name never finds another segment under it."""
+    return segment_path(folder, max(map(segment_number, segment_files(folder)), default=-1) + 1)
+
+
+def _write(path: Path, parts: Iterable[memoryview]) -> None:
+    """A file that is there as a whole or not at all, whenever the process ends."""
+    temporary = path.with_suffix(TEMP_SUFFIX)
+    if not path.parent.is_dir():
+        path.parent.mkdir(mode=0o700)
+        _sync_folder(path.parent.parent)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_fingerprint(chain: Chain, expected: Mapping[str, str]) -> None:
+    stored = chain.fingerprint
+    for name in sorted(stored.keys() | expected.keys()):
+        then, now = stored.get(name, "nothing"), expected.get(name, "nothing")
+        if then != now:
+            raise SnapshotRefused(
+                f"The saved cache {chain.conversation} can't be used: it was made with another {name} "
+                f"({then} instead of {now})."
+            )
+
+
+def _check_shapes(segment: Segment, kv: ConversationKV) -> None:
+    """Refuses tensors that don't fit the model, before anything is allocated for them."""
+    header = segment.header
+    parts: dict[str, dict[str, TensorEntry]] = {}
+    for entry in header.tensors:
+        place, name = _placed(entry)
+        parts.setdefault(place, {})[name] = entry
+    for index, layer in enumerate(kv.layers):
+        if isinstance(layer, StoredLayer):
+            own = parts.pop(str(index), {})
+            if isinstance(layer, GrowableLayer):
+                _check_growable(segment, layer, index, own)
+    if any(count != len(kv.states) for count in header.marks.values()):
+        raise refusal(segment.path, f"has states of another number of layers than {len(kv.states)}")
+    unplaced = parts.keys() - {
+        f"mark.{mark}.{index}" for mark in header.marks for index in range(len(kv.states))
+    }
+    if unplaced:
+        raise refusal(segment.path, f"has tensors {sorted(unplaced)[0]}, for which this model has no place")
+
+
+def _placed(entry: TensorEntry) -> tuple[str, str]:
+    """`LAYER` or `mark.LENGTH.INDEX`, and the name there, which may have dots in it."""
+    words = entry.name.split(".", 3 if entry.name.startswith("mark.") else 1)
+    return ".".join(words[:-1]), words[-1]
+
+
+def _check_growable(
+    segment: Segment, layer: GrowableLayer, index: int, parts: Mapping[str, TensorEntry]
+) -> None:
+    """Keys `[kv_heads, rows, key_dim]` and values `[kv_heads, rows, value_dim]`; or neither, without rows."""
+    rows = len(segment.header.rows)
+    if not parts and not rows:
+        return
+    if parts.keys() != {"keys", "values"}:
+        raise refusal(segment.path, f"has {sorted(parts) or 'nothing'} of layer {index}, not keys and values")
+    keys, values = parts["keys"], parts["values"]
+    shape, dtype = layer._shape, layer._dtype
+    heads, key_dim, value_dim = shape or (keys.shape[0], keys.shape[-1], values.shape[-1])
+    number = DTYPE_NAMES[dtype] if dtype else keys.dtype
+    for entry, dim in ((keys, key_dim), (values, value_dim)):
+        if (entry.shape, entry.dtype) != ((heads, rows, dim), number):
+            raise refusal(
+                segment.path,
+                f"has {entry.name} of {entry.dtype} {list(entry.shape)}, not {number} {[heads, rows, dim]}",
+            )
+
+
+def _fill(chain: Chain, kv: ConversationKV) -> None:
+    _announce(chain)
+    _reserve(chain, kv)
+    buffer = torch.empty(max(segment.header.tensor_bytes for segment in chain.segments), dtype=torch.uint8)
+    with ThreadPoolExecutor(READERS) as readers:
+        for segment in chain.segments:
+            _read_tensors(segment, buffer, readers)
+            kv.unpack(_packed(segment, buffer, kv))
+            kv.mark()  # lets go of the marks that are too many
+
+
+def _announce(chain: Chain) -> None:
+    """Has the kernel read all files ahead, where it can: a chain of many short ones comes in at once."""
+    if hasattr(os, "posix_fadvise"):
+        for segment in chain.segments:
+            with _opened(segment) as descriptor:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+@contextmanager
+def _opened(segment: Segment) -> Iterator[int]:
+    """A segment's file descriptor.
+
+    Raises:
+        SnapshotRefused: the file is gone.
+    """
+    try:
+        descriptor = os.open(segment.path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise refusal(segment.path, "was removed while it was read") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _reserve(chain: Chain, kv: ConversationKV) -> None:
+    """Room for the whole chain at once: a layer that grows by every segment copies itself every time."""
+    rows = max(segment.header.start + len(segment.header.rows) for segment in chain.segments)
+    if len(chain.segments) == 1:
+        return
+    for layer in kv.layers:
+        if isinstance(layer, GrowableLayer) and layer._shape and layer._dtype:
+            heads, key_dim, value_dim = layer._shape
+            nothing = torch.zeros((), dtype=layer._dtype)
+            layer.update(nothing.expand(1, heads, rows, key_dim), nothing.expand(1, heads, rows, value_dim))
+            layer.truncate(0)
+
+
+def _read_tensors(segment: Segment, buffer: torch.Tensor, readers: ThreadPoolExecutor) -> None:
+    """Reads all tensors to the beginning of `buffer`; returns once every checksum was right.
+
+    Raises:
+        SnapshotRefused: one wasn't, or the file is gone.
+    """
+    with _opened(segment) as descriptor:
+        read = partial(_read_group, descriptor, segment, buffer.numpy().data)
+        for _ in readers.map(read, _groups(segment.header.tensors)):
+            pass
+
+
+def _groups(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:
+    """Neighbours that are read at once: as many as make `READ_BYTES`."""
+    groups: list[list[TensorEntry]] = []
+    for entry in entries:
+        if not groups or entry.end - groups[-1][0].begin > READ_BYTES:
+            groups.append([])
+        groups[-1].append(entry)
+    return groups
+
+
+def _read_group(
+    descriptor: int, segment: Segment, memory: memoryview, entries: Sequence[TensorEntry]
+) -> None:
+    begin, end = entries[0].begin, entries[-1].end
+    while begin < end:
+        count = os.preadv(descriptor, [memory[begin:end]], segment.data_start + begin)
+        if not count:
+            raise refusal(segment.path, "is cut short")
+        begin += count
+    for entry in entries:
+        if xxh3_128_hexdigest(memory[entry.begin : entry.end]) != entry.checksum:
+            raise refusal(segment.path, f"has a damaged tensor {entry.name}")
+
+
+def _packed(segment: Segment, buffer: torch.Tensor, kv: ConversationKV) -> PackedRows:
+    """The segment as it was packed, its tensors in `buffer`, which the next segment overwrites.
+
+    Layers that keep what they are given, and marks, get copies.
+    """
+    header = segment.header
+    tensors: dict[str, torch.Tensor] = {}
+    marks = {mark: [RecurrentState({}) for _ in range(count)] for mark, count in header.marks.items()}
+    for entry in header.tensors:
+        view = buffer[entry.begin : entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
+        place, name = _placed(entry)
+        if place.startswith("mark."):
+            _, mark, index = place.split(".")
+            marks[int(mark)][int(index)].tensors[name] = view.clone()
+        elif not isinstance(kv.layers[int(place)], GrowableLayer):
+            tensors[entry.name] = view.clone()
+        elif header.rows:
+            tensors[entry.name] = view
+    return PackedRows(header.start, header.first, header.ids, header.rows, header.positions, tensors, marks)

@@ -1,0 +1,1 @@
+"""Conversations, the store, and the core of every front end. No torch, no textual."""

@@ -1,0 +1,155 @@
+"""Conversations written for other programs and for people: Markdown, JSON and HTML.
+
+Markdown and JSON can be read back (see `imports`): nothing of a message's text is lost in either, and JSON
+has the figures, the token ids and all branches too. Markdown and HTML have the branch that is shown, and say
+how much is on others. HTML is for reading: whatever a model or a user wrote is escaped in it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+
+from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.reasoning import inner_thinking
+from kvchat.errors import KvchatError, reason
+from kvchat.text import clean, one_line
+
+VERSION = 1
+"""Of the JSON; goes up when a reader of the old one would misread the new one."""
+MARKER = re.compile(r"<!-- (\\*)kvchat:")
+"""What stands before a message in Markdown. Text that has it gets a backslash more, so that it stays text."""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""Even a picture that an answer names is not loaded: it would tell somebody that it was read."""
+STYLE = """\
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
+article { border-left: 4px solid #8888; padding: .1rem 1rem; margin: 1.2rem 0; }
+article.user { border-color: #b58900; white-space: pre-wrap; }
+article.assistant { border-color: #268bd2; }
+h2, footer, summary { font-size: .8rem; color: #888; font-weight: 600; margin: .3rem 0; }
+pre { overflow-x: auto; padding: .7rem; background: #8881; }
+table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: .2rem .6rem; }
+.thinking { white-space: pre-wrap; font-style: italic; color: #888; }
+"""
+
+
+def left_out(conversation: Conversation) -> str:
+    """What a file with the shown branch alone lacks, as a sentence; empty where that is all there is."""
+    count = len(conversation.other_branches)
+    if count == 1:
+        return "1 message on another branch is not in this file; a JSON export has it."
+    return (
+        f"{count:,} messages on other branches are not in this file; a JSON export has them." if count else ""
+    )
+
+
+def to_json(conversation: Conversation) -> str:
+    """One JSON object with everything about a conversation, down to the token ids."""
+    return json.dumps(
+        {"kvchat": VERSION, "conversations": [asdict(conversation)]}, ensure_ascii=False, indent=1
+    )
+
+
+def to_markdown(conversation: Conversation) -> str:
+    """A conversation to read, with what reading it back needs in comments."""
+    kept_elsewhere = ("id", "messages", "other_branches")
+    about = {key: value for key, value in asdict(conversation).items() if key not in kept_elsewhere}
+    parts = [f"# {one_line(conversation.title) or 'untitled'}\n\n{_marker('conversation', about)}\n"]
+    if lacks := left_out(conversation):
+        parts.append(f"*{lacks}*\n")
+    for message in conversation.messages:
+        head = {"created_at": message.created_at, "finish_reason": message.finish_reason}
+        who = "You" if message.role == "user" else one_line(conversation.model) or "Answer"
+        text = MARKER.sub(r"<!-- \1\\kvchat:", message.raw)
+        parts.append(f"{_marker(message.role, head)}\n### {who}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def to_html(conversation: Conversation) -> str:
+    """A page that needs nothing else, loads nothing and runs nothing."""
+    title = escape(one_line(conversation.title) or "untitled")
+    system = _section("system", "system prompt", escape(clean(conversation.system_prompt)))
+    messages = "\n".join(_message_html(message, conversation.model) for message in conversation.messages)
+    lacks = left_out(conversation)
+    return (
+        '<!doctype html>\n<html><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
+        f"{system if conversation.system_prompt else ''}{messages}\n"
+        f"{f'<footer>{lacks}</footer>' if lacks else ''}</body></html>\n"
+    )
+
+
+FORMATS: Mapping[str, Callable[[Conversation], str]] = {
+    "md": to_markdown,
+    "json": to_json,
+    "html": to_html,
+}
+
+
+OTHER_ENDINGS = {"markdown": "md", "htm": "html"}
+
+
+def export(conversation: Conversation, where: str, folder: Path) -> Path:
+    """Writes a conversation into a file that isn't there yet; returns its path.
+
+    Args:
+        where: a file name whose ending says the format, or a format alone: then the title names the file.
+        folder: what a relative name starts from.
+
+    Raises:
+        KvchatError: no such format, the file exists, or it can't be written.
+    """
+    name = f"{file_name(conversation.title)}.{where}" if where in FORMATS else where
+    path = folder / Path(name).expanduser()
+    ending = path.suffix.removeprefix(".").lower()
+    if (write := FORMATS.get(OTHER_ENDINGS.get(ending, ending))) is None:
+        raise KvchatError(f"{one_line(name)} ends in no format: .md, .json or .html says which one.")
+    number = 2
+    while where in FORMATS and path.exists():
+        path = path.with_stem(f"{file_name(conversation.title)}-{number}")
+        number += 1
+    try:
+        with path.open("x", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            file.write(write(conversation))
+    except FileExistsError as error:
+        raise KvchatError(f"{one_line(str(path))} exists already; choose another name.") from error
+    except (OSError, ValueError) as error:
+        raise KvchatError(f"{one_line(str(path))} can't be written: {reason(error)}.") from error
+    return path
+
+
+def file_name(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r"[^\w]+", "-", one_line(title)).strip("-").lower()[:60] or "conversation"
+
+
+def _marker(what: str, about: Mapping[str, Any]) -> str:
+    """A comment that names what follows; JSON in it can't end it."""
+    fields = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    return f"<!-- kvchat:{what} {fields} -->"
+
+
+def _message_html(message: Message, model: str) -> str:
+    if message.role == "user":
+        return _section("user", "you", escape(clean(message.text)))
+    thought = inner_thinking(message.thinking)
+    thinking = (
+        "<details><summary>thinking</summary>"
+        f'<div class="thinking">{escape(clean(thought))}</div></details>\n'
+        if thought
+        else ""
+    )
+    # raw HTML is escaped by the renderer, and so are addresses that would run something
+    markdown = MarkdownIt("gfm-like", {"html": False}).render(clean(message.text))
+    return _section("assistant", escape(one_line(model) or "answer"), thinking + markdown)
+
+
+def _section(kind: str, head: str, body: str) -> str:
+    return f'<article class="{kind}"><h2>{head}</h2>{body}</article>\n'

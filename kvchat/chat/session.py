@@ -1,0 +1,562 @@
+"""The conductor: begins a turn, finishes it, undoes it; and which conversation is open.
+
+Everything is saved before anything happens with it: the user's message before the engine sees it, the answer
+while it is being written. It knows values and the store; it refuses to know torch, textual and processes.
+"""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from kvchat.chat.active_turn import PendingTurn
+from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
+from kvchat.chat.token_status import ANSWER, Fates, fates_of
+from kvchat.contract import (
+    CacheEvent,
+    CacheMode,
+    EvictionPolicy,
+    FinishReason,
+    KVPrecision,
+    Sampling,
+    Tokens,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    TurnStats,
+)
+from kvchat.errors import KvchatError
+
+if TYPE_CHECKING:  # sqlite-utils takes a fifth of a second to import: the first paint must not wait for it
+    from kvchat.chat.store import Store
+
+UNSAVED = ""
+"""Key of the draft that belongs to no conversation yet."""
+MOST_HITS = 100
+"""Of one search."""
+HISTORY_LENGTH = 300
+"""Messages that can be brought back into the prompt."""
+PARTIAL_EVERY_S = 1.0
+"""An answer in progress is saved this often, so that a crash loses a second of it at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a new conversation starts with."""
+
+    model: str = ""
+    system_prompt: str = ""
+    mode: CacheMode = CacheMode.ON
+    sampling: Sampling = field(default_factory=Sampling)
+    kv: KVPrecision = KVPrecision.AUTO
+    policy: EvictionPolicy = EvictionPolicy.TURNS
+    private: bool = False
+    """Nothing is written, of the text or of the cache."""
+
+
+def known_rate(turns: Sequence[TurnStats]) -> float:
+    """Tokens a second of the largest prefill among these turns; 0 without any."""
+    largest = max(turns, key=lambda stats: stats.prefilled_tokens, default=None)
+    return largest.prefill_tok_s if largest else 0.0
+
+
+class Session:
+    """The open conversation and the turn under way."""
+
+    def __init__(self, store: "Store", defaults: Defaults) -> None:
+        self._store = store
+        self._secret: Store | None = None
+        """In memory; made for the first private conversation."""
+        self._private: set[str] = set()
+        """Ids of private conversations."""
+        self.defaults = defaults
+        self.current = self._blank()
+        self.pending: PendingTurn | None = None
+        self._told: tuple[str, Fates] = ("", {})
+        """A conversation, and what its last turn did: read once, for whoever draws it asks often."""
+        self._outside: tuple[Store, str] | None = None
+        """The file, and the conversation that was open, while they are left alone."""
+
+    def conversations(self) -> list[Summary]:
+        """Saved conversations and private ones, the last used first."""
+        secret = self._secret.summaries() if self._secret else []
+        found = [*self._store.summaries(), *(replace(each, private=True) for each in secret)]
+        return sorted(found, key=lambda each: each.updated_at, reverse=True) if secret else found
+
+    def history(self) -> list[str]:
+        """What the user sent, in this run and before it, the latest last."""
+        return self._store.history(HISTORY_LENGTH)
+
+    def search(self, words: Sequence[str]) -> list[Hit]:
+        """Where all these words stand, in every conversation."""
+        stores = [self._store, *([self._secret] if self._secret else [])]
+        return [hit for store in stores for hit in store.search(words, MOST_HITS)]
+
+    def import_all(self, conversations: Sequence[Conversation]) -> int:
+        """Saves those that aren't here yet; returns how many."""
+        return self._store.import_all(conversations)
+
+    def presets(self) -> list[Preset]:
+        """Named system prompts with their sampling."""
+        return self._store.presets()
+
+    def save_preset(self, preset: Preset) -> None:
+        """Remembers a way of answering by its name."""
+        self._store.save_preset(preset)
+
+    def delete_preset(self, name: str) -> None:
+        """Forgets a name."""
+        self._store.delete_preset(name)
+
+    def is_private(self, conversation: str) -> bool:
+        """Whether nothing of it is written."""
+        return self.defaults.private or conversation in self._private
+
+    def new(self) -> Conversation:
+        """Opens an empty conversation; it is saved with its first message."""
+        self.current = self._blank()
+        return self.current
+
+    def new_private(self) -> Conversation:
+        """Opens an empty conversation of which nothing is ever written; it is gone when kvchat ends."""
+        if self._secret is None:
+            from kvchat.chat.store import Store
+
+            self._secret = Store(None)
+        self.current = self._blank()
+        self._private.add(self.current.id)
+        return self.current
+
+    def open(self, conversation: str) -> Conversation:
+        """Opens a saved conversation by id or by the beginning of its id.
+
+        Raises:
+            KvchatError: there is none, or several begin so.
+        """
+        store = self._store_of(conversation)
+        self.current = store.load(store.find(conversation))
+        return self.current
+
+    def open_at(self, conversation: str, message: int) -> bool:
+        """Opens a saved conversation on a branch that has this message: the newest, unless it is shown.
+
+        Returns whether that is another branch than the one that was shown.
+
+        Raises:
+            KvchatError: there is no such conversation or message, or its conversation is being answered
+                on another branch.
+        """
+        here = conversation == self.current.id
+        found = self.current if here else self._store_of(conversation).load(conversation)
+        switches = all(each.id != message for each in found.messages)
+        branch = self._store_of(conversation).branch(conversation, message) if switches else found.messages
+        if not branch:
+            raise KvchatError("That message is not there any more.")
+        if switches and self.pending and self.pending.conversation == conversation:
+            raise KvchatError(
+                "It is on another branch than the answer that is being written. Esc stops that."
+            )
+        self.current = found
+        if switches:
+            self._go_to(branch)
+        return switches
+
+    def open_latest(self) -> Conversation:
+        """Opens the conversation used last, or an empty one."""
+        latest = next(iter(self.conversations()), None)
+        return self.open(latest.id) if latest else self.new()
+
+    def aside(self) -> None:
+        """Leaves the file alone until `back`: conversations from here on are in memory only.
+
+        Raises:
+            KvchatError: an answer is still under way.
+        """
+        from kvchat.chat.store import Store
+
+        self._refuse_what_cannot_be_changed()
+        self._outside = (self._store, self.current.id if self._saved() else "")
+        self._store = Store(None)
+        self.new()
+
+    def back(self) -> str:
+        """Goes back to the file and the conversation that was open; returns the one that is gone now."""
+        gone = self.current.id
+        self.abandon_turn()
+        if self._outside:
+            (self._store, before), self._outside = self._outside, None
+            if self._store_of(before).exists(before):
+                self.open(before)
+            else:
+                self.new()
+        return gone
+
+    def rename(self, conversation: str, title: str) -> None:
+        """Gives a conversation another title; an empty one changes nothing."""
+        if title := " ".join(title.split()):
+            store = self._store_of(conversation)
+            store.save_settings(replace(store.load(conversation), title=title))
+            if conversation == self.current.id:
+                self.current = replace(self.current, title=title)
+
+    def delete(self, conversation: str) -> None:
+        """Deletes a conversation for good; an answer under way in it is abandoned."""
+        if self.pending and self.pending.conversation == conversation:
+            self.pending = None
+        self._store_of(conversation).delete(conversation)
+        if conversation == self.current.id:
+            self.new()
+
+    def configure(
+        self,
+        *,
+        mode: CacheMode | None = None,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        model: str | None = None,
+        kv: KVPrecision | None = None,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        """Changes settings of the open conversation; they hold from the next turn on."""
+        given = {
+            "mode": mode,
+            "system_prompt": system_prompt,
+            "sampling": sampling,
+            "model": model,
+            "kv": kv,
+            "policy": policy,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        self.current = replace(self.current, **changes)  # type: ignore[arg-type]
+        if self._saved():
+            self._here.save_settings(self.current)
+
+    def clear(self) -> None:
+        """Empties the open conversation; its old messages stay in the file as another branch.
+
+        An answer under way in it is abandoned.
+        """
+        if self.pending and self.pending.conversation == self.current.id:
+            self.abandon_turn()
+        self._go_to(())
+
+    def begin_turn(self, text: str) -> TurnRequest:
+        """Saves the user's message and asks for its answer.
+
+        Raises:
+            KvchatError: an answer is still under way, or another process deleted the conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        if not self._saved():
+            self.current = replace(self.current, title=self.current.title or title_from(text))
+            self._here.create(self.current)
+        self._append(Message(0, self._head_id(), "user", text, ""))
+        return self._request()
+
+    def regenerate(self) -> TurnRequest:
+        """Asks for the last answer again, on a new branch beside the old one.
+
+        Raises:
+            KvchatError: there is nothing to answer, an answer is under way, or another process deleted the
+                conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        messages = self.current.messages
+        if messages and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise KvchatError("There is no answer to write again yet.")
+        self._go_to(messages)
+        return self._request()
+
+    def undo(self) -> str:
+        """Takes the last question and its answer back, and returns the question's text.
+
+        Both stay in the file as another branch.
+
+        Raises:
+            KvchatError: there is none, an answer is under way, or another process deleted the conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        asked = next((i for i in reversed(range(len(self.current.messages))) if self._is_question(i)), None)
+        if asked is None:
+            raise KvchatError("There is no question to take back.")
+        text = self.current.messages[asked].text
+        self._go_to(self.current.messages[:asked])
+        return text
+
+    def edit(self, message: int, text: str) -> TurnRequest:
+        """Asks another question in the place of an earlier one, on a new branch beside the old one.
+
+        Raises:
+            KvchatError: it is no question of this conversation, an answer is under way, or another process
+                deleted the conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        messages = self.current.messages
+        place = next((i for i, m in enumerate(messages) if m.id == message and self._is_question(i)), None)
+        if place is None:
+            raise KvchatError("Only a question of this conversation can be edited.")
+        before = self.current
+        self.current = before.showing(messages[:place])
+        try:
+            request = self.begin_turn(text)
+        except KvchatError:
+            self.current = before  # the old question stays where the new one can't be saved
+            raise
+        self._here.save_settings(self.current)
+        return request
+
+    def continue_answer(self) -> TurnRequest:
+        """Asks the model to go on with the last answer, which was stopped or reached its limit.
+
+        Raises:
+            KvchatError: there is no such answer, an answer is under way, or another process
+                deleted the conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        head = self.current.head
+        if head is None or head.role != "assistant" or not head.raw:
+            raise KvchatError("There is no answer to go on with.")
+        if head.finish_reason == FinishReason.STOP:
+            raise KvchatError("The model ended this answer itself; ask something.")
+        request = self._request()
+        pending = self.pending
+        assert pending is not None
+        pending.asked, pending.reply, pending.begun, pending.text = head.parent_id or 0, head, head, head.raw
+        return request
+
+    def fork(self, message: int | None = None) -> Conversation:
+        """Opens a new conversation with the messages up to `message`, or with all of them.
+
+        Raises:
+            KvchatError: there is nothing to fork, an answer is under way, or another process
+                deleted the conversation.
+        """
+        self._refuse_what_cannot_be_changed()
+        messages = self.current.messages
+        ends = [i + 1 for i, m in enumerate(messages) if message in (None, m.id)]
+        if not ends or not self._saved():
+            raise KvchatError("There is nothing to fork there.")
+        end = ends[-1]
+        title = f"{self.current.title} (fork)"
+        copy = replace(self.current.showing(messages[:end]), id=secrets.token_hex(4), title=title)
+        store = self._here
+        if self.current.id in self._private:
+            self._private.add(copy.id)
+        self.current = store.add(copy)
+        return self.current
+
+    def note_events(self, events: Sequence[CacheEvent]) -> None:
+        """Saves what happened to caches."""
+        if events:
+            self._store.add_events(events)
+
+    def whole(self) -> Conversation:
+        """The open conversation with the messages of its other branches too."""
+        return self._here.whole(self.current)
+
+    def events(self, conversation: str = "") -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first; of the open one's without a name."""
+        wanted = conversation or self.current.id
+        return self._store_of(wanted).events(wanted)
+
+    def request_as_if(self, **changes: object) -> TurnRequest:
+        """What the next turn would ask, with some of its fields changed; to ask its price."""
+        return replace(self._turn_request("price"), **changes)  # type: ignore[arg-type]
+
+    @property
+    def last_turn(self) -> Fates:
+        """What the last turn of the open conversation did with its messages, or does that is under way."""
+        pending = self.pending
+        if pending and pending.conversation == self.current.id and pending.spans:
+            return pending.fates()
+        if self._told[0] != self.current.id:
+            self._told = (self.current.id, self._here.last_turn(self.current.id))
+        return self._told[1]
+
+    def note_started(self, started: TurnStarted) -> None:
+        """Notes what the turn under way is going to do."""
+        if pending := self._pending(started.turn):
+            pending.spans = started.spans
+
+    def keep_partial(self, tokens: Tokens) -> None:
+        """Notes a piece of the answer, and saves what there is once a second."""
+        if (pending := self._pending(tokens.turn)) is None:
+            return
+        pending.text += tokens.text
+        pending.ids.extend(tokens.token_ids)
+        pending.tokenizer = tokens.tokenizer
+        if time.monotonic() - pending.saved_at >= PARTIAL_EVERY_S:
+            pending.saved_at = time.monotonic()
+            self._save_reply(pending, None)
+
+    def finish_turn(self, finished: TurnFinished) -> Message | None:
+        """Saves the whole answer and its figures; None if its conversation was deleted meanwhile."""
+        if (pending := self._pending(finished.turn)) is None:
+            return None
+        self.pending = None
+        pending.text = pending.begun_text + finished.text
+        pending.ids, pending.tokenizer = list(finished.token_ids), finished.tokenizer
+        self.note_events(finished.pool.events)
+        self._leave_out(pending.conversation, finished.left_out)
+        message = self._save_reply(pending, finished.stats.finish_reason)
+        message = replace(message, stats=finished.stats)
+        self._store_of(pending.conversation).update_message(message)
+        self._replace_reply(pending, message)
+        self._save_last_turn(pending.conversation, fates_of(finished.spans, pending.places, message.id))
+        return message
+
+    def fail_turn(self, turn: str) -> None:
+        """Ends a turn that failed: what was written of the answer stays, the question stays too."""
+        if (pending := self._pending(turn)) is None:
+            return
+        self._break_off(pending, FinishReason.ERROR)
+
+    def abandon_turn(self) -> None:
+        """Ends the turn under way because the program ends: what was written stays, as after a stop."""
+        if self.pending and (pending := self._pending(self.pending.turn)):
+            self._break_off(pending, FinishReason.CANCELLED)
+
+    def draft(self) -> str:
+        """The unsent prompt of the open conversation."""
+        return self._here.draft(self._draft_key())
+
+    def save_draft(self, text: str) -> None:
+        """Remembers the unsent prompt of the open conversation."""
+        if text != self.draft():
+            self._here.save_draft(self._draft_key(), text)
+
+    def _blank(self) -> Conversation:
+        given = self.defaults
+        return Conversation(
+            secrets.token_hex(4),
+            "",
+            given.system_prompt,
+            given.mode,
+            given.sampling,
+            given.model,
+            given.kv,
+            given.policy,
+            created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        )
+
+    def _is_question(self, index: int) -> bool:
+        return self.current.messages[index].role == "user"
+
+    def _go_to(self, messages: tuple[Message, ...]) -> None:
+        """Makes the last of `messages` the head; what came after stays in the file as another branch."""
+        self.current = self.current.showing(messages)
+        if self._saved():
+            self._here.set_head(self.current.id, messages[-1].id if messages else None)
+            self._here.save_settings(self.current)
+
+    def _leave_out(self, conversation: str, count: int) -> None:
+        """Remembers how many of the oldest messages an eviction left out."""
+        if conversation == self.current.id:
+            if count != self.current.left_out:
+                self.current = replace(self.current, left_out=count)
+                self._here.save_settings(self.current)
+        else:
+            store = self._store_of(conversation)
+            other = store.load(conversation)
+            if count != other.left_out:
+                store.save_settings(replace(other, left_out=count))
+
+    @property
+    def _here(self) -> "Store":
+        """Where the open conversation is."""
+        return self._store_of(self.current.id)
+
+    def _store_of(self, conversation: str) -> "Store":
+        secret = self._secret if conversation in self._private else None
+        return secret or self._store
+
+    def _saved(self) -> bool:
+        return self._here.exists(self.current.id)
+
+    def _draft_key(self) -> str:
+        return self.current.id if self._saved() else UNSAVED
+
+    def _head_id(self) -> int | None:
+        return self.current.head.id if self.current.head else None
+
+    def _append(self, message: Message) -> Message:
+        saved = self._here.add_message(self.current.id, message)
+        self.current = replace(self.current, messages=(*self.current.messages, saved))
+        return saved
+
+    def _request(self) -> TurnRequest:
+        asked = self.current.messages[-1]
+        self.pending = PendingTurn(
+            secrets.token_hex(8),
+            self.current.id,
+            asked.id,
+            self.current.places,
+            saved_at=time.monotonic(),
+        )
+        return self._turn_request(self.pending.turn)
+
+    def _turn_request(self, turn: str) -> TurnRequest:
+        current = self.current
+        return TurnRequest(
+            turn,
+            current.id,
+            current.prompt(),
+            current.mode,
+            current.sampling,
+            current.kv,
+            current.policy,
+            current.left_out,
+            current.created_at,
+            remember=not self.is_private(current.id),
+            known_prefill_tok_s=known_rate([m.stats for m in current.messages if m.stats]),
+        )
+
+    def _pending(self, turn: str) -> PendingTurn | None:
+        """The turn under way, if it is that one; a conversation that is gone has none."""
+        if self.pending and not self._store_of(self.pending.conversation).exists(self.pending.conversation):
+            self.pending = None
+        return self.pending if self.pending and self.pending.turn == turn else None
+
+    def _refuse_what_cannot_be_changed(self) -> None:
+        """A conversation whose answer is under way, or that has messages and isn't saved any more."""
+        if self.pending:
+            raise KvchatError("An answer is still being written. Esc stops it.")
+        if self.current.messages and not self._saved():
+            raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
+
+    def _break_off(self, pending: PendingTurn, finish: FinishReason) -> None:
+        """Keeps what there is of a turn that is over before its time."""
+        self.pending = None
+        if pending.text != pending.begun_text:
+            self._save_reply(pending, finish.value)
+        if pending.spans:
+            told = {message: counts for message, counts in pending.fates().items() if message != ANSWER}
+            self._save_last_turn(pending.conversation, told)
+
+    def _save_last_turn(self, conversation: str, fates: Fates) -> None:
+        self._store_of(conversation).save_last_turn(conversation, fates)
+        if conversation == self._told[0]:
+            self._told = (conversation, fates)
+
+    def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
+        """Saves what there is of the answer, as a child of the message it answers."""
+        reply = pending.answer(finish)
+        if pending.reply is None:
+            reply = self._store_of(pending.conversation).add_message(pending.conversation, reply)
+        else:
+            self._store_of(pending.conversation).update_message(reply)
+        pending.reply = reply
+        self._replace_reply(pending, reply)
+        return reply
+
+    def _replace_reply(self, pending: PendingTurn, reply: Message) -> None:
+        """Shows the reply in the open conversation, if that is the one it belongs to."""
+        if self.current.id != pending.conversation:
+            return
+        before = tuple(m for m in self.current.messages if m.id != reply.id)
+        if before and before[-1].id == pending.asked:
+            self.current = replace(self.current, messages=(*before, reply))

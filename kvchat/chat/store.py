@@ -1,0 +1,399 @@
+"""Conversations on disk: SQLite through sqlite-utils.
+
+One `Store` belongs to one thread. Several processes may share the file: opening and migrating happen under
+a file lock, and every change is one `BEGIN IMMEDIATE` transaction, so that what was read before writing is
+still true. It knows rows and values; it refuses to know engines and screens.
+"""
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from sqlite_utils import Database
+
+from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
+from kvchat.chat.migrations import open_database
+from kvchat.chat.token_status import Fates
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    Fate,
+    KVPrecision,
+    Sampling,
+    TurnStats,
+)
+from kvchat.errors import KvchatError, reason
+
+TRIGRAM = 3
+"""Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
+LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
+SEARCH = """
+with recursive found(id) as ({found}),
+shown(id, parent_id) as (
+    select m.id, m.parent_id from conversations c join messages m on m.id = c.head
+    where c.id in (select conversation from messages where id in (select id from found))
+    union all
+    select m.id, m.parent_id from shown join messages m on m.id = shown.parent_id
+)
+select m.conversation, c.title, m.id as message, m.role, m.text, m.created_at,
+    m.id not in (select id from shown) as other_branch
+from messages m join conversations c on c.id = m.conversation where m.id in (select id from found)
+order by m.created_at desc, m.id desc limit {limit}
+"""
+"""Hits on every branch; what is not on the way to the head of its conversation is not shown there."""
+TURN_COLUMNS = ", ".join(f"turns.{field.name} as turn_{field.name}" for field in fields(TurnStats))
+# renamed: messages have a finish reason of their own, also where there are no figures
+SELECT_MESSAGES = (
+    f"select messages.*, turns.message as turn, {TURN_COLUMNS} "
+    "from messages left join turns on turns.message = messages.id"
+)
+
+
+class Store:
+    """The conversations of one user."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Opens or makes the database; None keeps everything in memory and writes nothing.
+
+        Raises:
+            KvchatError: the file can't be opened, or is no kvchat database.
+        """
+        try:
+            self._db = open_database(path)
+        except (sqlite3.Error, OSError) as error:
+            raise KvchatError(
+                f"The conversations in {path} can't be opened: {reason(error)}. "
+                "Free the file, or choose another folder with --data-dir."
+            ) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Database]:
+        """One transaction that holds the write lock from its first read on."""
+        try:
+            self._db.conn.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.conn.commit()
+            except BaseException:
+                self._db.conn.rollback()
+                raise
+        except sqlite3.Error as error:
+            raise KvchatError(f"The conversations can't be saved: {error}.") from error
+
+    def summaries(self) -> list[Summary]:
+        """All conversations, the last used first."""
+        rows = self._db.query(
+            "select c.id, c.title, c.updated_at, count(m.id) as messages from conversations c "
+            "left join messages m on m.conversation = c.id group by c.id "
+            "order by c.updated_at desc, c.rowid desc"
+        )
+        return [Summary(**row) for row in rows]
+
+    def history(self, limit: int) -> list[str]:
+        """What the user sent in all conversations, the latest last; of the same words, the latest alone."""
+        rows = self._db.query(
+            "select text from messages where role = 'user' order by created_at desc, id desc limit ?",
+            [2 * limit],
+        )
+        latest = list(dict.fromkeys(row["text"] for row in rows))[:limit]
+        return latest[::-1]
+
+    def load(self, conversation: str) -> Conversation:
+        """A conversation with the messages up to its head.
+
+        Raises:
+            KvchatError: there is no such conversation.
+        """
+        row = self._row(conversation)
+        messages = {message.id: message for message in self._messages(conversation)}
+        return Conversation(
+            id=row["id"],
+            title=row["title"],
+            system_prompt=row["system_prompt"],
+            mode=CacheMode(row["mode"]),
+            sampling=Sampling(**json.loads(row["sampling"])),
+            model=row["model"],
+            kv=KVPrecision(row["kv"] or KVPrecision.AUTO),
+            policy=EvictionPolicy(row["policy"] or EvictionPolicy.TURNS),
+            left_out=row["left_out"] or 0,
+            created_at=row["created_at"],
+            messages=path_to(messages, row["head"]),
+        )
+
+    def whole(self, conversation: Conversation) -> Conversation:
+        """The conversation with the messages of its other branches too."""
+        shown = {message.id for message in conversation.messages}
+        others = [message for message in self._messages(conversation.id) if message.id not in shown]
+        return replace(conversation, other_branches=tuple(sorted(others, key=lambda each: each.id)))
+
+    def branch(self, conversation: str, message: int) -> tuple[Message, ...]:
+        """The messages of the newest branch that has this one; none where it is gone."""
+        messages = {each.id: each for each in self._messages(conversation)}
+        return path_to(messages, newest_leaf(messages, message)) if message in messages else ()
+
+    def find(self, prefix: str) -> str:
+        """The id that starts with `prefix`.
+
+        Raises:
+            KvchatError: none does, or several do.
+        """
+        ids = [s.id for s in self.summaries() if s.id.startswith(prefix)] if prefix else []
+        if len(ids) != 1:
+            found = f"{len(ids)} conversations start" if ids else "No conversation starts"
+            raise KvchatError(f"{found} with {prefix!r}. `kvchat sessions` lists them.")
+        return ids[0]
+
+    def exists(self, conversation: str) -> bool:
+        """Whether the conversation was saved and not deleted since."""
+        return any(self._db.query("select 1 from conversations where id = ?", [conversation]))
+
+    def create(self, conversation: Conversation) -> None:
+        """Saves a new conversation, without messages."""
+        with self._writing() as db:
+            _insert(db, conversation)
+
+    def save_settings(self, conversation: Conversation) -> None:
+        """Saves everything about a conversation but its messages."""
+        changed = {"title": conversation.title, **_settings(conversation)}
+        with self._writing() as db:
+            assignments = ", ".join(f"{name} = :{name}" for name in changed)
+            db.execute(
+                f"update conversations set {assignments} where id = :id", changed | {"id": conversation.id}
+            )
+
+    def add(self, conversation: Conversation) -> Conversation:
+        """Saves a new conversation with copies of these messages, other branches too.
+
+        Returns what is shown of it, with the new ids.
+        """
+        with self._writing() as db:
+            _insert(db, conversation)
+            numbers: dict[int | None, int | None] = {None: None}
+            # parents first, and younger messages keep the higher numbers
+            for message in sorted((*conversation.messages, *conversation.other_branches), key=lambda m: m.id):
+                row = {**_message_row(message), "conversation": conversation.id}
+                row |= {"role": message.role, "created_at": message.created_at}
+                row["parent_id"] = numbers[message.parent_id]
+                number = cast(int, db.table("messages").insert(row).last_pk)
+                if message.stats:
+                    db.table("turns").insert({"message": number, **asdict(message.stats)})
+                numbers[message.id] = number
+            _set_head(db, conversation.id, numbers[conversation.head.id if conversation.head else None])
+        return self.load(conversation.id)
+
+    def import_all(self, conversations: Sequence[Conversation]) -> int:
+        """Saves those that aren't here yet, as old as their last message; returns how many."""
+        new = [each for each in conversations if not self.exists(each.id)]
+        for each in new:
+            self.add(each)
+            with self._writing() as db:
+                last = each.messages[-1].created_at if each.messages else each.created_at
+                db.execute("update conversations set updated_at = ? where id = ?", [last, each.id])
+        return len(new)
+
+    def search(self, words: Sequence[str], limit: int) -> list[Hit]:
+        """Where all these words stand: in titles first, then in messages on every branch, latest first."""
+        if not words:
+            return []
+        likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
+        long = [word for word in words if len(word) >= TRIGRAM]
+        match = {"match": " ".join('"' + word.replace('"', '""') + '"' for word in long)}
+        indexed = "select rowid from messages_fts where messages_fts match :match intersect " if long else ""
+        found = f"{indexed}select id from messages where {_all_like('text', likes)}"
+        if len(long) == len(words):  # the index knows more letters that differ in case only
+            found = indexed.removesuffix(" intersect ")
+        titles = self._db.query(
+            "select id as conversation, title, null as message, '' as role, title as text, created_at, "
+            f"false as other_branch from conversations where {_all_like('title', likes)} "
+            f"order by updated_at desc limit {limit}",
+            likes,
+        )
+        messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
+        rows = [*titles, *messages][:limit]
+        return [Hit(**{**row, "other_branch": bool(row["other_branch"])}) for row in rows]
+
+    def presets(self) -> list[Preset]:
+        """The named ways of answering, by name."""
+        rows = self._db.query("select * from presets order by name")
+        return [Preset(r["name"], r["system_prompt"], Sampling(**json.loads(r["sampling"]))) for r in rows]
+
+    def save_preset(self, preset: Preset) -> None:
+        """Saves a preset, in the place of one with the same name."""
+        row = {"system_prompt": preset.system_prompt, "sampling": json.dumps(asdict(preset.sampling))}
+        with self._writing() as db:
+            db.table("presets").upsert({"name": preset.name, **row}, pk="name")
+
+    def delete_preset(self, name: str) -> None:
+        """Deletes a preset; an unknown one is no error."""
+        with self._writing() as db:
+            db.execute("delete from presets where name = ?", [name])
+
+    def add_events(self, events: Sequence[CacheEvent]) -> None:
+        """Saves what happened to caches; events of conversations that are not saved are left out."""
+        with self._writing() as db:
+            known = {row["id"] for row in db.query("select id from conversations")}
+            db.table("cache_events").insert_all(
+                asdict(event) for event in events if event.conversation in known
+            )
+
+    def events(self, conversation: str) -> list[CacheEvent]:
+        """The timeline of a conversation's cache, oldest first."""
+        rows = self._db.query(
+            "select conversation, kind, tokens, bytes, seconds, note, at from cache_events "
+            "where conversation = ? order by at, id",
+            [conversation],
+        )
+        return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
+
+    def last_turn(self, conversation: str) -> Fates:
+        """What the last turn of a conversation did with its messages; nothing where there was none."""
+        rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
+        told = json.loads(next((row["last_turn"] for row in rows), "{}"))
+        return {
+            int(message): {Fate(fate): tokens for fate, tokens in counts.items()}
+            for message, counts in told.items()
+        }
+
+    def save_last_turn(self, conversation: str, fates: Fates) -> None:
+        """Remembers what a turn did, in the place of the one before."""
+        with self._writing() as db:
+            db.execute(
+                "update conversations set last_turn = ? where id = ?", [json.dumps(fates), conversation]
+            )
+
+    def set_head(self, conversation: str, head: int | None) -> None:
+        """Makes another message the last one shown; nothing is deleted."""
+        with self._writing() as db:
+            _set_head(db, conversation, head)
+
+    def add_message(self, conversation: str, message: Message) -> Message:
+        """Saves a message under its parent and makes it the head; returns it with its id.
+
+        Raises:
+            KvchatError: the conversation was deleted meanwhile, perhaps by another process.
+        """
+        row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
+        row |= {"role": message.role, "created_at": message.created_at or _now()}
+        with self._writing() as db:
+            if not self.exists(conversation):
+                raise KvchatError(f"The conversation {conversation!r} was deleted.")
+            number = cast(int, db.table("messages").insert(row).last_pk)
+            _set_head(db, conversation, number)
+        return self._message(number)
+
+    def update_message(self, message: Message) -> None:
+        """Saves text, ids, finish reason and figures of a message."""
+        with self._writing() as db:
+            db.table("messages").update(message.id, _message_row(message))
+            if message.stats is not None:
+                db.table("turns").upsert({"message": message.id, **asdict(message.stats)}, pk="message")
+
+    def delete(self, conversation: str) -> None:
+        """Deletes a conversation, its messages, figures and draft."""
+        of_it = "in (select id from messages where conversation = ?)"
+        with self._writing() as db:
+            db.execute(f"delete from turns where message {of_it}", [conversation])
+            db.execute("update conversations set head = null where id = ?", [conversation])
+            db.execute("delete from messages where conversation = ?", [conversation])
+            db.execute("delete from cache_events where conversation = ?", [conversation])
+            db.execute("delete from drafts where conversation = ?", [conversation])
+            db.execute("delete from conversations where id = ?", [conversation])
+
+    def draft(self, conversation: str) -> str:
+        """The unsent prompt of a conversation."""
+        rows = self._db.query("select text from drafts where conversation = ?", [conversation])
+        return next((row["text"] for row in rows), "")
+
+    def save_draft(self, conversation: str, text: str) -> None:
+        """Remembers an unsent prompt; an empty one is forgotten."""
+        with self._writing() as db:
+            if text:
+                db.table("drafts").upsert({"conversation": conversation, "text": text}, pk="conversation")
+            else:
+                db.execute("delete from drafts where conversation = ?", [conversation])
+
+    def _row(self, conversation: str) -> dict[str, Any]:
+        rows = self._db.query("select * from conversations where id = ?", [conversation])
+        if (row := next(rows, None)) is None:
+            raise KvchatError(f"There is no conversation {conversation!r}. `kvchat sessions` lists them.")
+        return row
+
+    def _messages(self, conversation: str) -> list[Message]:
+        rows = self._db.query(f"{SELECT_MESSAGES} where conversation = ?", [conversation])
+        return [_message(row) for row in rows]
+
+    def _message(self, number: int) -> Message:
+        return _message(next(iter(self._db.query(f"{SELECT_MESSAGES} where id = ?", [number]))))
+
+
+def _all_like(column: str, parameters: Iterable[str]) -> str:
+    return " and ".join(f"{column} like :{name} escape '\\'" for name in parameters)
+
+
+def _insert(db: Database, conversation: Conversation) -> None:
+    now = conversation.created_at or _now()
+    row = {"id": conversation.id, "title": conversation.title, "head": None}
+    db.table("conversations").insert(
+        row | {"created_at": now, "updated_at": _now()} | _settings(conversation)
+    )
+
+
+def _set_head(db: Database, conversation: str, head: int | None) -> None:
+    db.execute("update conversations set head = ?, updated_at = ? where id = ?", [head, _now(), conversation])
+
+
+def _settings(conversation: Conversation) -> dict[str, str | int]:
+    return {
+        "system_prompt": conversation.system_prompt,
+        "model": conversation.model,
+        "mode": conversation.mode.value,
+        "sampling": json.dumps(asdict(conversation.sampling)),
+        "kv": conversation.kv.value,
+        "policy": conversation.policy.value,
+        "left_out": conversation.left_out,
+    }
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    return {
+        "text": message.text,
+        "thinking": message.thinking,
+        "token_ids": json.dumps(message.token_ids),
+        "tokenizer": message.tokenizer,
+        "finish_reason": message.finish_reason,
+    }
+
+
+def _message(row: Mapping[str, Any]) -> Message:
+    return Message(
+        id=row["id"],
+        parent_id=row["parent_id"],
+        role=row["role"],
+        text=row["text"],
+        created_at=row["created_at"],
+        token_ids=tuple(json.loads(row["token_ids"])),
+        tokenizer=row["tokenizer"],
+        finish_reason=row["finish_reason"],
+        stats=_stats(row) if row["turn"] is not None else None,
+        thinking=row["thinking"],
+    )
+
+
+def _stats(row: Mapping[str, Any]) -> TurnStats:
+    return TurnStats(**{field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

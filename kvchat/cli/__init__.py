@@ -1,0 +1,1 @@
+"""The command line: one module per command group. The only package that imports both ui and engine."""

@@ -1,0 +1,438 @@
+"""The command line: the composition root, and the only place that knows both the screen and the engine.
+
+Everything heavy is imported inside the command that needs it: the child process of the engine imports this
+module again, and the screen must paint before torch is there.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from kvchat.cli.options import chat_options, data_dir, model_options, screen_options
+from kvchat.config import settings
+from kvchat.config.file import read_config
+from kvchat.config.paths import Paths, find_paths
+from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
+from kvchat.errors import KvchatError
+from kvchat.models.cards import DEFAULT_MODEL, find_card
+
+if TYPE_CHECKING:
+    from kvchat.chat.session import Session
+    from kvchat.ui.preferences import Preferences
+    from kvchat.ui.turn_thread import EngineFactory
+
+EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
+"""Sources that override what a resumed conversation was set to."""
+
+
+OWN_FLAGS = {"-h", "--help", "--version"}
+"""Of `kvchat` itself; any other flag without a command belongs to the chat."""
+
+
+ELSEWHERE = {
+    "bench": "kvchat.cli.bench",
+    "cache": "kvchat.cli.cache",
+    "config": "kvchat.cli.config",
+    "doctor": "kvchat.cli.doctor",
+    "models": "kvchat.cli.models",
+    "sessions": "kvchat.cli.sessions",
+}
+"""Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
+
+
+class Defaults(dict[str, Any]):
+    """What the file says, for whichever command is called: every command asks here for its own."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._config = dict(config)
+
+    def get(self, command: str, default: Any = None) -> dict[str, Any]:  # noqa: ANN401 - dict's own
+        """The settings; of a group also by the name of each of its commands."""
+        group = cli.get_command(click.Context(cli), command)
+        inner = group.commands if isinstance(group, click.Group) else ()
+        return self._config | dict.fromkeys(inner, self._config)
+
+
+class ChatByDefault(click.Group):
+    """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE and cmd_name not in self.commands:
+            self.add_command(getattr(import_module(ELSEWHERE[cmd_name]), cmd_name), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in OWN_FLAGS):
+            args = ["chat", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=ChatByDefault,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="kvchat")
+def cli() -> None:
+    """Chat with a model that runs on this machine, and see its KV cache work.
+
+    `kvchat` alone opens the chat.
+    """
+
+
+@cli.command()
+@model_options
+@chat_options
+@screen_options
+@click.option("--plain", is_flag=True, help="Line by line, without a screen: for screen readers.")
+@click.pass_context
+def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: Any) -> None:  # noqa: ANN401
+    """Open the chat."""
+    from kvchat.engine_process.client import LinkedEngine, allow_spawning
+    from kvchat.engine_process.diagnostics import report_on_signal
+    from kvchat.engine_process.server import EngineOptions
+    from kvchat.models.resolve import is_prepared
+
+    if not plain and not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise KvchatError(
+            "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."
+        )
+    preferences = _preferences(given)
+    paths = find_paths(given["data_dir"])
+    # opened after the first paint, unless the conversation decides which model it is
+    opened = cache(lambda: open_session(ctx, paths))
+    resumes = given["resume"] or given["resume_latest"]
+    name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
+    folder = is_prepared(name, paths.models)
+    if folder is None or (given["precision"] == "auto" and lacks_step(folder)):
+        from kvchat.cli.models import pull_as_child
+
+        if code := pull_as_child(name, given["data_dir"]):
+            sys.exit(code)
+        folder = is_prepared(name, paths.models)
+    assert folder is not None
+    report_on_signal(paths.logs)
+    allow_spawning()
+    options = EngineOptions(
+        folder,
+        name,
+        paths.logs / f"engine-{os.getpid()}.log",
+        given["precision"],
+        given["threads"],
+        given["context"],
+        given["device"],
+        given["kv_budget"],
+        None if given["private"] else paths.kv,
+        given["kv_disk"],
+        given["draft"],
+        draft_folder(given["draft"], paths),
+        60 * given["unload_after"],
+    )
+
+    def engine_of(folder: Path, name: str) -> "EngineFactory":
+        wanted = replace(options, folder=folder, name=name)
+        return lambda on_status: LinkedEngine(wanted, on_status)
+
+    def fetching(wanted: str) -> list[str]:
+        from kvchat.cli.models import pull_command
+
+        return pull_command(wanted, given["data_dir"])
+
+    if not plain:
+        gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
+    from kvchat.ui.model_switch import ModelShelf
+
+    shelf = ModelShelf(paths.models, engine_of, fetching)
+    if plain:
+        from kvchat.ui.plain.loop import talk
+
+        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf)
+    else:
+        from kvchat.ui.app import ChatApp
+
+        def open_painted() -> "Session":
+            gc.freeze()
+            gc.enable()
+            return opened()
+
+        app = ChatApp(
+            open_painted,
+            engine_of(folder, name),
+            model=shown_name(name),
+            preferences=preferences,
+            shelf=shelf,
+        )
+        if begin_with:
+            app.begin_with(begin_with)
+        app.run()
+        code = app.return_code or 0
+    options.log_file.unlink(missing_ok=True)
+    from kvchat.cli.cache import collect_garbage
+
+    with suppress(KvchatError):  # the next chat tries again
+        collect_garbage(paths)
+    if code:
+        sys.exit(code)
+    conversation = opened().current
+    if conversation.messages and not opened().is_private(conversation.id):
+        click.echo(f"Continue with: kvchat -r {conversation.id}")
+
+
+@cli.command()
+@model_options
+@screen_options
+@click.pass_context
+def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+    """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
+
+    Works offline once the model is here; nothing of it is kept.
+    """
+    ctx.invoke(chat, begin_with="tour", **given)
+
+
+@cli.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a turn on stdout.")
+@model_options
+@chat_options
+@click.pass_context
+def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: Any) -> None:  # noqa: ANN401
+    """Answer without a screen. Several prompts are several turns of one conversation.
+
+    `-`, or a pipe and no prompt, reads the prompt from standard input.
+    """
+    from kvchat.cli.load_model import load_ready
+
+    prompts = read_prompts(prompts)
+    paths = find_paths(given["data_dir"])
+    session = open_session(ctx, paths)
+    loaded = load_ready(session.current.model, paths, given)
+    from kvchat.cli.run import run_turns
+    from kvchat.engine.factory import load_draft, open_engine
+
+    folder = None if given["private"] else paths.kv
+    draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"])
+    engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"], draft=draft)
+    try:
+        code = run_turns(session, engine, prompts, as_json=as_json)
+    finally:
+        engine.close()
+        session.note_events(engine.pool().events)
+    sys.exit(code)
+
+
+def _preferences(given: Mapping[str, Any]) -> "Preferences":
+    """How the screen is to be, checked.
+
+    Raises:
+        KvchatError: there is no such theme, command or key.
+    """
+    from kvchat.ui.key_bindings import checked_keys
+    from kvchat.ui.preferences import Preferences
+    from kvchat.ui.themes import checked_theme
+
+    file = find_paths().config_file
+    keys = checked_keys(read_config(file).keys)
+    kept = None if given["private"] else file
+    return Preferences(checked_theme(given["theme"]), given["reduced_motion"], keys, kept)
+
+
+@cli.command()
+@click.argument("conversation", default="")
+@click.option("--tokens", type=click.IntRange(2), default=24, show_default=True, help="Of each answer.")
+@click.option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file.")
+@click.option("--threads", type=click.IntRange(1), help="For torch; default: every physical core.")
+@data_dir
+def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) -> None:  # noqa: ANN401
+    """Prove that the KV cache changes nothing: in fp32, against no cache, token by token.
+
+    Takes the questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
+    """
+    from kvchat.cli.load_model import load_ready
+
+    paths = find_paths(data_dir)
+    name, questions = _questions(conversation, paths)
+    given |= {"precision": "fp32", "context": None, "device": "cpu"}
+    loaded = load_ready(given["model"] or name, paths, given)
+    from kvchat.bench.verify import QUESTIONS, run_checks
+
+    click.echo(f"{loaded.facts.name}, fp32, greedy: every kind of cache against no cache", err=True)
+    click.echo(f"{'':<28}{'tokens':>7}  {'first difference':>16}  {'largest logit gap':>17}")
+    equal = True
+    for check in run_checks(loaded, questions or QUESTIONS, tokens):
+        differing = "none" if check.differing is None else f"token {check.differing + 1}"
+        click.echo(f"{check.name:<28}{check.compared:>7}  {differing:>16}  {check.gap:>17.6f}")
+        equal = equal and check.equal
+    if loaded.facts.gap_refusal:
+        click.echo(f"sinks and snapkv can't be used: {loaded.facts.gap_refusal}")
+    click.echo("All equal." if equal else "The cache changed an answer.")
+    sys.exit(0 if equal else 1)
+
+
+def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
+    """(model, what was asked) of a saved conversation; the default model and nothing without one."""
+    if not conversation:
+        return DEFAULT_MODEL, []
+    from kvchat.chat.store import Store
+
+    store = Store(paths.database)
+    saved = store.load(store.find(conversation))
+    questions = [m.text for m in saved.messages if m.role == "user"]
+    if len(questions) < 2:
+        raise KvchatError("This conversation has fewer than two questions; there is nothing to keep yet.")
+    return saved.model or DEFAULT_MODEL, questions
+
+
+def read_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts, with standard input for `-`, and for none at all.
+
+    Raises:
+        KvchatError: there is no prompt, or an empty one.
+    """
+    if not prompts and (not sys.stdin or sys.stdin.isatty()):
+        raise KvchatError('What is the prompt? kvchat run "PROMPT", or pipe it in.')
+    texts = [_read_stdin() if prompt == "-" else prompt for prompt in prompts or ["-"]]
+    if any(not text.strip() for text in texts):
+        raise KvchatError("The prompt is empty.")
+    for text in texts:
+        refuse_bytes(text, "The prompt")
+    return texts
+
+
+def refuse_bytes(text: str, what: str) -> None:
+    """Passes text; bytes that are none come from the shell as lone surrogates.
+
+    Raises:
+        KvchatError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvchatError(f"{what} is not text: it has bytes that are not UTF-8.") from error
+
+
+def _read_stdin() -> str:
+    if not sys.stdin:
+        raise KvchatError("There is no standard input to read a prompt from.")
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise KvchatError(f"Standard input is not text: {error}") from error
+
+
+def open_session(ctx: click.Context, paths: Paths) -> "Session":
+    """The conversation that the flags ask for, set as they say.
+
+    Raises:
+        KvchatError: there is no such conversation or model, or the system prompt is no text.
+    """
+    from kvchat.chat.session import Defaults, Session
+    from kvchat.chat.store import Store
+
+    given = ctx.params
+    explicit = {k: v for k, v in given.items() if ctx.get_parameter_source(k) in EXPLICIT}
+    name = lasting_name(given["model"] or DEFAULT_MODEL, paths.models)
+    refuse_bytes(given["system"] or "", "The system prompt")
+    defaults = Defaults(
+        model=name,
+        system_prompt=given["system"] or "",
+        mode=CacheMode(given["cache"] or CacheMode.ON),
+        sampling=settings.changed(settings.sampling_of(find_card(name)), given),
+        kv=KVPrecision(given["kv"] or KVPrecision.AUTO),
+        policy=EvictionPolicy(given["policy"] or EvictionPolicy.TURNS),
+        private=given["private"],
+    )
+    session = Session(Store(None if given["private"] else paths.database), defaults)
+    if given["resume"]:
+        session.open(given["resume"])
+    elif given["resume_latest"]:
+        session.open_latest()
+    session.configure(
+        mode=CacheMode(explicit["cache"]) if explicit.get("cache") else None,
+        system_prompt=explicit.get("system"),
+        sampling=settings.changed(session.current.sampling, explicit),
+        kv=KVPrecision(explicit["kv"]) if explicit.get("kv") else None,
+        policy=EvictionPolicy(explicit["policy"]) if explicit.get("policy") else None,
+        model=name if explicit.get("model") else session.current.model or name,
+    )
+    return session
+
+
+def lacks_step(folder: Path) -> bool:
+    """Whether a model that is here waits to be compiled, perhaps again."""
+    from kvchat.engine.compiled.package import wants_step
+
+    return wants_step(folder)
+
+
+def draft_folder(draft: str, paths: Paths) -> Path | None:
+    """Where the model lies that guesses ahead; None where none does.
+
+    Raises:
+        KvchatError: it is not here.
+    """
+    from kvchat.models.resolve import is_prepared
+
+    if draft in ("lookup", "off"):
+        return None
+    folder = is_prepared(draft, paths.models)
+    if folder is None:
+        raise KvchatError(f"{draft} is not here yet. `kvchat models pull {draft}` fetches it.")
+    return folder
+
+
+def lasting_name(model: str, models_dir: Path) -> str:
+    """The name by which a conversation finds its model again, in whatever folder kvchat is started.
+
+    Raises:
+        KvchatError: there is no such model; a conversation must not remember it.
+    """
+    from kvchat.models.resolve import FolderModel, GgufModel, find_prepared, recognise
+
+    place = recognise(model)
+    find_prepared(place, models_dir)
+    if not isinstance(place, FolderModel | GgufModel):
+        return model
+    refuse_bytes(str(place.path), "The path of the model")
+    return str(place.path)
+
+
+def shown_name(model: str) -> str:
+    """What the screen calls a model: a card's title, the last part of a path or a hub id."""
+    card = find_card(model)
+    return card.title if card else Path(model).name
+
+
+@cli.command(name="paths")
+@data_dir
+def show_paths(data_dir: Path | None) -> None:
+    """Print where kvchat keeps its files."""
+    for name, path in find_paths(data_dir).described().items():
+        click.echo(f"{name:<9}{path}")
+
+
+def main() -> None:
+    """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
+    try:
+        config = dict(read_config(find_paths().config_file).values)
+        cli(prog_name="kvchat", default_map=Defaults(config))
+    except KvchatError as error:
+        click.echo(f"kvchat: {error}", err=True)
+        sys.exit(1)

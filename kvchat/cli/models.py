@@ -1,0 +1,148 @@
+"""`kvchat models`: list, fetch, compile, find and remove models; and fetching as a process of its own."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from kvchat.cli.options import data_dir
+from kvchat.config import settings
+from kvchat.config.paths import find_paths
+from kvchat.errors import INTERRUPTED, KvchatError
+from kvchat.models.cards import DEFAULT_MODEL, load_cards
+from kvchat.text import megabytes
+
+AS_LINES = "--progress-json"
+
+
+@click.group()
+def models() -> None:
+    """List, fetch, find and remove models."""
+
+
+@models.command(name="list")
+@data_dir
+def list_models(data_dir: Path | None) -> None:
+    """The models that have a card, and those that are here."""
+    from kvchat.models.resolve import installed, is_prepared
+
+    models_dir = find_paths(data_dir).models
+    sizes = {model.path: model.bytes for model in installed(models_dir)}
+    for card in load_cards():
+        folder = is_prepared(card.name, models_dir)
+        here = (
+            "not here"
+            if folder is None
+            else f"here, {megabytes(sizes[folder])}"
+            if folder in sizes
+            else "here"
+        )
+        notes = [here, f"context {card.context:,}", card.licence]
+        notes += ["gated"] if card.gated else []
+        notes += [] if card.tried else ["not tried yet"]
+        click.echo(f"{card.name:<24}{card.parameters / 1e6:>7,.0f}M  {' · '.join(notes)}")
+        click.echo(f"{'':<34}{card.summary}")
+    names = {card.name for card in load_cards()}
+    for model in installed(models_dir):
+        if model.name not in names:
+            click.echo(f"{model.name:<34}here, {megabytes(model.bytes)}")
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option(AS_LINES, is_flag=True, help="Progress as JSON on stdout, an object a line.")
+@data_dir
+def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
+    """Fetch a model and make it ready; does nothing if it is."""
+    from kvchat.cli.progress import reported
+    from kvchat.engine.compiled.package import package_folder, refusal_of
+    from kvchat.engine.model.dtypes import weights_of
+    from kvchat.engine.setup.prepare import prepare
+
+    with _cleaning_up(), reported(name, as_json=progress_json) as report:
+        folder = prepare(name, find_paths(data_dir).models, report)
+    if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
+        click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
+    click.echo(f"{name} is ready in {folder}", err=True)
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--precision", type=click.Choice(settings.PRECISIONS), default="auto", show_default=True)
+@data_dir
+def prepare(name: str, precision: str, data_dir: Path | None) -> None:
+    """Compile a model for this CPU; fetches it first if it isn't here.
+
+    `auto` keeps the precision of the source. `int8` and `int4` round the weights; what that costs in quality
+    is measured and said.
+    """
+    from kvchat.cli.progress import reported
+    from kvchat.engine.compiled.build import prepare_step
+    from kvchat.engine.compiled.runner import Description
+    from kvchat.engine.model.dtypes import weights_of
+    from kvchat.engine.setup.prepare import prepare
+
+    with reported(name) as report:
+        folder = prepare(name, find_paths(data_dir).models, report)
+        made = Description.load(prepare_step(folder, weights_of(folder, precision), report))
+    cost = made.cost
+    click.echo(
+        f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
+    )
+    click.echo(
+        f"On {cost.tokens} tokens of prose it is {cost.kl:.2g} nats from the same model in fp32, and finds "
+        f"the same next token most probable after {cost.agreeing:.1%} of them.",
+        err=True,
+    )
+
+
+@models.command()
+@click.argument("name", default=DEFAULT_MODEL)
+@data_dir
+def path(name: str, data_dir: Path | None) -> None:
+    """Print the folder of a model that is ready."""
+    from kvchat.models.resolve import is_prepared
+
+    folder = is_prepared(name, find_paths(data_dir).models)
+    if folder is None:
+        raise KvchatError(f"{name} is not here yet. `kvchat models pull {name}` fetches it.")
+    click.echo(str(folder))
+
+
+@models.command()
+@click.argument("name")
+@data_dir
+def rm(name: str, data_dir: Path | None) -> None:
+    """Delete a fetched or converted model."""
+    from kvchat.models.resolve import remove_installed
+
+    freed = remove_installed(name, find_paths(data_dir).models)
+    click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
+
+
+def pull_as_child(name: str, data_dir: Path | None) -> int:
+    """Fetches and converts in a process of its own: converting imports torch, and the screen must not."""
+    command = pull_command(name, data_dir)
+    return subprocess.run([word for word in command if word != AS_LINES], check=False).returncode
+
+
+def pull_command(name: str, data_dir: Path | None) -> list[str]:
+    """Fetches a model and prints its progress as JSON, an object a line."""
+    place = ["--data-dir", str(data_dir)] if data_dir else []
+    return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,103 @@
+"""Progress of fetching and converting: a bar on stderr with bytes and rate, or lines for programs."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.text import Text
+
+from kvchat.models.staging import BYTES, WORDS, Progress, Report
+
+
+class _OnlyForBytes(ProgressColumn):
+    """A column that is empty while nothing is counted in bytes."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> Text:
+        shown = self._column.render(task) if task.fields["bytes"] else Text("")
+        return shown if isinstance(shown, Text) else Text(str(shown))
+
+
+LINE_EVERY_S = 0.2
+"""Lines for programs come at most this often within a stage."""
+
+
+@contextmanager
+def reported(name: str, *, as_json: bool = False) -> Iterator[Report]:
+    """Inside the block, the yielded function draws progress; on a pipe, each stage is one line.
+
+    With `as_json` it prints `{"stage": …, "done": …, "total": …}` on stdout, an object a line.
+    """
+    if as_json:
+        yield _json_lines()
+        return
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _line_per_stage(name)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f} %"),
+        _OnlyForBytes(DownloadColumn()),
+        _OnlyForBytes(TransferSpeedColumn()),
+        TimeRemainingColumn(compact=True),
+    )
+    with Bar(*columns, console=console) as bar:
+        yield _bar_per_stage(bar, name)
+
+
+def _bar_per_stage(bar: Bar, name: str) -> Report:
+    tasks = {}
+
+    def report(progress: Progress) -> None:
+        stage = progress.stage
+        if stage not in tasks:
+            words = f"{name}: {WORDS.get(stage, stage)}"
+            tasks[stage] = bar.add_task(words, total=progress.total, bytes=stage in BYTES)
+        bar.update(tasks[stage], completed=progress.done, total=progress.total)
+
+    return report
+
+
+def _json_lines() -> Report:
+    last = ("", 0.0)
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.stage != last[0] or now - last[1] >= LINE_EVERY_S:
+            last = (progress.stage, now)
+            print(json.dumps(asdict(progress)), flush=True)  # noqa: T201
+
+    return report
+
+
+def _line_per_stage(name: str) -> Report:
+    seen: set[str] = set()
+
+    def report(progress: Progress) -> None:
+        if progress.stage not in seen:
+            seen.add(progress.stage)
+            print(f"{name}: {WORDS.get(progress.stage, progress.stage)} …", file=sys.stderr, flush=True)  # noqa: T201
+
+    return report

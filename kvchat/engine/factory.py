@@ -1,0 +1,73 @@
+"""Puts an engine together: a loaded model, a budget for its caches, and a shelf to save them on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from kvchat.cache.disk.disk_store import Shelf
+from kvchat.contract import Report
+from kvchat.engine.disk_tier import DiskTier
+from kvchat.engine.engine import LocalEngine
+from kvchat.engine.model.loader import LoadedModel, load_model
+from kvchat.engine.speculative import Drafter, DraftModel, PromptLookup
+from kvchat.errors import KvchatError
+
+LOOKUP = "lookup"
+SHARE_OF_MEMORY = 4
+"""Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
+
+
+def open_engine(
+    loaded: LoadedModel,
+    budget: int | None,
+    folder: Path | None,
+    disk_cap: int,
+    report: Callable[[Report], None] = lambda _report: None,
+    draft: LoadedModel | str = LOOKUP,
+) -> LocalEngine:
+    """An engine that saves its caches in `folder`; with None, it saves none.
+
+    Args:
+        budget: bytes in memory for all caches; None takes a share of what is available now.
+        disk_cap: bytes that all saved caches may take; with 0 none is saved.
+        report: gets what came of an act.
+        draft: what guesses ahead: `lookup`, `off`, or another model.
+
+    Raises:
+        KvchatError: the other model has another tokenizer.
+    """
+    available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
+    disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
+    guesser = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
+    engine = LocalEngine(
+        loaded,
+        budget_bytes=available if budget is None else budget,
+        disk=disk,
+        report=report,
+        new_drafter=_drafters(guesser or draft),
+    )
+    if guesser:
+        engine.caches.host(guesser)
+    return engine
+
+
+def load_draft(draft: str, folder: Path | None, threads: int | None) -> LoadedModel | str:
+    """What `open_engine` takes: the words as they are, or the model in `folder`."""
+    return draft if folder is None else load_model(folder, draft, threads=threads)
+
+
+def _drafters(draft: object) -> Callable[[], Drafter | None]:
+    if isinstance(draft, DraftModel):
+        return lambda: draft
+    return PromptLookup if draft == LOOKUP else lambda: None
+
+
+def _draft_model(loaded: LoadedModel, draft: LoadedModel) -> DraftModel:
+    """It keeps what it has read from turn to turn."""
+    if draft.facts.tokenizer != loaded.facts.tokenizer:
+        raise KvchatError(
+            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess for it. "
+            "Take a model of the same family, or --draft lookup."
+        )
+    return DraftModel(draft)

@@ -1,0 +1,1 @@
+"""A loaded model: weights, layout of its cache, forward pass, fingerprint."""

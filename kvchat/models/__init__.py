@@ -1,0 +1,1 @@
+"""Model cards, names of models, and downloads. Imports no torch."""

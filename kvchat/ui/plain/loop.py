@@ -1,0 +1,293 @@
+"""The chat line by line, for screen readers and dumb terminals: nothing is redrawn, and there are no colours.
+
+What is typed is a line, what is answered is text, and the figures of a turn are one sentence. It takes the
+same session, engine, prices and slash words as the screen.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TextIO
+
+from textual.message import Message
+
+from kvchat.chat.attachments import mentions
+from kvchat.chat.session import Session
+from kvchat.contract import (
+    Died,
+    Evicted,
+    FinishReason,
+    Loading,
+    PoolState,
+    Ready,
+    Status,
+    Tokens,
+    TurnEvent,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    TurnStats,
+    WarmCache,
+)
+from kvchat.errors import KvchatError
+from kvchat.text import clean, megabytes, one_line
+from kvchat.ui.cache_actions import CacheDesk
+from kvchat.ui.commands import parse_slash
+from kvchat.ui.formatting import sentence, tokens
+from kvchat.ui.messages import EngineStatus, TurnProgress
+from kvchat.ui.model_switch import ModelDesk, ModelShelf
+from kvchat.ui.plain.commands import PlainActs
+from kvchat.ui.prompt_cost import Reckoner, Reckoning
+from kvchat.ui.turn_thread import EngineBridge, EngineFactory
+from kvchat.ui.widgets.message import ENDINGS
+
+PROMPT = "you: "
+SETTLE_S = 0.3
+"""A price comes at once or with the next line."""
+COUNT_S = 20.0
+"""Longest wait for the tokens of files: counting a megabyte takes a second or two."""
+
+
+def talk(session: Session, factory: EngineFactory, model: str, shelf: ModelShelf) -> int:
+    """Chats until the input ends or the user leaves; returns the exit code."""
+    return PlainChat(session, factory, model, sys.stdin, sys.stdout, shelf).run()
+
+
+def turn_sentence(stats: TurnStats) -> str:
+    """The figures of a turn, as one sentence that can be listened to."""
+    words = (
+        f"Reused {tokens(stats.reused_tokens)}, read {stats.prefilled_tokens:,}, "
+        f"wrote {stats.generated_tokens:,}; the first word came after {stats.ttft_s:.1f} seconds, "
+        f"then {stats.decode_tok_s:.0f} tokens a second; "
+        f"the cache is {stats.cache_mode} and holds {megabytes(stats.kv_used_bytes)}"
+    )
+    ending = ENDINGS.get(FinishReason(stats.finish_reason), "")
+    notes = [stats.reuse_note] * bool(stats.reuse_note) + [f"the answer was {ending}"] * bool(ending)
+    return " ".join(map(sentence, [words, *notes]))
+
+
+class PlainChat:
+    """The loop: a line in, an answer out."""
+
+    def __init__(
+        self,
+        session: Session,
+        factory: EngineFactory,
+        model: str,
+        lines: TextIO,
+        out: TextIO,
+        shelf: ModelShelf | None = None,
+    ) -> None:
+        """Without a `shelf` there is one model, and no other to choose."""
+        self._session = session
+        self._name = model
+        """What the model that answers is called."""
+        self._lines = lines
+        self._out = out
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._bridge = EngineBridge(factory, self)
+        self._warm: dict[str, WarmCache] = {}
+        self._desk = CacheDesk(session, self._bridge, lambda: self._warm, self.say, self.confirm)
+        self._acts = PlainActs(session, self._bridge, self._desk, self)
+        self._models = ModelDesk(session, self._bridge, shelf, self.say, lambda: None) if shelf else None
+        self._reckoner = Reckoner(session, self._bridge, self._reckoned, Path.cwd())
+        self._reckoning = Reckoning()
+        self._ready = False
+        self._given_up = False
+        self._left = False
+
+    def post_message(self, message: Message) -> None:
+        """Takes what the engine tells; called from its threads."""
+        self._inbox.put(message)
+
+    def run(self) -> int:
+        """Chats; returns the exit code."""
+        self._bridge.start()
+        self.say(f"kvchat with {one_line(self._name)}, line by line. /help lists the commands, /exit leaves.")
+        try:
+            if not self._until_ready():
+                return 1
+            self.tell_where()
+            while not self._left and (line := self._next_line()) is not None:
+                self._take(line)
+            return 0
+        finally:
+            with suppress(KvchatError):
+                self._session.abandon_turn()
+            self._bridge.close()
+
+    def _next_line(self) -> str | None:
+        """What is typed next; None where the input ends."""
+        self._out.write(PROMPT)
+        self._out.flush()
+        try:
+            line = self._lines.readline()
+        except KeyboardInterrupt:
+            line = ""
+        if not line:
+            self.say("")
+        return line.rstrip("\r\n") if line else None
+
+    def _take(self, line: str) -> None:
+        """Does what a line asks for."""
+        self._hear()
+        try:
+            if line.startswith("/") and (parsed := parse_slash(line)):
+                self._acts.do(*parsed)
+            elif line.startswith("/"):
+                self.say(f"There is no command {one_line(line.split()[0])}. /help lists them.")
+            elif line.strip():
+                self.answer(self._acts.ask(self._with_files(line)))
+        except KvchatError as error:
+            self.say(str(error))
+
+    def _with_files(self, line: str) -> str:
+        """The message with every file that it mentions; what each of them counts is told.
+
+        Raises:
+            KvchatError: a file is no text, or larger than the context.
+        """
+        if not mentions(line):
+            return line
+        self._reckoner.typed(line, self._acts.editing)
+        end = time.monotonic() + COUNT_S
+        with suppress(Empty):
+            while self._ready and self._counting():
+                self._on_message(self._inbox.get(timeout=max(0, end - time.monotonic())))
+        message = self._reckoner.composed(line)
+        for name, count in self._reckoning.files:
+            self.say(sentence(f"attached {name}" + (f", {tokens(count)}" if count is not None else "")))
+        return message
+
+    def _counting(self) -> bool:
+        """Whether the tokens of a file that can be attached are still unknown."""
+        return any(count is None for _, count in self._reckoning.files)
+
+    def _reckoned(self, reckoning: Reckoning) -> None:
+        self._reckoning = reckoning
+
+    def answer(self, request: TurnRequest) -> None:
+        """Writes the answer as it comes; Ctrl-C stops it and keeps what there is."""
+        self._out.write(f"{one_line(self._name)}: ")
+        self._out.flush()
+        self._bridge.run_turn(request)
+        while self._session.pending:
+            try:
+                self._on_message(self._inbox.get())
+            except KeyboardInterrupt:
+                self._bridge.stop(request.turn)
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, TurnProgress):
+            self._on_event(message.event)
+        elif isinstance(message, EngineStatus):
+            self._on_status(message.status)
+
+    def _on_event(self, event: TurnEvent) -> None:
+        match event:
+            case TurnStarted():
+                self._session.note_started(event)
+            case Tokens():
+                self._out.write(clean(event.text))
+                self._out.flush()
+                self._session.keep_partial(event)
+            case Evicted():
+                self.say(f"\nThe context was full: {one_line(event.note)}.")
+            case TurnFinished():
+                self._note_pool(event.pool)
+                self._session.finish_turn(event)
+                self.say(f"\n{turn_sentence(event.stats)}")
+            case TurnFailed():
+                self._session.fail_turn(event.turn)
+                self.say(f"\n{one_line(event.reason)}")
+
+    def _on_status(self, status: Status) -> None:
+        if self._reckoner.on_status(status):
+            return
+        match status:
+            case Loading():
+                self.say(f"{one_line(status.stage).capitalize()}.")
+            case Ready():
+                self._ready = True
+            case PoolState():
+                self._note_pool(status)
+                self._session.note_events(status.events)
+            case Died():
+                self._ready, self._given_up = False, status.for_good
+                self._warm.clear()
+                self.say("\n".join((one_line(status.reason), *map(one_line, status.log_tail))))
+        self._desk.on_status(status)
+
+    def _note_pool(self, pool: PoolState) -> None:
+        self._warm = {cache.conversation: cache for cache in pool.caches}
+
+    def _until_ready(self) -> bool:
+        while not self._ready and not self._given_up:
+            try:
+                self._on_message(self._inbox.get())
+            except KeyboardInterrupt:
+                return False
+        return self._ready
+
+    def _hear(self) -> None:
+        """Takes what the engine told meanwhile."""
+        while not self._inbox.empty():
+            self._on_message(self._inbox.get())
+
+    def tell_where(self) -> None:
+        """Says which conversation goes on, whether another model held it, and what going on costs."""
+        current = self._session.current
+        if current.messages:
+            self.say(f"“{one_line(current.title)}”, {len(current.messages)} messages, goes on.")
+            if self._models:
+                self._models.opened()
+            self._desk.opened()
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for what the engine says about an act; what comes later is told with the next line."""
+        with suppress(Empty):
+            while True:
+                self._on_message(self._inbox.get(timeout=SETTLE_S))
+
+    def model(self, name: str) -> None:
+        """Lets another model answer, and waits until it can; without a name, tells which there are.
+
+        Raises:
+            KvchatError: it is not here, or answers already.
+        """
+        if self._models is None:
+            self.say("No other model can be had here.")
+        elif name:
+            self._name = self._models.switch(name)
+            self._ready = self._given_up = False
+            self._warm.clear()
+            if self._until_ready():
+                self.say(f"{one_line(self._name)} answers from now on.")
+        else:
+            for choice in self._models.choices():
+                state = "answers" if choice.name == self._models.loaded else "is here" if choice.here else ""
+                self.say(f"{one_line(choice.name)}{', ' * bool(state)}{state}")
+            self.say("/model NAME lets one answer that is here; `kvchat models pull NAME` fetches one.")
+
+    def leave(self) -> None:
+        """Ends after this line."""
+        self._left = True
+
+    def confirm(self, question: str, yes: str, act: Callable[[], None]) -> None:
+        """Asks, and acts where the answer is yes."""
+        self._out.write(f"{clean(question)} Type yes to do it: ")
+        self._out.flush()
+        if self._lines.readline().strip().lower() in ("y", "yes"):
+            act()
+        else:
+            self.say("Nothing was changed.")
+
+    def say(self, text: str) -> None:
+        """Writes a line, and nothing in it but text."""
+        self._out.write(f"{clean(text)}\n")
+        self._out.flush()

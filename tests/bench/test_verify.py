@@ -1,0 +1,194 @@
+"""`kvchat verify`: it says that a right cache changes nothing, and it says so of no wrong one."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvchat.bench.verify import QUESTIONS, TOLERANCE, hiding_mask, run_checks
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import GrowableLayer
+from kvchat.engine.model.loader import LoadedModel
+from kvchat.errors import KvchatError
+from tests.cli import test_cli
+from tests.cli.test_cli import FIRST, SECOND, Asking, Done
+
+kvchat = test_cli.kvchat
+ask = test_cli.ask
+
+CHECKS = [
+    "kept across turns",
+    "prefilled in chunks of 7",
+    "restored from disk",
+    "forked",
+    "cropped by an edit",
+    "after turns",
+    "after sinks",
+    "after snapkv",
+]
+TOKENS = 8
+
+
+def table(done: Done) -> dict[str, tuple[int, str, float]]:
+    """Check → (tokens compared, first difference, largest gap), as they were printed."""
+    found = re.findall(r"^(\S.*?) {2,}(\d+) +(none|token \d+) +(\d+\.\d{6})$", done.out, re.MULTILINE)
+    return {name: (int(tokens), difference, float(gap)) for name, tokens, difference, gap in found}
+
+
+# a right cache
+
+
+def test_a_right_cache_changes_nothing(ask: Asking) -> None:
+    done = ask.shell("verify", "-m", ask.folder, "--threads", "1", "--tokens", str(TOKENS))
+    checks = table(done)
+    assert list(checks) == CHECKS
+    assert {difference for _, difference, _ in checks.values()} == {"none"}
+    assert all(2 <= tokens <= TOKENS and gap <= TOLERANCE for tokens, _, gap in checks.values())
+    assert (done.code, done.out.splitlines()[-1]) == (0, "All equal.")
+    assert "fp32, greedy" in done.err
+    assert ask.shell.files() == []
+
+
+def test_the_questions_of_a_conversation_are_asked_again(ask: Asking) -> None:
+    talk = ask.json(FIRST, SECOND).turns[0]["conversation"]
+    before = ask.shell.saved(talk)
+    done = ask.shell("verify", talk[:6], "--threads", "1", "--tokens", str(TOKENS))
+    assert (done.code, list(table(done))) == (0, CHECKS)
+    assert ask.shell.saved(talk) == before
+
+
+def test_what_has_nothing_to_verify_is_one_sentence(ask: Asking) -> None:
+    talk = ask.json(FIRST).turn["conversation"]
+    assert "fewer than two questions" in ask.shell("verify", talk).complaint
+    assert ask.shell("verify", "zzz").complaint.startswith("No conversation starts with 'zzz'")
+
+
+def test_equality_is_promised_in_fp32_only(tiny: LoadedModel) -> None:
+    rounded = replace(tiny, facts=replace(tiny.facts, weights_dtype="bf16"))
+    with pytest.raises(ValueError, match="fp32 only"):
+        next(run_checks(rounded, QUESTIONS, TOKENS))
+
+
+def test_models_that_can_have_no_gap_are_checked_without_the_policies_that_leave_one(
+    tiny: LoadedModel,
+) -> None:
+    refusing = replace(tiny, facts=replace(tiny.facts, gap_refusal="its mask counts indices."))
+    checks = list(run_checks(refusing, QUESTIONS, TOKENS))
+    assert [check.name for check in checks] == CHECKS[:-2]
+    assert all(check.equal for check in checks)
+
+
+# a wrong one: something small is broken, and only what rests on it may fail
+
+
+@torch.inference_mode()
+def exchange_heads(layers: Sequence[object]) -> None:
+    """The values of the KV heads change places."""
+    for layer in layers:
+        assert isinstance(layer, GrowableLayer)
+        assert layer.values is not None
+        layer.values.copy_(layer.values.flip(1))
+
+
+def spoiling_restores(patch: pytest.MonkeyPatch) -> None:
+    right = ConversationKV.unpack
+
+    def unpack(self: ConversationKV, packed: object) -> None:
+        right(self, packed)  # type: ignore[arg-type]
+        exchange_heads(self.layers)
+
+    patch.setattr(ConversationKV, "unpack", unpack)
+
+
+def spoiling_forks(patch: pytest.MonkeyPatch) -> None:
+    right = ConversationKV.fork
+
+    def fork(self: ConversationKV, length: int) -> ConversationKV:
+        other = right(self, length)
+        exchange_heads(other.layers)
+        return other
+
+    patch.setattr(ConversationKV, "fork", fork)
+
+
+def keeping_what_was_replaced(patch: pytest.MonkeyPatch) -> None:
+    """A crop has the right length, and its last token is the one that came after it before."""
+    right = ConversationKV.truncate
+
+    @torch.inference_mode()
+    def truncate(self: ConversationKV, length: int) -> None:
+        cropped = 0 < length < len(self)
+        right(self, length)
+        for layer in self.stored:
+            if cropped and isinstance(layer, GrowableLayer) and layer.values is not None:
+                layer.values[:, :, length - 1] = layer.values[:, :, length]
+
+    patch.setattr(ConversationKV, "truncate", truncate)
+
+
+def forgetting_positions(patch: pytest.MonkeyPatch) -> None:
+    """After an eviction the next token goes where it would stand without the gap."""
+    patch.setattr(ConversationKV, "next_position", property(len))
+
+
+SPOILED: list[tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = [
+    (spoiling_restores, {"restored from disk"}),
+    (spoiling_forks, {"forked"}),
+    (keeping_what_was_replaced, {"cropped by an edit", "after turns", "after snapkv"}),
+    (forgetting_positions, {"after sinks", "after snapkv"}),
+]
+
+
+@pytest.mark.parametrize(("spoil", "wrong"), SPOILED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_wrong_cache_is_found_by_its_check_and_no_other(
+    tiny: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    wrong: set[str],
+) -> None:
+    spoil(monkeypatch)
+    checks = list(run_checks(tiny, QUESTIONS, TOKENS))
+    assert {check.name for check in checks if not check.equal} == wrong
+    assert all(check.gap > TOLERANCE for check in checks if check.name in wrong)
+
+
+def test_a_cache_that_changes_an_answer_ends_with_one_and_names_the_token(
+    ask: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiling_restores(monkeypatch)
+    done = ask.shell("verify", "-m", ask.folder, "--threads", "1", "--tokens", str(TOKENS))
+    checks = table(done)
+    assert done.code == 1
+    assert done.out.splitlines()[-1] == "The cache changed an answer."
+    assert list(checks) == CHECKS
+    differing = {name: difference for name, (_, difference, _) in checks.items() if difference != "none"}
+    assert list(differing) == ["restored from disk"]
+    assert re.fullmatch(rf"token [1-{TOKENS}]", differing["restored from disk"])
+
+
+def test_a_restore_that_is_refused_is_no_restore_that_was_verified(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("nothing fits")
+
+    monkeypatch.setattr(ConversationKV, "unpack", refuse)
+    with pytest.raises(KvchatError, match=r"Nothing was restored: .*nothing fits"):
+        list(run_checks(tiny, QUESTIONS, TOKENS))
+
+
+# what such a cache is compared with
+
+
+def test_the_mask_hides_what_went_from_what_was_read_after_it_went() -> None:
+    visible = hiding_mask(5, [(3, frozenset({0, 2}))])[0, 0] == 0
+    assert visible.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 1, 1, 0],
+        [1, 0, 1, 1, 1],
+    ]
+    assert torch.equal(hiding_mask(4, [])[0, 0] == 0, torch.ones(4, 4, dtype=torch.bool).tril())

@@ -1,0 +1,90 @@
+"""Who makes room first, and how."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvchat.cache.memory_budget import Held, Relief, next_relief, order_of_going
+
+helds = st.lists(
+    st.builds(
+        Held,
+        conversation=st.uuids().map(str),
+        last_used=st.integers(0, 5).map(float),
+        pinned=st.booleans(),
+        active=st.booleans(),
+        can_spill=st.booleans(),
+        can_quantise=st.booleans(),
+        prefix_only=st.booleans(),
+    ),
+    max_size=8,
+    unique_by=lambda held: held.conversation,
+)
+
+
+def names(held: list[Held]) -> list[str]:
+    return [each.conversation for each in order_of_going(held)]
+
+
+@given(helds)
+def test_everyone_but_the_active_one_is_in_line(held: list[Held]) -> None:
+    assert sorted(names(held)) == sorted(each.conversation for each in held if not each.active)
+
+
+@given(helds)
+def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: list[Held]) -> None:
+    for a, b in pairwise(order_of_going(held)):
+        if a.prefix_only != b.prefix_only:
+            assert b.prefix_only
+        elif a.pinned != b.pinned:
+            assert b.pinned
+        else:
+            assert a.last_used <= b.last_used
+
+
+@given(helds)
+def test_relief_comes_from_the_first_in_line(held: list[Held]) -> None:
+    relief = next_relief(held)
+    if not names(held):
+        assert relief is None
+    else:
+        assert relief is not None
+        assert relief[0] == names(held)[0]
+
+
+def test_the_line_of_one_evening() -> None:
+    held = [
+        Held("prefix", 1.0, prefix_only=True),
+        Held("pinned", 2.0, pinned=True),
+        Held("latest", 5.0),
+        Held("active", 0.0, active=True),
+        Held("oldest", 3.0),
+        Held("pinned prefix", 0.5, pinned=True, prefix_only=True),
+    ]
+    assert names(held) == ["oldest", "latest", "pinned", "prefix", "pinned prefix"]
+
+
+@pytest.mark.parametrize(
+    ("can_spill", "can_quantise", "relief"),
+    [
+        (True, True, Relief.SPILL),
+        (True, False, Relief.SPILL),
+        (False, True, Relief.QUANTISE),
+        (False, False, Relief.DROP),
+    ],
+)
+def test_disk_is_better_than_fewer_bits_and_those_are_better_than_nothing(
+    can_spill: bool, can_quantise: bool, relief: Relief
+) -> None:
+    held = Held("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
+    assert next_relief([held, Held("b", 2.0)]) == ("a", relief)
+
+
+def test_the_active_one_never_makes_room() -> None:
+    active = Held("a", 0.0, active=True, can_spill=True, can_quantise=True)
+    assert next_relief([active]) is None
+    assert next_relief([]) is None
+    assert next_relief([active, replace(active, conversation="b", active=False)]) == ("b", Relief.SPILL)

@@ -1,0 +1,101 @@
+"""Files in messages: composed, parsed, completed, and refused where they are no text."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvchat.chat.attachments import (
+    LARGEST_BYTES,
+    Attachment,
+    compose,
+    mentions,
+    parse_attachments,
+    path_completions,
+    read_attachment,
+)
+from kvchat.chat.conversation import title_from
+from kvchat.errors import KvchatError
+
+NOTES = Attachment("src/notes.md", '# Notes\n\n<file name="x">\nno\n</file> end')
+OTHER = Attachment("b.txt", "")
+WORDS = st.sampled_from(["a", "\n", "\n\n", '<file name="x">', "</file>", "\n</file>", ' @"b c"'])
+
+
+def test_a_message_with_files_is_one_text_and_comes_apart_again() -> None:
+    text = compose("Explain @src/notes.md", [NOTES, OTHER])
+    assert text.startswith('Explain @src/notes.md\n\n<file name="src/notes.md">\n# Notes')
+    assert text.endswith('</file>\n\n<file name="b.txt">\n\n</file>')
+    assert parse_attachments(text) == ("Explain @src/notes.md", (NOTES, OTHER))
+    assert parse_attachments(compose("", [OTHER])) == ("", (OTHER,))
+
+
+@pytest.mark.parametrize("text", ["", "Hello", '<file name="x">', 'Say\n\n<file name="x">\nopen', "</file>"])
+def test_other_texts_have_no_files(text: str) -> None:
+    assert parse_attachments(text) == (text, ())
+
+
+@given(parts=st.lists(WORDS))
+def test_what_is_parsed_composes_to_the_same_text(parts: list[str]) -> None:
+    text = "".join(parts)
+    written, attached = parse_attachments(text)
+    assert compose(written, attached) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("see @a.txt, @b/c.py.", ["a.txt", "b/c.py"]),
+        ('@"my notes.md" and @~/x', ["my notes.md", "~/x"]),
+        ("me@home @ @@x", ["@x"]),
+        ("@a @a", ["a"]),
+        ("(@a)", []),
+    ],
+)
+def test_mentions(text: str, found: list[str]) -> None:
+    assert mentions(text) == found
+
+
+def test_a_title_is_made_of_words_else_of_file_names() -> None:
+    assert title_from(compose("Explain this", [NOTES])) == "Explain this"
+    assert title_from(compose("", [NOTES, OTHER])) == "src/notes.md, b.txt"
+
+
+def test_a_text_file_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffGrüße\r\n[/b]\n".encode())
+    assert read_attachment("a.txt", tmp_path) == Attachment("a.txt", "Grüße\r\n[/b]")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "only text files can be attached"),
+        (b"a\0b", "is binary"),
+        (b"x" * (LARGEST_BYTES + 1), "more than any context here holds"),
+    ],
+)
+def test_what_is_no_text_is_refused_politely(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(KvchatError, match=sentence):
+        read_attachment("file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [(".", "is a folder"), ("missing", "There is no file missing")]
+)
+def test_folders_and_missing_files_are_refused(tmp_path: Path, name: str, sentence: str) -> None:
+    with pytest.raises(KvchatError, match=sentence):
+        read_attachment(name, tmp_path)
+
+
+def test_paths_are_completed(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for name in ("src/a.py", "Setup.md", "x.txt", ".hidden", "odd\x1bname"):
+        (tmp_path / name).touch()
+    assert path_completions("", tmp_path) == ["src/", "Setup.md", "x.txt"]
+    assert path_completions("s", tmp_path) == ["src/", "Setup.md"]
+    assert path_completions("src/", tmp_path) == ["src/a.py"]
+    assert path_completions(".h", tmp_path) == [".hidden"]
+    assert path_completions(f"{tmp_path}/x", Path("/")) == [f"{tmp_path}/x.txt"]
+    assert path_completions("none/", tmp_path) == path_completions("a\0b", tmp_path) == []

@@ -1,0 +1,629 @@
+"""Conversations on disk: what goes in comes out, processes share the file, a crash harms nothing."""
+
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+from sqlite_utils import Database
+
+from kvchat.chat import store as store_module
+from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.migrations import migrations
+from kvchat.chat.session import UNSAVED
+from kvchat.chat.store import Store
+from kvchat.contract import (
+    CacheEvent,
+    CacheEventKind,
+    CacheMode,
+    EvictionPolicy,
+    Fate,
+    KVPrecision,
+    Sampling,
+    TurnStats,
+)
+from kvchat.errors import KvchatError
+from tests.support import samples
+from tests.support.samples import TOKENIZER
+
+FIGURES = replace(
+    samples.FIGURES,
+    evicted_tokens=7,
+    restored_tokens=9,
+    restore_s=0.025,
+    drafted_tokens=16,
+    accepted_tokens=12,
+)
+SAMPLING = Sampling(0.7, 0.9, 40, 0.05, 1.1, 1234, 99)
+TALK = Conversation(
+    "abcd1234",
+    "Trip — 旅行",
+    "Be brief.\n“Now”",
+    CacheMode.TURN,
+    SAMPLING,
+    "maker/model",
+    KVPrecision.INT4,
+    EvictionPolicy.SNAPKV,
+    3,
+    "2026-01-02T03:04:05.000006+00:00",
+)
+MIGRATIONS = [
+    "m001_conversations",
+    "m002_turns",
+    "m003_cache",
+    "m004_search_and_presets",
+    "m005_drafting",
+    "m006_last_turn",
+]
+EVENTS = tuple(
+    CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
+    for n, kind in enumerate(CacheEventKind)
+)
+"""One of each kind."""
+OPENERS, WRITERS, MESSAGES = 6, 4, 25
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "kvchat.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with closing(Store(path)) as opened:
+        yield opened
+
+
+def user(text: str, parent: int | None = None) -> Message:
+    return Message(0, parent, "user", text, "")
+
+
+def answer(text: str, parent: int) -> Message:
+    return Message(0, parent, "assistant", text, "", (1, 2), TOKENIZER, "stop")
+
+
+def ask(store: Store, conversation: str = TALK.id, parent: int | None = None) -> tuple[Message, Message]:
+    """A question and its answer."""
+    question = store.add_message(conversation, user("Which pass?", parent))
+    return question, store.add_message(conversation, answer("The Brenner.", question.id))
+
+
+def rows(path: Path, query: str) -> list[tuple[object, ...]]:
+    """What another program sees in the file."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def reopened(path: Path, conversation: str = TALK.id) -> Conversation:
+    """The conversation as the next start of the program reads it."""
+    with closing(Store(path)) as store:
+        return store.load(conversation)
+
+
+def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
+    """Another process that runs `script` when it is told to."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def let_go_together(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """Starts their work at once when all are ready; returns what each said at its end."""
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return said
+
+
+def test_every_field_of_a_conversation_comes_back(store: Store, path: Path) -> None:
+    store.create(TALK)
+    assert reopened(path) == TALK
+
+
+def test_every_field_of_a_message_comes_back(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question = store.add_message(TALK.id, user("Which\x1b[31m pass\0? 🏔"))
+    reply = Message(
+        0, question.id, "assistant", "The Brenner.", "2026-01-02T03:04:05", (0, 7, 151_643), TOKENIZER
+    )
+    reply = store.add_message(TALK.id, reply)
+    reply = replace(reply, finish_reason="length", stats=FIGURES, text="The Brenner, all year.")
+    store.update_message(reply)
+    assert reopened(path).messages == (question, reply)
+    assert question.created_at.endswith("+00:00")
+    assert (reply.parent_id, reply.created_at) == (question.id, "2026-01-02T03:04:05")
+
+
+def test_figures_are_saved_again_when_a_message_changes(store: Store) -> None:
+    store.create(TALK)
+    _, reply = ask(store)
+    for kv_tokens in (10, 20):
+        store.update_message(replace(reply, stats=replace(FIGURES, kv_tokens=kv_tokens)))
+    (saved,) = [message.stats for message in store.load(TALK.id).messages if message.stats]
+    assert saved == replace(FIGURES, kv_tokens=20)
+
+
+def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Path) -> None:
+    columns = {str(name): kind for _, name, kind, *_ in rows(path, "pragma table_info(turns)")}
+    assert set(columns) == {"message"} | {field.name for field in fields(TurnStats)}
+    kinds = {str: "TEXT", int: "INTEGER", float: ("FLOAT", "REAL")}
+    for field in fields(TurnStats):
+        assert isinstance(field.type, type)
+        assert columns[field.name] in kinds[field.type], field.name
+
+
+def test_a_conversation_without_a_date_gets_that_of_its_first_save_for_good(store: Store) -> None:
+    store.create(replace(TALK, created_at=""))
+    created_at = store.load(TALK.id).created_at
+    assert created_at.endswith("+00:00")
+    store.save_settings(replace(TALK, created_at="1999-01-01"))
+    assert store.load(TALK.id).created_at == created_at
+
+
+def test_settings_come_back_and_touch_nothing_else(store: Store) -> None:
+    store.create(TALK)
+    store.create(replace(TALK, id="other"))
+    _, reply = ask(store)
+    changed = Conversation(
+        TALK.id,
+        "Pass",
+        "",
+        CacheMode.OFF,
+        Sampling(seed=3),
+        "other/model",
+        KVPrecision.BF16,
+        EvictionPolicy.NONE,
+        4,
+        TALK.created_at,
+    )
+    store.save_settings(changed)
+    loaded = store.load(TALK.id)
+    assert replace(loaded, messages=()) == changed
+    assert loaded.head == reply
+    assert store.load("other") == replace(TALK, id="other")
+
+
+def test_a_second_answer_is_a_branch_and_the_first_one_stays(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question, first = ask(store)
+    second = store.add_message(TALK.id, answer("The Gotthard.", question.id))
+    assert store.load(TALK.id).messages == (question, second)
+    store.set_head(TALK.id, first.id)
+    assert reopened(path).messages == (question, first)
+    store.set_head(TALK.id, None)
+    assert reopened(path).messages == ()
+    assert rows(path, "select count(*) from messages") == [(3,)]
+
+
+def test_a_long_path_comes_back_in_order(store: Store) -> None:
+    store.create(TALK)
+    parent = None
+    for _ in range(50):
+        _, last = ask(store, parent=parent)
+        parent = last.id
+    path = store.load(TALK.id).messages
+    assert [message.parent_id for message in path] == [None, *(message.id for message in path[:-1])]
+    assert [message.role for message in path] == ["user", "assistant"] * 50
+
+
+def test_summaries_name_the_last_used_first(store: Store) -> None:
+    for name in ("first", "second", "third"):
+        store.create(replace(TALK, id=name, title=name.title()))
+    ask(store, "first")
+    found = store.summaries()
+    assert [(s.id, s.title, s.messages) for s in found] == [
+        ("first", "First", 2),
+        ("third", "Third", 0),
+        ("second", "Second", 0),
+    ]
+    assert [s.updated_at for s in found] == sorted((s.updated_at for s in found), reverse=True)
+
+
+def test_delete_takes_everything_of_a_conversation_and_nothing_of_another(store: Store, path: Path) -> None:
+    for name in ("gone", "stays"):
+        store.create(replace(TALK, id=name))
+        _, reply = ask(store, name)
+        store.update_message(replace(reply, stats=FIGURES))
+        store.save_draft(name, f"draft of {name}")
+        store.add_events([replace(event, conversation=name) for event in EVENTS])
+    stays = store.load("stays")
+    store.delete("gone")
+    assert not store.exists("gone")
+    assert store.exists("stays")
+    assert (store.draft("gone"), store.draft("stays")) == ("", "draft of stays")
+    assert store.load("stays") == stays
+    assert (store.events("gone"), len(store.events("stays"))) == ([], len(EVENTS))
+    assert rows(path, "select distinct conversation from cache_events") == [("stays",)]
+    assert rows(path, "select distinct conversation from messages") == [("stays",)]
+    assert rows(path, "select message from turns") == [(stays.messages[-1].id,)]
+    assert rows(path, "select conversation from drafts") == [("stays",)]
+
+
+def test_a_message_for_a_deleted_conversation_is_refused(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.delete(TALK.id)
+    with pytest.raises(KvchatError, match="'abcd1234' was deleted"):
+        store.add_message(TALK.id, user("Still there?"))
+    assert rows(path, "select count(*) from messages") == [(0,)]
+
+
+def test_find_takes_a_prefix_that_fits_one(store: Store) -> None:
+    for name in ("abcd1234", "abff0000", "1234abcd"):
+        store.create(replace(TALK, id=name))
+    assert store.find("1") == "1234abcd"
+    assert store.find("abc") == store.find("abcd1234") == "abcd1234"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("ab", "2 conversations start with 'ab'"),
+        ("x", "No conversation starts with 'x'"),
+        ("", "No conversation starts with ''"),
+        ("%", "No conversation starts with '%'"),
+        ("abcd12345", "No conversation starts with"),
+    ],
+)
+def test_find_says_what_does_not_fit(store: Store, prefix: str, sentence: str) -> None:
+    store.create(TALK)
+    store.create(replace(TALK, id="abff0000"))
+    with pytest.raises(KvchatError, match=sentence):
+        store.find(prefix)
+
+
+def test_loading_what_is_not_there(store: Store) -> None:
+    with pytest.raises(KvchatError, match="There is no conversation 'nothing'"):
+        store.load("nothing")
+
+
+def test_drafts_are_kept_for_each_conversation_and_for_none(store: Store) -> None:
+    assert store.draft(UNSAVED) == ""
+    store.save_draft(UNSAVED, "begun\n")
+    store.save_draft("a", "one")
+    store.save_draft("a", "two")
+    assert (store.draft(UNSAVED), store.draft("a"), store.draft("b")) == ("begun\n", "two", "")
+    store.save_draft("a", "")
+    assert (store.draft(UNSAVED), store.draft("a")) == ("begun\n", "")
+
+
+def test_only_the_user_can_read_the_file_and_its_folder(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with closing(Store(path)) as store:
+            store.create(TALK)
+            files = [file for file in path.parent.iterdir() if file.suffix != ".lock"]
+            assert {file.name for file in files} == {"kvchat.db", "kvchat.db-wal", "kvchat.db-shm"}
+            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_the_file_has_a_write_ahead_log_and_knows_its_migrations(store: Store, path: Path) -> None:
+    assert rows(path, "pragma journal_mode") == [("wal",)]
+    applied = rows(path, "select migration_set, name from _sqlite_migrations order by id")
+    assert applied == [("kvchat", name) for name in MIGRATIONS]
+    with closing(Store(path)):
+        assert rows(path, "select count(*) from _sqlite_migrations") == [(len(MIGRATIONS),)]
+
+
+OLD_ROWS = """
+insert into conversations
+    (id, title, system_prompt, model, mode, sampling, head, created_at, updated_at)
+values
+    ('abcd1234', 'Trip', 'Be brief.', 'maker/model', 'turn', '{"seed": 3}', 2, '2026-01-02', '2026-01-03');
+insert into messages
+    (id, conversation, parent_id, role, text, thinking, token_ids, tokenizer, finish_reason, created_at)
+values
+    (1, 'abcd1234', null, 'user', 'Which pass?', '', '[]', '', null, '2026-01-02'),
+    (2, 'abcd1234', 1, 'assistant', 'The Brenner.', '', '[1, 2]', '0123456789abcdef', 'stop', '2026-01-03');
+insert into drafts (conversation, text) values ('abcd1234', 'begun');
+"""
+OLD_FIGURES = replace(
+    FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0, drafted_tokens=0, accepted_tokens=0
+)
+"""What a file without columns for evictions and restores says of a turn."""
+
+
+def old_file(path: Path, first_missing: str) -> Database:
+    """A file of the kvchat that knew the migrations before that one only, with a conversation in it."""
+    path.parent.mkdir()
+    db = Database(sqlite3.connect(path))
+    migrations.apply(db, stop_before=first_missing)
+    db.executescript(OLD_ROWS)
+    return db
+
+
+def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
+    """It is as it was, set to what a new one is set to by default."""
+    question = Message(1, None, "user", "Which pass?", "2026-01-02")
+    reply = Message(
+        2, 1, "assistant", "The Brenner.", "2026-01-03", (1, 2), "0123456789abcdef", "stop", stats
+    )
+    assert store.load(TALK.id) == Conversation(
+        TALK.id,
+        "Trip",
+        "Be brief.",
+        CacheMode.TURN,
+        Sampling(seed=3),
+        "maker/model",
+        KVPrecision.AUTO,
+        EvictionPolicy.TURNS,
+        0,
+        "2026-01-02",
+        (question, reply),
+    )
+    assert (store.draft(TALK.id), store.events(TALK.id)) == ("begun", [])
+    assert store.last_turn(TALK.id) == {}
+
+
+def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+    old_file(path, "m002_turns").close()
+    with closing(Store(path)) as migrated:
+        check_old_conversation(migrated, None)
+        reply = migrated.load(TALK.id).messages[-1]
+        migrated.update_message(replace(reply, stats=FIGURES))
+        check_old_conversation(migrated, FIGURES)
+
+
+def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+    with closing(old_file(path, "m003_cache")) as old, old.conn:
+        figures = {n: v for n, v in asdict(FIGURES).items() if n in old.table("turns").columns_dict}
+        later = {"evicted_tokens", "restored_tokens", "restore_s", "drafted_tokens", "accepted_tokens"}
+        assert set(asdict(FIGURES)) - set(figures) == later
+        old.table("turns").insert({"message": 2} | figures)
+    for _ in range(2):
+        with closing(Store(path)) as migrated:
+            check_old_conversation(migrated, OLD_FIGURES)
+    assert rows(path, "select name from _sqlite_migrations order by id") == [(name,) for name in MIGRATIONS]
+
+
+def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> None:
+    old_file(path, "m003_cache").close()
+    with closing(Store(path)) as migrated:
+        migrated.save_settings(TALK)
+        question, reply = ask(migrated)
+        migrated.update_message(replace(reply, stats=FIGURES))
+        migrated.add_events(EVENTS)
+        migrated.save_last_turn(TALK.id, {reply.id: {Fate.WRITTEN: 2}})
+        assert migrated.last_turn(TALK.id) == {reply.id: {Fate.WRITTEN: 2}}
+        loaded = migrated.load(TALK.id)
+        assert (loaded.kv, loaded.policy, loaded.left_out) == (TALK.kv, TALK.policy, TALK.left_out)
+        assert loaded.messages == (question, replace(reply, stats=FIGURES))
+        assert migrated.events(TALK.id) == list(EVENTS)
+
+
+def test_what_the_last_turn_did_comes_back_and_only_the_last_one(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.save_last_turn(TALK.id, {1: {Fate.READ: 5}})
+    told = {2: {fate: n for n, fate in enumerate(Fate)}, 3: {Fate.WRITTEN: 7}}
+    store.save_last_turn(TALK.id, told)
+    with closing(Store(path)) as again:
+        assert again.last_turn(TALK.id) == told
+    store.save_settings(TALK)
+    assert store.last_turn(TALK.id) == told
+    assert store.last_turn(store.add(replace(TALK, id="forked00")).id) == store.last_turn("another") == {}
+
+
+def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Path) -> None:
+    store.create(TALK)
+    first, second, *later = EVENTS
+    store.add_events([*later, second])
+    store.add_events([first])
+    with closing(Store(path)) as again:
+        assert again.events(TALK.id) == list(EVENTS)
+        assert again.events("another") == []
+
+
+def test_events_of_the_same_moment_stay_in_the_order_they_came_in(store: Store) -> None:
+    store.create(TALK)
+    events = [CacheEvent(TALK.id, CacheEventKind.LEND, tokens, at=5.0) for tokens in (3, 1, 2)]
+    store.add_events(events)
+    assert store.events(TALK.id) == events
+
+
+def test_events_of_conversations_that_are_not_saved_are_left_out(store: Store, path: Path) -> None:
+    store.create(TALK)
+    store.add_events([replace(EVENTS[0], conversation="unknown"), EVENTS[0]])
+    assert rows(path, "select conversation from cache_events") == [(TALK.id,)]
+    store.delete(TALK.id)
+    store.add_events(EVENTS)
+    assert rows(path, "select count(*) from cache_events") == [(0,)]
+
+
+def test_a_fork_in_the_store_has_messages_and_figures_of_its_own(store: Store, path: Path) -> None:
+    store.create(TALK)
+    question, reply = ask(store)
+    reply = replace(reply, stats=FIGURES)
+    store.update_message(reply)
+    store.add_events(EVENTS)
+    parent = store.load(TALK.id)
+    fork = store.add(replace(parent, id="forked00", title="Fork"))
+    assert fork == reopened(path, "forked00")
+    copied, answered = fork.messages
+    assert (copied.parent_id, answered.parent_id) == (None, copied.id)
+    assert replace(copied, id=question.id) == question
+    assert replace(answered, id=reply.id, parent_id=reply.parent_id) == reply
+    assert store.events("forked00") == []
+    store.update_message(replace(answered, text="Changed.", stats=OLD_FIGURES))
+    assert store.load(TALK.id) == parent
+    store.delete(TALK.id)
+    assert [m.text for m in store.load("forked00").messages] == ["Which pass?", "Changed."]
+
+
+def no_database(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("This is a letter, not a database. " * 50)
+
+
+def another_database(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("create table conversations (of text)")
+
+
+def a_folder_in_its_place(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def a_file_for_a_folder(path: Path) -> None:
+    path.parent.write_text("")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [no_database, another_database, a_folder_in_its_place, a_file_for_a_folder],
+    ids=lambda f: f.__name__,
+)
+def test_a_file_that_cannot_be_opened_is_named_in_a_sentence(
+    path: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(KvchatError, match=r"can't be opened: .+ choose another folder") as caught:
+        Store(path)
+    assert str(path) in str(caught.value)
+    if spoil is no_database:
+        assert path.read_bytes() == before
+
+
+def test_a_write_that_fails_is_a_sentence_and_the_next_one_works(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvchat.chat.migrations.BUSY_S", 0.0)
+    with closing(Store(path)) as store, closing(sqlite3.connect(path)) as other:
+        store.create(TALK)
+        other.execute("begin immediate")
+        with pytest.raises(KvchatError, match="can't be saved: database is locked"):
+            store.add_message(TALK.id, user("Which pass?"))
+        assert store.load(TALK.id) == TALK
+        other.rollback()
+        saved = store.add_message(TALK.id, user("Which pass?"))
+        assert store.load(TALK.id).messages == (saved,)
+
+
+def test_a_change_that_fails_half_way_leaves_nothing_of_itself(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create(TALK)
+    question, reply = ask(store)
+
+    def break_down(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_set_head", break_down)
+        with pytest.raises(OSError, match="the disk is gone"):
+            store.add_message(TALK.id, user("Lost"))
+    assert store.load(TALK.id).messages == (question, reply)
+    assert store.summaries()[0].messages == 2
+
+
+def test_a_store_in_memory_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(Store(None)) as store:
+        store.create(TALK)
+        question, reply = ask(store)
+        store.save_draft(TALK.id, "begun")
+        assert store.load(TALK.id).messages == (question, reply)
+    assert list(tmp_path.iterdir()) == []
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from kvchat.chat.store import Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(Path(sys.argv[1]))
+print(len(store.summaries()))
+"""
+
+APPEND = """
+import sys
+from pathlib import Path
+from kvchat.chat.conversation import Message
+from kvchat.chat.store import Store
+path, talk, name, count = sys.argv[1:]
+store = Store(Path(path))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(count)):
+    head = store.load(talk).head
+    store.add_message(talk, Message(0, head.id if head else None, "user", f"{name} {number}", ""))
+"""
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from kvchat.chat.conversation import Message
+from kvchat.chat.store import Store
+path, talk, how = sys.argv[1:]
+store = Store(Path(path))
+head = store.load(talk).head
+assert head
+print("ready", flush=True)
+sys.stdin.readline()
+with store._writing() as db:
+    db.execute("delete from messages")
+    db.execute("update conversations set head = null, title = 'Half done'")
+    os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_that_open_a_new_file_at_once_all_succeed(path: Path) -> None:
+    assert let_go_together([start(OPEN, path) for _ in range(OPENERS)]) == ["0\n"] * OPENERS
+    assert rows(path, "select count(*) from _sqlite_migrations") == [(len(MIGRATIONS),)]
+
+
+def test_processes_that_write_to_one_conversation_lose_nothing(store: Store, path: Path) -> None:
+    store.create(TALK)
+    let_go_together([start(APPEND, path, TALK.id, writer, MESSAGES) for writer in range(WRITERS)])
+    saved = {
+        int(str(i)): (parent, text)
+        for i, parent, text in rows(path, "select id, parent_id, text from messages")
+    }
+    expected = sorted(f"{writer} {number}" for writer in range(WRITERS) for number in range(MESSAGES))
+    assert sorted(str(text) for _, text in saved.values()) == expected
+    for number, (parent, _) in saved.items():
+        assert parent is None or (isinstance(parent, int) and parent in saved and parent < number)
+    shown = store.load(TALK.id).messages
+    assert shown[-1].id == max(saved)
+    assert shown[0].parent_id is None
+    for writer in range(WRITERS):
+        mine = [text for _, text in (saved[i] for i in sorted(saved)) if str(text).startswith(f"{writer} ")]
+        assert mine == [f"{writer} {number}" for number in range(MESSAGES)]
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 3), ("kill", -9)])
+def test_a_crash_in_a_transaction_leaves_the_file_as_it_was(
+    store: Store, path: Path, how: str, code: int
+) -> None:
+    store.create(TALK)
+    ask(store)
+    before = store.load(TALK.id)
+    crashing = start(CRASH, path, TALK.id, how)
+    crashing.communicate("go\n")
+    assert crashing.returncode == code
+    assert reopened(path) == before
+    store.add_message(TALK.id, user("And on it goes", before.messages[-1].id))
+    assert rows(path, "pragma integrity_check") == [("ok",)]
+
+
+def test_token_ids_are_plain_json_in_the_file(store: Store, path: Path) -> None:
+    store.create(TALK)
+    ask(store)
+    ((ids,),) = rows(path, "select token_ids from messages where role = 'assistant'")
+    assert json.loads(str(ids)) == [1, 2]

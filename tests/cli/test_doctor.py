@@ -1,0 +1,102 @@
+"""`kvchat doctor`: what this machine has, and what that means."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvchat.cli import doctor
+from kvchat.cli.doctor import Verdict, compiler, disk, folders, processor, terminal, weights
+from kvchat.cli.main import cli
+from kvchat.config.paths import find_paths
+from kvchat.models.cards import DEFAULT_MODEL
+from kvchat.models.resolve import MARKER
+
+
+def test_it_looks_at_everything_and_says_what_it_means(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["doctor", "--json", "--data-dir", str(tmp_path)])
+    found = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    names = ["processor", "cores", "memory", "compiler", "libraries", "model", "disk", "folders", "terminal"]
+    assert list(found) == names
+    assert all(finding["means"].endswith(".") and finding["found"] for finding in found.values())
+    assert result.exit_code == 0
+    text = CliRunner().invoke(cli, ["doctor", "--data-dir", str(tmp_path)]).stdout
+    for finding in found.values():
+        assert finding["name"] in text
+        assert finding["means"] in text
+
+
+def test_something_missing_is_exit_code_1(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["doctor", "-m", "nothing", "--data-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "✗ model      nothing" in result.stdout
+    assert "There is no model 'nothing'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "verdict", "words"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16", "amx_tile"}, Verdict.GOOD, "AMX"),
+        ({"avx2", "avx512f", "avx512_bf16"}, Verdict.GOOD, "computes in bf16"),
+        ({"avx2"}, Verdict.SLOW, "fp32"),
+        (set(), Verdict.SLOW, "nothing special"),
+    ],
+)
+def test_the_processor(flags: set[str], verdict: Verdict, words: str) -> None:
+    finding = processor(flags)
+    assert finding.verdict is verdict
+    assert words in finding.means
+
+
+def test_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    assert compiler().verdict is Verdict.SLOW
+    assert "apt install g++" in compiler().means
+    monkeypatch.setattr("shutil.which", lambda _name: "/nothing/g++")
+    assert compiler().found == "/nothing/g++"
+
+
+def test_the_model_here_and_not_here(tmp_path: Path) -> None:
+    paths = find_paths(tmp_path)
+    assert "fetches it, 92.9 MB" in weights(paths, DEFAULT_MODEL).means
+    folder = paths.models / DEFAULT_MODEL
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("{}")
+    assert weights(paths, DEFAULT_MODEL).verdict is Verdict.GOOD
+
+
+def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = find_paths(tmp_path / "not" / "yet")
+    assert disk(paths).found.endswith("free")
+    monkeypatch.setattr(doctor, "ENOUGH_DISK", 1 << 62)
+    assert disk(paths).verdict is Verdict.SLOW
+
+
+def test_a_folder_that_can_not_be_written_is_told_and_what_to_do(tmp_path: Path) -> None:
+    assert folders(find_paths(tmp_path / "not" / "yet")).verdict is Verdict.GOOD
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    finding = folders(find_paths(tmp_path / "file" / "data"))
+    assert finding.verdict is Verdict.BAD
+    assert finding.found == f"{tmp_path / 'file'}: Not a directory"
+    assert finding.means.endswith("make it writable, or choose another with --data-dir.")
+    (tmp_path / "models").touch()  # the folder itself is fine
+    assert folders(find_paths(tmp_path)).found.startswith(str(tmp_path / "models"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "columns", "verdict", "words"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 120, Verdict.GOOD, "the mouse works"),
+        ({"TERM": "dumb"}, 80, Verdict.SLOW, "--plain"),
+        ({}, 0, Verdict.SLOW, "--plain"),
+        ({"TERM": "xterm", "NO_COLOR": ""}, 80, Verdict.GOOD, "NO_COLOR is set"),
+        ({"TERM": "xterm"}, 40, Verdict.SLOW, "60 columns or more"),
+    ],
+)
+def test_the_terminal(environment: dict[str, str], columns: int, verdict: Verdict, words: str) -> None:
+    finding = terminal(environment, os.terminal_size((columns, 24)))
+    assert finding.verdict is verdict
+    assert words in finding.means

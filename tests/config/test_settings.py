@@ -1,0 +1,190 @@
+"""The configuration file, and how settings combine."""
+
+from pathlib import Path
+
+import pytest
+
+from kvchat.cli.main import cli
+from kvchat.config.file import Config, read_config, write_setting
+from kvchat.config.settings import SETTINGS, changed, effective, find_setting, sampling_of
+from kvchat.contract import Sampling
+from kvchat.errors import KvchatError
+from kvchat.models.cards import DEFAULT_MODEL, find_card
+
+
+def config(folder: Path, text: str | bytes) -> Path:
+    path = folder / "config.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_file_sets_what_the_long_flags_set(tmp_path: Path) -> None:
+    path = config(tmp_path, 'max-tokens = 7\ntemperature = 0.5\nmodel = "maker/model"\n')
+    assert read_config(path).values == {"max_tokens": 7, "temperature": 0.5, "model": "maker/model"}
+
+
+def test_underscores_do_as_well(tmp_path: Path) -> None:
+    assert read_config(config(tmp_path, "max_tokens = 7")).values == {"max_tokens": 7}
+
+
+def test_no_file_sets_nothing(tmp_path: Path) -> None:
+    assert read_config(tmp_path / "none.toml") == Config()
+
+
+def test_an_unknown_name_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    path = config(tmp_path, "temprature = 1\nmodle = 2\nmax-tokens = 3")
+    with pytest.raises(KvchatError) as caught:
+        read_config(path)
+    sentence = str(caught.value)
+    assert str(path) in sentence
+    assert "sets modle, temprature, which" in sentence
+    assert "max_tokens, min_p, model" in sentence
+
+
+@pytest.mark.parametrize("text", ["max-tokens = ", "[unclosed", b"model = '\xff'"])
+def test_a_broken_file_is_named(tmp_path: Path, text: str | bytes) -> None:
+    path = config(tmp_path, text)
+    with pytest.raises(KvchatError, match="can't be read") as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KvchatError, match="can't be read"):
+        read_config(tmp_path)
+
+
+def test_a_card_recommends_how_to_sample() -> None:
+    card = find_card(DEFAULT_MODEL)
+    assert sampling_of(card) == Sampling(temperature=0.2, top_p=0.9, max_tokens=512)
+    assert sampling_of(None) == Sampling(temperature=0.0)
+
+
+def test_given_values_win_zero_counts_and_none_does_not() -> None:
+    before = Sampling(temperature=0.7, top_k=40, seed=1)
+    given = {"temperature": 0.0, "top_k": 0, "seed": None, "model": "not of sampling"}
+    assert changed(before, given) == Sampling(temperature=0.0, top_k=0, seed=1)
+    assert changed(before, {}) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("max-tokens", " 7 ", 7),
+        ("max_tokens", "7", 7),
+        ("temperature", "0", 0.0),
+        ("top-p", "1", 1.0),
+        ("kv-budget", "2GB", "2GB"),
+        ("reduced-motion", "On", True),
+        ("private", "false", False),
+        ("cache", "turn", "turn"),
+        ("system", "Be brief.", "Be brief."),
+    ],
+)
+def test_what_is_written_becomes_a_value(name: str, text: str, value: object) -> None:
+    assert find_setting(name).parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("max-tokens", "0", "max-tokens is a whole number from 1; '0' is not"),
+        ("max-tokens", "many", "'many' is not"),
+        ("temperature", "-1", "temperature is a number from 0"),
+        ("top-p", "0", "top-p is a number from 0 to 1; '0' is not"),
+        ("repeat-penalty", "0", "repeat-penalty is a number above 0"),
+        ("kv-budget", "much", "kv-budget is a size, such as 2GB or 512MB"),
+        ("reduced-motion", "maybe", "reduced-motion is true or false"),
+        ("cache", "ON", "cache is on, turn or off; 'ON' is not"),
+    ],
+)
+def test_what_is_no_value_is_refused_with_what_would_be_one(name: str, text: str, words: str) -> None:
+    with pytest.raises(KvchatError, match=words):
+        find_setting(name).parse(text)
+
+
+def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
+    with pytest.raises(KvchatError, match=r"no setting colour\. Settings: model, precision"):
+        find_setting("colour")
+
+
+def test_a_variable_wins_over_the_file_and_the_file_over_the_default() -> None:
+    temperature = find_setting("temperature")
+    assert effective(temperature, {}, {}) == ("the model card's", "default")
+    assert effective(temperature, {"temperature": 0.5}, {}) == ("0.5", "file")
+    given = effective(temperature, {"temperature": 0.5}, {"KVCHAT_TEMPERATURE": "1"})
+    assert given == ("1", "KVCHAT_TEMPERATURE")
+
+
+def test_every_setting_is_a_flag_of_the_chat_with_its_variable() -> None:
+    flags = {param.name: param for param in cli.commands["chat"].params}
+    for setting in SETTINGS:
+        assert flags[setting.key].envvar == setting.variable
+        assert f"--{setting.name}" in flags[setting.key].opts
+        assert setting.help
+        assert setting.unset
+
+
+WITH_COMMENTS = """\
+# how I like it
+temperature = 0.5  # not too wild
+
+# only while it is cold
+max_tokens = 64
+
+[keys]
+panel = "f9"  # my thumb
+"""
+
+
+def test_writing_a_setting_keeps_comments_keys_and_spelling(tmp_path: Path) -> None:
+    path = config(tmp_path, WITH_COMMENTS)
+    write_setting(path, find_setting("max-tokens"), 128)
+    assert path.read_text() == WITH_COMMENTS.replace("64", "128")
+    write_setting(path, find_setting("theme"), "nord")
+    text = path.read_text()
+    assert read_config(path).values == {"temperature": 0.5, "max_tokens": 128, "theme": "nord"}
+    assert read_config(path).keys == {"panel": "f9"}
+    assert all(line in text for line in ("# how I like it", "# not too wild", "# my thumb"))
+
+
+def test_taking_a_setting_out_leaves_the_rest(tmp_path: Path) -> None:
+    path = config(tmp_path, WITH_COMMENTS)
+    write_setting(path, find_setting("max-tokens"), None)
+    write_setting(path, find_setting("theme"), None)
+    assert read_config(path).values == {"temperature": 0.5}
+    assert "# how I like it" in path.read_text()
+
+
+def test_the_first_setting_makes_the_file_and_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "config.toml"
+    write_setting(path, find_setting("reduced-motion"), True)
+    assert read_config(path).values == {"reduced_motion": True}
+    assert path.read_text().startswith("# kvchat's settings")
+    assert [each.name for each in path.parent.iterdir()] == ["config.toml"]
+
+
+def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
+    real = config(tmp_path, "threads = 1\n")
+    real.chmod(0o640)
+    link = tmp_path / "link.toml"
+    link.symlink_to(real)
+    write_setting(link, find_setting("threads"), 2)
+    assert link.is_symlink()
+    assert read_config(real).values == {"threads": 2}
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
+    broken = config(tmp_path, "max-tokens = ")
+    with pytest.raises(KvchatError, match="can't be changed") as caught:
+        write_setting(broken, find_setting("threads"), 2)
+    assert str(broken) in str(caught.value)
+    assert broken.read_text() == "max-tokens = "
+    with pytest.raises(KvchatError, match="can't be changed"):
+        write_setting(broken / "below" / "config.toml", find_setting("threads"), 2)
+
+
+def test_keys_are_no_setting(tmp_path: Path) -> None:
+    path = config(tmp_path, 'threads = 2\n[keys]\nnonsense = "f9"\n')
+    assert read_config(path) == Config({"threads": 2}, {"nonsense": "f9"})

@@ -1,0 +1,1 @@
+"""Measures how the program feels from outside: first paint, key echo, scrolling."""
