@@ -97,11 +97,11 @@ class TurnRequest:
     sampling: Sampling
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    left_out: int = 0
+    evicted_messages: int = 0
     """The oldest messages, system prompt aside, that an earlier eviction left out."""
     today: str = ""
     """The date that templates see, ISO 8601; frozen per conversation, so that midnight costs no cache."""
-    remember: bool = True
+    persist: bool = True
     """Whether anything of it may be written to disk."""
     known_prefill_tok_s: float = 0.0
     """What earlier turns measured, for prices before this engine measured anything; 0 where none did."""
@@ -184,7 +184,7 @@ class TurnStats:
     """Of the drafted ones, those that the model would have chosen itself."""
 
 
-class Fate(StrEnum):
+class TokenStatus(StrEnum):
     """What a turn did with a token."""
 
     REUSED = "reused"
@@ -200,12 +200,12 @@ class Fate(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TokenSpan:
     """Tokens of one message that a turn treated alike."""
 
     message: int
     """Place in `TurnRequest.messages`; the answer's is one more than the last, unless it goes on with it."""
-    fate: Fate
+    fate: TokenStatus
     tokens: int
     """0 where a message was left out as a whole, and nobody counted it."""
 
@@ -301,7 +301,7 @@ class TurnStarted:
     reuse_note: str
     miss: Miss | None = None
     restored_tokens: int = 0
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     """What happens to every message, in order."""
 
 
@@ -391,9 +391,9 @@ class TurnFinished:
     tokenizer: str
     stats: TurnStats
     pool: PoolState
-    left_out: int = 0
+    evicted_messages: int = 0
     """The oldest messages that are left out from now on; `TurnRequest.left_out` of the next turn."""
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     """What happened to every message, in order."""
 
 
@@ -412,7 +412,7 @@ class Evicted:
     turn: str
     tokens: int
     note: str
-    left_out: int
+    evicted_messages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +469,7 @@ class SetPrecision:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class EstimateCost:
     """What would this turn cost, were it asked now? Answered by `Quote`; nothing happens."""
 
     key: str
@@ -485,18 +485,20 @@ class Inspect:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class CountTokens:
     """How many tokens are these texts? Answered by `Counted`; nothing happens."""
 
     key: str
     texts: tuple[str, ...]
 
 
-CacheAct = Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | Ask | Inspect | Count
+CacheCommand = (
+    Pin | Spill | Warm | Drop | SetBudget | Fork | SetPrecision | EstimateCost | Inspect | CountTokens
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Quote:
+class CostEstimate:
     """The price of a turn before it is asked."""
 
     key: str
@@ -513,7 +515,7 @@ class Quote:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class TokenCounts:
     """Tokens of each text that was counted."""
 
     key: str
@@ -598,7 +600,7 @@ class Refused:
 
 
 TurnEvent = TurnStarted | PrefillProgress | Tokens | Evicted | TurnFinished | TurnFailed
-Report = PoolState | Quote | Counted | Converted | CacheMap | Refused
+Report = PoolState | CostEstimate | TokenCounts | Converted | CacheMap | Refused
 Status = Loading | Ready | Died | Report
 
 
@@ -613,7 +615,7 @@ class Engine(Protocol):
         """Ends that turn soon, wherever it is; callable from any thread."""
         ...
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         """Does something to the caches, between turns; what came of it is reported as a `Report`."""
         ...
 

@@ -80,7 +80,7 @@ def _read(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[flo
 
 def _short_turn(loaded: LoadedModel, context: int, kv: ConversationKV, count: int, runner: Runner) -> Row:
     """Until the first token is known; the cache is cropped to the context again after every run."""
-    kv.mark()  # where a recurrent model can go back to
+    kv.checkpoint()  # where a recurrent model can go back to
     reader, ids = loaded.reader(kv), tokens(loaded, count)
 
     def measure() -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvchat.bench.rows import Row, Runner
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.contract import CacheMode, Drop, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
@@ -101,11 +101,11 @@ def history_of(loaded: LoadedModel, context: int) -> list[PromptMessage]:
 
 
 def _engine(loaded: LoadedModel, folder: Path) -> LocalEngine:
-    return LocalEngine(loaded, disk=DiskTier(Shelf(folder, NO_CAP)))
+    return LocalEngine(loaded, disk=DiskTier(DiskStore(folder, NO_CAP)))
 
 
 def _cold(engine: LocalEngine, history: Sequence[PromptMessage]) -> TurnFinished:
-    engine.act(Drop(MAIN))
+    engine.command(Drop(MAIN))
     return Talk(engine, MAIN, list(history)).ask()
 
 

@@ -75,7 +75,7 @@ class Measured(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What is to be measured."""
 
     contexts: Sequence[int]
@@ -98,7 +98,7 @@ class Plan:
         return at_each * len(self.contexts) + len(DRAFT_CASES) * len(DRAFTERS) + 3 * self.turns
 
 
-def run_bench(loaded: LoadedModel, plan: Plan, runner: Runner) -> Measured:
+def run_bench(loaded: LoadedModel, plan: BenchPlan, runner: Runner) -> Measured:
     """All measurements, in the shape that `--json` prints.
 
     Raises:
@@ -120,7 +120,7 @@ def run_bench(loaded: LoadedModel, plan: Plan, runner: Runner) -> Measured:
     }
 
 
-def _rows(loaded: LoadedModel, plan: Plan, runner: Runner) -> Iterator[Row]:
+def _rows(loaded: LoadedModel, plan: BenchPlan, runner: Runner) -> Iterator[Row]:
     warm_up(loaded)
     for context in plan.contexts:
         yield from reading_rows(loaded, context, plan.precisions, runner)

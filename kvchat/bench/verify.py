@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.contract import (
     CacheMode,
     Evicted,
@@ -84,7 +84,7 @@ class Chat:
     name: str
     tokens: int
     policy: EvictionPolicy = EvictionPolicy.NONE
-    left_out: int = 0
+    evicted_messages: int = 0
     messages: list[PromptMessage] = field(default_factory=list)
 
     def ask(self, question: str) -> Answered:
@@ -97,7 +97,7 @@ class Chat:
             CacheMode.ON,
             Sampling(max_tokens=self.tokens),
             policy=self.policy,
-            left_out=self.left_out,
+            evicted_messages=self.evicted_messages,
         )
         passes: list[torch.Tensor] = []
         kept: list[tuple[int, frozenset[int]]] = []
@@ -107,7 +107,7 @@ class Chat:
         if not isinstance(event, TurnFinished):
             raise KvchatError(event.reason if isinstance(event, TurnFailed) else "The engine gave no answer.")
         self.messages.append(PromptMessage("assistant", event.text, event.token_ids, event.tokenizer))
-        self.left_out = event.left_out
+        self.evicted_messages = event.evicted_messages
         generated = event.stats.generated_tokens
         ids = self._kv_ids()
         return Answered(event, ids, torch.stack(passes[-generated:]), kept)
@@ -196,12 +196,12 @@ def _linear(loaded: LoadedModel, questions: Sequence[str], tokens: int, chunk: i
 
 def _restored(loaded: LoadedModel, questions: Sequence[str], tokens: int) -> Answered:
     with tempfile.TemporaryDirectory(prefix="kvchat-verify-") as folder:
-        first = LocalEngine(loaded, disk=DiskTier(Shelf(Path(folder), DISK_CAP)))
+        first = LocalEngine(loaded, disk=DiskTier(DiskStore(Path(folder), DISK_CAP)))
         chat = Chat(loaded, first, "restored", tokens)
         for question in questions[:-1] or questions:
             chat.ask(question)
         first.close()
-        chat.engine = LocalEngine(loaded, disk=DiskTier(Shelf(Path(folder), DISK_CAP)))
+        chat.engine = LocalEngine(loaded, disk=DiskTier(DiskStore(Path(folder), DISK_CAP)))
         answered = chat.ask(questions[-1])
         chat.engine.close()
     if not answered.finished.stats.restored_tokens:
@@ -214,7 +214,7 @@ def _forked(loaded: LoadedModel, questions: Sequence[str], tokens: int) -> Answe
     parent = Chat(loaded, engine, "parent", tokens)
     for question in questions[:-1] or questions:
         parent.ask(question)
-    engine.act(Fork("parent", "child"))
+    engine.command(Fork("parent", "child"))
     child = Chat(loaded, engine, "child", tokens, messages=list(parent.messages))
     parent.ask("And what else?")
     return child.ask(questions[-1])

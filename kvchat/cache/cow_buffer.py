@@ -11,7 +11,7 @@ import torch
 from kvchat.cache.layer import Growth, bytes_of
 
 
-class SharedRows:
+class CowBuffer:
     """Tensors by name with one first dimension, whose rows are appended in place.
 
     Forks hold the same memory. A holder writes in place where no other one has rows, else it copies first.
@@ -25,7 +25,7 @@ class SharedRows:
         self.moves = 0
         """How often the memory became another one."""
         self._tensors: dict[str, torch.Tensor] = {}
-        self._holders: WeakSet[SharedRows] = WeakSet([self])
+        self._holders: WeakSet[CowBuffer] = WeakSet([self])
         self._storages: tuple[int, dict[int, int]] = 0, {}
         """What `storages` said, after so many moves."""
 
@@ -122,9 +122,9 @@ class SharedRows:
         self.count = 0
         self._leave()
 
-    def fork(self) -> "SharedRows":
+    def fork(self) -> "CowBuffer":
         """Another holder of the same rows."""
-        other = SharedRows(self.step, self.elsewhere)
+        other = CowBuffer(self.step, self.elsewhere)
         other.count, other._tensors, other._holders = self.count, dict(self._tensors), self._holders
         other.moves = 1
         self._holders.add(other)

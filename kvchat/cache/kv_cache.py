@@ -25,7 +25,7 @@ from kvchat.cache.prefix import gap_bounds
 from kvchat.cache.quantized_layer import convert
 from kvchat.cache.state_layer import RecurrentState, StateLayer
 
-MARKS = 8
+CHECKPOINTS = 8
 """Turn ends that a model with recurrent layers can go back to."""
 
 
@@ -41,7 +41,7 @@ class PackedRows:
     positions: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
     """`LAYER.NAME` → contiguous tensor."""
-    marks: dict[int, list[RecurrentState]]
+    checkpoints: dict[int, list[RecurrentState]]
     """History length → the states of the recurrent layers there."""
 
 
@@ -61,7 +61,7 @@ class ConversationKV:
         self._history: list[int] = []
         self._rows: list[int] = []
         self._positions: list[int] = []
-        self._marks: dict[int, list[RecurrentState]] = {}
+        self._checkpoints: dict[int, list[RecurrentState]] = {}
         """History length → the states of the recurrent layers there; ascending."""
         self._settled = 0
         """History length from which on the layers with a state record what takes them back, if they can."""
@@ -141,8 +141,8 @@ class ConversationKV:
                 held |= layer.storages()
             if isinstance(layer, StateLayer):
                 held |= layer.state_storages()
-        for mark in self._marks.values():
-            for state in mark:
+        for checkpoint in self._checkpoints.values():
+            for state in checkpoint:
                 held |= state.storages()
         return held
 
@@ -160,7 +160,7 @@ class ConversationKV:
         """`storage_bytes` once the cache has grown to so many rows."""
         tokens = max(0, rows - len(self))
         held = sum(layer.state_bytes + layer.state_growth(tokens) for layer in self.states)
-        marked = sum(state.storage_bytes for mark in self._marks.values() for state in mark)
+        marked = sum(state.storage_bytes for checkpoint in self._checkpoints.values() for state in checkpoint)
         return held + marked + sum(layer.bytes_at(rows) for layer in self.stored)
 
     def bytes_to_read(self, tokens: int) -> int:
@@ -204,7 +204,7 @@ class ConversationKV:
         if self.states:
             self._return_to(self._restorable(len(self._history)))
 
-    def mark(self) -> None:
+    def checkpoint(self) -> None:
         """Makes this length one that `truncate` can come back to; needed by layers with a state only.
 
         A layer that records what takes it back starts over here, so that its memory does not grow for ever.
@@ -212,10 +212,10 @@ class ConversationKV:
         length = len(self._history)
         if not self.states or not length:
             return
-        if length not in self._marks:
-            self._marks[length] = [layer.state() for layer in self.states]
-        for old in list(self._marks)[:-MARKS]:
-            del self._marks[old]
+        if length not in self._checkpoints:
+            self._checkpoints[length] = [layer.state() for layer in self.states]
+        for old in list(self._checkpoints)[:-CHECKPOINTS]:
+            del self._checkpoints[old]
         for layer in self.states:
             layer.settle()
         self._settled = length
@@ -237,7 +237,7 @@ class ConversationKV:
         """The longest history at most `length` that the layers with a state can be put back to."""
         if self._rewinds_to(length):
             return length
-        return max((mark for mark in self._marks if mark <= length), default=0)
+        return max((checkpoint for checkpoint in self._checkpoints if checkpoint <= length), default=0)
 
     def _rewinds_to(self, length: int) -> bool:
         return 0 < length >= self._settled and all(layer.can_rewind for layer in self.states)
@@ -271,14 +271,16 @@ class ConversationKV:
             stored.truncate(length)
         del self._history[length:], self._rows[length:], self._positions[length:]
         self.saved_rows = min(self.saved_rows, length)
-        self._marks = {mark: states for mark, states in self._marks.items() if mark <= length}
+        self._checkpoints = {
+            checkpoint: states for checkpoint, states in self._checkpoints.items() if checkpoint <= length
+        }
 
-    def _restore(self, mark: int) -> None:
+    def _restore(self, checkpoint: int) -> None:
         """Puts the layers with a state back to a mark; 0 is the empty cache."""
-        states = self._marks[mark] if mark else [None] * len(self.states)
+        states = self._checkpoints[checkpoint] if checkpoint else [None] * len(self.states)
         for layer, state in zip(self.states, states, strict=True):
             layer.restore(state)
-        self._settled = mark
+        self._settled = checkpoint
 
     def select(self, rows: Sequence[int]) -> None:
         """Evicts every row that is not in `rows` (ascending indices of rows); positions stay as they are.
@@ -348,7 +350,7 @@ class ConversationKV:
         """
         other = ConversationKV([layer.fork() if hasattr(layer, "fork") else layer for layer in self.layers])
         other._history, other._rows = self._history[:], self._rows[:]
-        other._positions, other._marks = self._positions[:], dict(self._marks)
+        other._positions, other._checkpoints = self._positions[:], dict(self._checkpoints)
         other._settled = self._settled
         other.truncate(length)
         return other
@@ -358,7 +360,7 @@ class ConversationKV:
 
         Layers with a state are saved as their marks, and this length becomes one.
         """
-        self.mark()
+        self.checkpoint()
         start = min((layer.pack_start(self.saved_rows) for layer in self.stored), default=self.saved_rows)
         tensors = {
             f"{index}.{name}": tensor
@@ -368,7 +370,7 @@ class ConversationKV:
         }
         first = self._rows[start] if start < len(self) else len(self._history)
         first = 0 if start == 0 else first
-        marks = {m: states for m, states in self._marks.items() if m > first}
+        checkpoints = {m: states for m, states in self._checkpoints.items() if m > first}
         self.saved_rows = len(self)
         return PackedRows(
             start,
@@ -377,7 +379,7 @@ class ConversationKV:
             tuple(self._rows[start:]),
             tuple(self._positions[start:]),
             tensors,
-            marks,
+            checkpoints,
         )
 
     def unpack(self, packed: "PackedRows") -> None:
@@ -395,7 +397,9 @@ class ConversationKV:
         self._history[packed.first :] = packed.ids
         self._rows[packed.start :] = packed.rows
         self._positions[packed.start :] = packed.positions
-        self._marks = {m: states for m, states in self._marks.items() if m <= packed.first} | packed.marks
+        self._checkpoints = {
+            m: states for m, states in self._checkpoints.items() if m <= packed.first
+        } | packed.checkpoints
         self._restore_states()
         lengths = {layer.length for layer in self.stored} - {len(self)}
         if lengths:
@@ -405,7 +409,7 @@ class ConversationKV:
     def _restore_states(self) -> None:
         """Puts the layers with a state where the history ends."""
         end = len(self._history)
-        if self.states and end not in {0, *self._marks}:
+        if self.states and end not in {0, *self._checkpoints}:
             raise ValueError(f"there is no state of {end} tokens")
         if self.states:
             self._restore(end)
@@ -415,7 +419,7 @@ class ConversationKV:
         self._history.clear()
         self._rows.clear()
         self._positions.clear()
-        self._marks.clear()
+        self._checkpoints.clear()
         self._settled = 0
         self.saved_rows = 0
         for layer in self.layers:

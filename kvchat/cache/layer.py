@@ -227,7 +227,7 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-class GrowableLayer(AddressedLayer):
+class DenseLayer(AddressedLayer):
     """Keys and values as they are: `[1, kv_heads, capacity, head_dim]` each, `length` tokens filled.
 
     One preallocated buffer, so that appending a token writes one row and cropping changes one integer.
@@ -241,7 +241,7 @@ class GrowableLayer(AddressedLayer):
         super().__init__()
         self._shape = shape
         self._dtype = dtype
-        self._holders: WeakSet[GrowableLayer] = WeakSet([self])
+        self._holders: WeakSet[DenseLayer] = WeakSet([self])
         """The layers that hold the same memory, this one among them."""
         self._described: Described | None = None
         """What was last said of the tensors; asked for every token."""

@@ -37,7 +37,7 @@ class Held:
     """Nothing is left of it but the system prefix, which other conversations can share."""
 
 
-def order_of_going(held: Iterable[Held]) -> list[Held]:
+def eviction_order(held: Iterable[Held]) -> list[Held]:
     """Who goes first; the active one is not among them."""
     candidates = (each for each in held if not each.active)
     return sorted(candidates, key=lambda each: (each.prefix_only, each.pinned, each.last_used))
@@ -45,7 +45,7 @@ def order_of_going(held: Iterable[Held]) -> list[Held]:
 
 def next_relief(held: Iterable[Held]) -> tuple[str, Relief] | None:
     """(conversation, what happens to it); None when only the active one is left."""
-    going = order_of_going(held)
+    going = eviction_order(held)
     if not going:
         return None
     first = going[0]

@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 
-from kvchat.cache.cow_buffer import SharedRows
+from kvchat.cache.cow_buffer import CowBuffer
 from kvchat.cache.layer import (
     GROWTH_STEP,
     AddressedLayer,
@@ -84,9 +84,9 @@ class QuantizedLayer(AddressedLayer):
         self._shape, self._dtype = shape, dtype
         self._counts: list[int] = []
         """Rows of each slot in use."""
-        self._slots = SharedRows(GROWTH_STEP // BLOCK, elsewhere=1)
+        self._slots = CowBuffer(GROWTH_STEP // BLOCK, elsewhere=1)
         """The residual is the block that is held elsewhere."""
-        self._residual = SharedRows(BLOCK)
+        self._residual = CowBuffer(BLOCK)
         """`keys` and `values`, `[tokens, kv_heads, head_dim]`."""
         self._settled = 0
         """Rows that were quantised when the layer was last packed."""

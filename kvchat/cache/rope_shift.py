@@ -8,10 +8,10 @@ one rounding; turns on turns add up, so a key is turned once and no further.
 import torch
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer
+from kvchat.cache.layer import DenseLayer
 
 
-def turned(
+def rotated(
     keys: torch.Tensor, delta: torch.Tensor, frequencies: torch.Tensor, *, interleaved: bool = False
 ) -> torch.Tensor:
     """Keys `[1, kv_heads, tokens, head_dim]` moved by `delta` `[tokens]` positions.
@@ -36,7 +36,7 @@ def can_close_gaps(kv: ConversationKV) -> bool:
         position != row and position != index
         for index, (row, position) in enumerate(zip(kv.rows, kv.positions, strict=True))
     )
-    return not moved_before and all(isinstance(layer, GrowableLayer) for layer in kv.stored)
+    return not moved_before and all(isinstance(layer, DenseLayer) for layer in kv.stored)
 
 
 def close_gaps(kv: ConversationKV, frequencies: torch.Tensor, *, interleaved: bool = False) -> None:
@@ -50,6 +50,6 @@ def close_gaps(kv: ConversationKV, frequencies: torch.Tensor, *, interleaved: bo
     positions = range(len(kv))
     delta = torch.tensor(positions) - torch.tensor(kv.positions)
     for layer in kv.stored:
-        assert isinstance(layer, GrowableLayer)
-        layer.change_keys(lambda keys: turned(keys, delta, frequencies, interleaved=interleaved))
+        assert isinstance(layer, DenseLayer)
+        layer.change_keys(lambda keys: rotated(keys, delta, frequencies, interleaved=interleaved))
     kv.reposition(positions)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvchat.cache.layer import GrowableLayer, HeadShape
+from kvchat.cache.layer import DenseLayer, HeadShape
 
 PIECES = 64
 """Recorded pieces that are joined into one: a piece per token would make every look at the memory slow."""
@@ -281,7 +281,7 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
         return (0 if begun else self._state_shape.bytes) + tokens * self._state_shape.recorded_bytes
 
 
-class HybridLayer(RecurrentLayer, GrowableLayer):  # type: ignore[override] # it knows `is_croppable` later
+class HybridLayer(RecurrentLayer, DenseLayer):  # type: ignore[override] # it knows `is_croppable` later
     """Attention and a recurrent state side by side in one layer: keys and values grow, the state does not."""
 
     is_compileable = False
@@ -292,15 +292,15 @@ class HybridLayer(RecurrentLayer, GrowableLayer):  # type: ignore[override] # it
         dtype: torch.dtype | None = None,
         shape: StateShape = StateShape(),  # noqa: B008 - a value, and immutable
     ) -> None:
-        GrowableLayer.__init__(self, heads, dtype)
+        DenseLayer.__init__(self, heads, dtype)
         RecurrentLayer.__init__(self, shape)
 
     def reset(self) -> None:
-        GrowableLayer.reset(self)
+        DenseLayer.reset(self)
         RecurrentLayer.reset(self)
 
     def fork(self) -> Self:
-        other = GrowableLayer.fork(self)
+        other = DenseLayer.fork(self)
         other._take_state_of(self)
         return other
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from kvchat.chat.conversation import Message
 from kvchat.chat.reasoning import split_thinking
-from kvchat.chat.token_status import ANSWER, Fates, fates_of
-from kvchat.contract import Fate, Span
+from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
+from kvchat.contract import TokenSpan, TokenStatus
 
 
 @dataclass(slots=True)
-class PendingTurn:
+class ActiveTurn:
     """The turn that is being answered; it outlives a switch to another conversation."""
 
     turn: str
@@ -21,7 +21,7 @@ class PendingTurn:
     """Id of the message that is being answered."""
     places: tuple[tuple[int, ...], ...] = ()
     """Ids of the messages at each place of the request."""
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TokenSpan, ...] = ()
     """What the turn does with every message; none before the engine told it."""
     reply: Message | None = None
     """The answer as it was saved last."""
@@ -39,12 +39,12 @@ class PendingTurn:
         """What the answer said before this turn."""
         return self.begun.raw if self.begun else ""
 
-    def fates(self) -> Fates:
+    def statuses(self) -> TokenStatuses:
         """What the turn has done with every message so far."""
         answer = self.reply.id if self.reply else ANSWER
-        found = fates_of(self.spans, self.places, answer)
+        found = token_statuses(self.spans, self.places, answer)
         if self.spans and self.ids:
-            found[answer] = {**found.get(answer, {}), Fate.WRITTEN: len(self.ids)}
+            found[answer] = {**found.get(answer, {}), TokenStatus.WRITTEN: len(self.ids)}
         return found
 
     @property

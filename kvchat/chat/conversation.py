@@ -50,7 +50,7 @@ class Conversation:
     model: str = ""
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    left_out: int = 0
+    evicted_messages: int = 0
     """The oldest messages that an eviction left out; they stay in the file and on the screen."""
     created_at: str = ""
     """UTC, ISO 8601; the date that chat templates see."""
@@ -71,7 +71,7 @@ class Conversation:
             # questions in a row are read as one
             joins = message.role == "user" and index > 0 and self.messages[index - 1].role == "user"
             read += not joins
-            if read > self.left_out:
+            if read > self.evicted_messages:
                 return index
         return len(self.messages)
 
@@ -83,7 +83,9 @@ class Conversation:
         """
         other = replace(self, messages=messages)
         read = replace(other, system_prompt="").prompt()
-        return replace(other, left_out=self.left_out if len(read) > self.left_out else 0)
+        return replace(
+            other, evicted_messages=self.evicted_messages if len(read) > self.evicted_messages else 0
+        )
 
     def question(self, number: str) -> Message | None:
         """A question by its number, from 1; the last one for an empty `number`."""

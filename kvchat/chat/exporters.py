@@ -39,7 +39,7 @@ table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: 
 """
 
 
-def left_out(conversation: Conversation) -> str:
+def evicted_messages(conversation: Conversation) -> str:
     """What a file with the shown branch alone lacks, as a sentence; empty where that is all there is."""
     count = len(conversation.other_branches)
     if count == 1:
@@ -61,7 +61,7 @@ def to_markdown(conversation: Conversation) -> str:
     kept_elsewhere = ("id", "messages", "other_branches")
     about = {key: value for key, value in asdict(conversation).items() if key not in kept_elsewhere}
     parts = [f"# {one_line(conversation.title) or 'untitled'}\n\n{_marker('conversation', about)}\n"]
-    if lacks := left_out(conversation):
+    if lacks := evicted_messages(conversation):
         parts.append(f"*{lacks}*\n")
     for message in conversation.messages:
         head = {"created_at": message.created_at, "finish_reason": message.finish_reason}
@@ -76,7 +76,7 @@ def to_html(conversation: Conversation) -> str:
     title = escape(one_line(conversation.title) or "untitled")
     system = _section("system", "system prompt", escape(clean(conversation.system_prompt)))
     messages = "\n".join(_message_html(message, conversation.model) for message in conversation.messages)
-    lacks = left_out(conversation)
+    lacks = evicted_messages(conversation)
     return (
         '<!doctype html>\n<html><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

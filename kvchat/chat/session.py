@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from kvchat.chat.active_turn import PendingTurn
+from kvchat.chat.active_turn import ActiveTurn
 from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
-from kvchat.chat.token_status import ANSWER, Fates, fates_of
+from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import (
     CacheEvent,
     CacheMode,
@@ -43,7 +43,7 @@ PARTIAL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Defaults:
+class ConversationDefaults:
     """What a new conversation starts with."""
 
     model: str = ""
@@ -65,7 +65,7 @@ def known_rate(turns: Sequence[TurnStats]) -> float:
 class Session:
     """The open conversation and the turn under way."""
 
-    def __init__(self, store: "Store", defaults: Defaults) -> None:
+    def __init__(self, store: "Store", defaults: ConversationDefaults) -> None:
         self._store = store
         self._secret: Store | None = None
         """In memory; made for the first private conversation."""
@@ -73,8 +73,8 @@ class Session:
         """Ids of private conversations."""
         self.defaults = defaults
         self.current = self._blank()
-        self.pending: PendingTurn | None = None
-        self._told: tuple[str, Fates] = ("", {})
+        self.pending: ActiveTurn | None = None
+        self._told: tuple[str, TokenStatuses] = ("", {})
         """A conversation, and what its last turn did: read once, for whoever draws it asks often."""
         self._outside: tuple[Store, str] | None = None
         """The file, and the conversation that was open, while they are left alone."""
@@ -368,11 +368,11 @@ class Session:
         return replace(self._turn_request("price"), **changes)  # type: ignore[arg-type]
 
     @property
-    def last_turn(self) -> Fates:
+    def last_turn(self) -> TokenStatuses:
         """What the last turn of the open conversation did with its messages, or does that is under way."""
         pending = self.pending
         if pending and pending.conversation == self.current.id and pending.spans:
-            return pending.fates()
+            return pending.statuses()
         if self._told[0] != self.current.id:
             self._told = (self.current.id, self._here.last_turn(self.current.id))
         return self._told[1]
@@ -401,12 +401,12 @@ class Session:
         pending.text = pending.begun_text + finished.text
         pending.ids, pending.tokenizer = list(finished.token_ids), finished.tokenizer
         self.note_events(finished.pool.events)
-        self._leave_out(pending.conversation, finished.left_out)
+        self._set_evicted(pending.conversation, finished.evicted_messages)
         message = self._save_reply(pending, finished.stats.finish_reason)
         message = replace(message, stats=finished.stats)
         self._store_of(pending.conversation).update_message(message)
         self._replace_reply(pending, message)
-        self._save_last_turn(pending.conversation, fates_of(finished.spans, pending.places, message.id))
+        self._save_last_turn(pending.conversation, token_statuses(finished.spans, pending.places, message.id))
         return message
 
     def fail_turn(self, turn: str) -> None:
@@ -453,17 +453,17 @@ class Session:
             self._here.set_head(self.current.id, messages[-1].id if messages else None)
             self._here.save_settings(self.current)
 
-    def _leave_out(self, conversation: str, count: int) -> None:
+    def _set_evicted(self, conversation: str, count: int) -> None:
         """Remembers how many of the oldest messages an eviction left out."""
         if conversation == self.current.id:
-            if count != self.current.left_out:
-                self.current = replace(self.current, left_out=count)
+            if count != self.current.evicted_messages:
+                self.current = replace(self.current, evicted_messages=count)
                 self._here.save_settings(self.current)
         else:
             store = self._store_of(conversation)
             other = store.load(conversation)
-            if count != other.left_out:
-                store.save_settings(replace(other, left_out=count))
+            if count != other.evicted_messages:
+                store.save_settings(replace(other, evicted_messages=count))
 
     @property
     def _here(self) -> "Store":
@@ -490,7 +490,7 @@ class Session:
 
     def _request(self) -> TurnRequest:
         asked = self.current.messages[-1]
-        self.pending = PendingTurn(
+        self.pending = ActiveTurn(
             secrets.token_hex(8),
             self.current.id,
             asked.id,
@@ -509,13 +509,13 @@ class Session:
             current.sampling,
             current.kv,
             current.policy,
-            current.left_out,
+            current.evicted_messages,
             current.created_at,
-            remember=not self.is_private(current.id),
+            persist=not self.is_private(current.id),
             known_prefill_tok_s=known_rate([m.stats for m in current.messages if m.stats]),
         )
 
-    def _pending(self, turn: str) -> PendingTurn | None:
+    def _pending(self, turn: str) -> ActiveTurn | None:
         """The turn under way, if it is that one; a conversation that is gone has none."""
         if self.pending and not self._store_of(self.pending.conversation).exists(self.pending.conversation):
             self.pending = None
@@ -528,21 +528,21 @@ class Session:
         if self.current.messages and not self._saved():
             raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
 
-    def _break_off(self, pending: PendingTurn, finish: FinishReason) -> None:
+    def _break_off(self, pending: ActiveTurn, finish: FinishReason) -> None:
         """Keeps what there is of a turn that is over before its time."""
         self.pending = None
         if pending.text != pending.begun_text:
             self._save_reply(pending, finish.value)
         if pending.spans:
-            told = {message: counts for message, counts in pending.fates().items() if message != ANSWER}
+            told = {message: counts for message, counts in pending.statuses().items() if message != ANSWER}
             self._save_last_turn(pending.conversation, told)
 
-    def _save_last_turn(self, conversation: str, fates: Fates) -> None:
-        self._store_of(conversation).save_last_turn(conversation, fates)
+    def _save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
+        self._store_of(conversation).save_last_turn(conversation, statuses)
         if conversation == self._told[0]:
-            self._told = (conversation, fates)
+            self._told = (conversation, statuses)
 
-    def _save_reply(self, pending: PendingTurn, finish: str | None) -> Message:
+    def _save_reply(self, pending: ActiveTurn, finish: str | None) -> Message:
         """Saves what there is of the answer, as a child of the message it answers."""
         reply = pending.answer(finish)
         if pending.reply is None:
@@ -553,7 +553,7 @@ class Session:
         self._replace_reply(pending, reply)
         return reply
 
-    def _replace_reply(self, pending: PendingTurn, reply: Message) -> None:
+    def _replace_reply(self, pending: ActiveTurn, reply: Message) -> None:
         """Shows the reply in the open conversation, if that is the one it belongs to."""
         if self.current.id != pending.conversation:
             return

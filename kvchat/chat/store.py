@@ -19,15 +19,15 @@ from sqlite_utils import Database
 
 from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
 from kvchat.chat.migrations import open_database
-from kvchat.chat.token_status import Fates
+from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import (
     CacheEvent,
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
-    Fate,
     KVPrecision,
     Sampling,
+    TokenStatus,
     TurnStats,
 )
 from kvchat.errors import KvchatError, reason
@@ -127,7 +127,7 @@ class Store:
             model=row["model"],
             kv=KVPrecision(row["kv"] or KVPrecision.AUTO),
             policy=EvictionPolicy(row["policy"] or EvictionPolicy.TURNS),
-            left_out=row["left_out"] or 0,
+            evicted_messages=row["left_out"] or 0,
             created_at=row["created_at"],
             messages=path_to(messages, row["head"]),
         )
@@ -257,20 +257,20 @@ class Store:
         )
         return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
 
-    def last_turn(self, conversation: str) -> Fates:
+    def last_turn(self, conversation: str) -> TokenStatuses:
         """What the last turn of a conversation did with its messages; nothing where there was none."""
         rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
         told = json.loads(next((row["last_turn"] for row in rows), "{}"))
         return {
-            int(message): {Fate(fate): tokens for fate, tokens in counts.items()}
+            int(message): {TokenStatus(fate): tokens for fate, tokens in counts.items()}
             for message, counts in told.items()
         }
 
-    def save_last_turn(self, conversation: str, fates: Fates) -> None:
+    def save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
         """Remembers what a turn did, in the place of the one before."""
         with self._writing() as db:
             db.execute(
-                "update conversations set last_turn = ? where id = ?", [json.dumps(fates), conversation]
+                "update conversations set last_turn = ? where id = ?", [json.dumps(statuses), conversation]
             )
 
     def set_head(self, conversation: str, head: int | None) -> None:
@@ -362,7 +362,7 @@ def _settings(conversation: Conversation) -> dict[str, str | int]:
         "sampling": json.dumps(asdict(conversation.sampling)),
         "kv": conversation.kv.value,
         "policy": conversation.policy.value,
-        "left_out": conversation.left_out,
+        "left_out": conversation.evicted_messages,
     }
 
 

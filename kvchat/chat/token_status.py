@@ -6,18 +6,20 @@ prompt. It knows no storage and no screen.
 
 from collections.abc import Mapping, Sequence
 
-from kvchat.contract import Fate, Span
+from kvchat.contract import TokenSpan, TokenStatus
 
 ANSWER = 0
 """Stands for the id of an answer that is not saved yet."""
 
-Counts = Mapping[Fate, int]
+Counts = Mapping[TokenStatus, int]
 """Tokens of one message by what was done with them."""
-Fates = Mapping[int, Counts]
+TokenStatuses = Mapping[int, Counts]
 """Message → what the turn did with it; a message that it knew nothing of is not in it."""
 
 
-def fates_of(spans: Sequence[Span], places: Sequence[Sequence[int]], answer: int) -> dict[int, Counts]:
+def token_statuses(
+    spans: Sequence[TokenSpan], places: Sequence[Sequence[int]], answer: int
+) -> dict[int, Counts]:
     """What was done with every message.
 
     Args:
@@ -25,7 +27,7 @@ def fates_of(spans: Sequence[Span], places: Sequence[Sequence[int]], answer: int
         places: ids of the messages at each place; what stands after the last one is the answer.
         answer: id of that one.
     """
-    told: dict[int, dict[Fate, int]] = {}
+    told: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
         for message in places[span.message] if span.message < len(places) else (answer,):
             told.setdefault(message, {})[span.fate] = span.tokens

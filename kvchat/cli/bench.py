@@ -73,14 +73,14 @@ def bench(
     name, paths = given["model"] or DEFAULT_MODEL, find_paths(given["data_dir"])
     loaded = load_ready(name, paths, given)
     from kvchat.bench.rows import Runner
-    from kvchat.bench.run import Plan, profile_turn, run_bench
+    from kvchat.bench.run import BenchPlan, profile_turn, run_bench
 
     if profile:
         profile_turn(loaded, profile)
         click.echo(f"Open {profile} in https://ui.perfetto.dev or chrome://tracing.", err=True)
         return
 
-    plan = Plan(lengths, turns, answer_tokens, fill, precisions, weighed(weighted, name, paths, given))
+    plan = BenchPlan(lengths, turns, answer_tokens, fill, precisions, weighed(weighted, name, paths, given))
     measured = run_bench(loaded, plan, Runner(Announcer(plan.cases), row_seconds))
     rows, console = measured["rows"], Console(stderr=as_json)
     if as_json:

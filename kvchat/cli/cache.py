@@ -18,7 +18,7 @@ from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
 
 if TYPE_CHECKING:
-    from kvchat.cache.disk.disk_store import Chain, Entry, Shelf
+    from kvchat.cache.disk.disk_store import Chain, DiskStore, Entry
     from kvchat.chat.store import Store
 
 NO_CAP = 1 << 62
@@ -110,10 +110,10 @@ def collect_garbage(paths: Paths) -> int:
     return _shelf(paths).gc({summary.id for summary in _store(paths).summaries()})
 
 
-def _shelf(paths: Paths) -> "Shelf":
-    from kvchat.cache.disk.disk_store import Shelf
+def _shelf(paths: Paths) -> "DiskStore":
+    from kvchat.cache.disk.disk_store import DiskStore
 
-    return Shelf(paths.kv, NO_CAP)
+    return DiskStore(paths.kv, NO_CAP)
 
 
 def _store(paths: Paths) -> "Store":

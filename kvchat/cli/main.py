@@ -51,7 +51,7 @@ ELSEWHERE = {
 """Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
 
 
-class Defaults(dict[str, Any]):
+class ConfigDefaults(dict[str, Any]):
     """What the file says, for whichever command is called: every command asks here for its own."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -340,14 +340,14 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
     Raises:
         KvchatError: there is no such conversation or model, or the system prompt is no text.
     """
-    from kvchat.chat.session import Defaults, Session
+    from kvchat.chat.session import ConversationDefaults, Session
     from kvchat.chat.store import Store
 
     given = ctx.params
     explicit = {k: v for k, v in given.items() if ctx.get_parameter_source(k) in EXPLICIT}
     name = lasting_name(given["model"] or DEFAULT_MODEL, paths.models)
     refuse_bytes(given["system"] or "", "The system prompt")
-    defaults = Defaults(
+    defaults = ConversationDefaults(
         model=name,
         system_prompt=given["system"] or "",
         mode=CacheMode(given["cache"] or CacheMode.ON),
@@ -432,7 +432,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
     try:
         config = dict(read_config(find_paths().config_file).values)
-        cli(prog_name="kvchat", default_map=Defaults(config))
+        cli(prog_name="kvchat", default_map=ConfigDefaults(config))
     except KvchatError as error:
         click.echo(f"kvchat: {error}", err=True)
         sys.exit(1)

@@ -6,24 +6,24 @@ from dataclasses import replace
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.contract import (
-    Ask,
-    CacheAct,
+    CacheCommand,
     Converted,
-    Count,
-    Counted,
+    CostEstimate,
+    CountTokens,
     Drop,
+    EstimateCost,
     Fork,
     Inspect,
     KVPrecision,
     Pin,
-    Quote,
     Report,
     SetBudget,
     SetPrecision,
     Spill,
+    TokenCounts,
     Warm,
 )
-from kvchat.engine.cache_manager import Caches, Kept
+from kvchat.engine.cache_manager import Caches, ResidentCache
 from kvchat.engine.cache_map import cache_map
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.model.loader import LoadedModel
@@ -38,7 +38,7 @@ SPILLED_BY_YOU = "you moved it out of memory, and it is not on disk"
 
 
 def do(
-    act: CacheAct, caches: Caches, planner: Planner, loaded: LoadedModel, disk: DiskTier | None
+    act: CacheCommand, caches: Caches, planner: Planner, loaded: LoadedModel, disk: DiskTier | None
 ) -> Iterator[Report]:
     """Does it, and yields what there is to say besides the new state of all caches.
 
@@ -55,7 +55,7 @@ def do(
             _warm(conversation, kv, caches, disk)
         case Drop(conversation):
             caches.forget(conversation)
-            caches.why_gone[conversation] = DROPPED_BY_YOU
+            caches.drop_reasons[conversation] = DROPPED_BY_YOU
         case SetBudget(budget):
             caches.budget_bytes = budget
             caches.active = ""
@@ -64,12 +64,12 @@ def do(
             _fork(parent, child, caches)
         case SetPrecision(conversation, kv):
             yield _set_precision(conversation, kv, caches, loaded)
-        case Ask():
+        case EstimateCost():
             yield _quote(act, planner)
         case Inspect():
             yield cache_map(act, caches, planner, loaded, disk)
-        case Count(key, texts):
-            yield Counted(key, tuple(map(planner.count, texts)))
+        case CountTokens(key, texts):
+            yield TokenCounts(key, tuple(map(planner.count, texts)))
 
 
 def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:
@@ -87,7 +87,7 @@ def _fork(parent: str, child: str, caches: Caches) -> None:
     if kept := caches.get(parent):
         fork = replace(kept, kv=kept.kv.fork(len(kept.kv.ids)), last_used=time.time())
         caches.put(child, fork)
-        caches.tell_of_fork(parent, child, len(fork.kv))
+        caches.log_fork(parent, child, len(fork.kv))
 
 
 def _set_precision(conversation: str, kv: KVPrecision, caches: Caches, loaded: LoadedModel) -> Converted:
@@ -109,7 +109,7 @@ def _set_precision(conversation: str, kv: KVPrecision, caches: Caches, loaded: L
 
 
 def _lowered(
-    conversation: str, kept: Kept, wanted: KVPrecision, caches: Caches, loaded: LoadedModel
+    conversation: str, kept: ResidentCache, wanted: KVPrecision, caches: Caches, loaded: LoadedModel
 ) -> Converted:
     """Stores the cache in fewer bits, and compares what the model would say with what it would have said."""
     before = kept.kv.storage_bytes
@@ -131,12 +131,12 @@ def _choices(loaded: LoadedModel, kv: ConversationKV) -> list[int]:
     return [int(i) for i in logits.argmax(dim=-1)]
 
 
-def _quote(ask: Ask, planner: Planner) -> Quote:
+def _quote(ask: EstimateCost, planner: Planner) -> CostEstimate:
     try:
         plan = planner.plan(ask.request)
     except KvchatError as error:
-        return Quote(ask.key, 0, 0, 0, None, None, "", str(error))
+        return CostEstimate(ask.key, 0, 0, 0, None, None, "", str(error))
     unread = len(plan.unread)
     price = planner.seconds(unread)
     preview = planner.preview(ask.request, plan)
-    return Quote(ask.key, plan.rows + unread, plan.rows, unread, price, plan.miss, preview)
+    return CostEstimate(ask.key, plan.rows + unread, plan.rows, unread, price, plan.miss, preview)

@@ -13,7 +13,7 @@ import psutil
 
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.memory_budget import Held, Relief, next_relief, order_of_going
+from kvchat.cache.memory_budget import Held, Relief, eviction_order, next_relief
 from kvchat.contract import (
     CacheEvent,
     CacheEventKind,
@@ -22,8 +22,8 @@ from kvchat.contract import (
     PromptMessage,
     WarmCache,
 )
-from kvchat.engine.disk_tier import DiskTier, Saved
-from kvchat.engine.event_log import Timeline
+from kvchat.engine.disk_tier import DiskTier, SavedCache
+from kvchat.engine.event_log import EventLog
 from kvchat.errors import KvchatError
 
 NewKV = Callable[[KVPrecision], ConversationKV]
@@ -34,7 +34,7 @@ class BudgetFullError(KvchatError):
 
 
 @dataclass(slots=True)
-class Kept:
+class ResidentCache:
     """A conversation's cache in memory, and what it was read from."""
 
     kv: ConversationKV
@@ -43,17 +43,17 @@ class Kept:
     auto: bool = False
     """Whether the precision may be lowered under pressure."""
     messages: Sequence[PromptMessage] = ()
-    left_out: int = 0
+    evicted_messages: int = 0
     system_end: int = 0
     """Tokens of the system prompt."""
     prefix_only: bool = False
     """Whether it was taken out of memory but for the system prefix; the whole of it may lie on disk."""
-    remember: bool = True
+    persist: bool = True
     """Whether it may go to disk."""
     last_used: float = field(default_factory=time.time)
 
 
-class Guest(Protocol):
+class DraftCache(Protocol):
     """Holds a cache that is no conversation's, under the same budget."""
 
     room: Callable[[], int]
@@ -78,19 +78,19 @@ class Caches:
         fingerprint: Fingerprint,
         budget_bytes: int,
         disk: DiskTier | None,
-        timeline: Timeline,
+        event_log: EventLog,
     ) -> None:
         self._new_kv = new_kv
         self._fingerprint = fingerprint
         self._disk = disk
-        self._timeline = timeline
-        self._kept: dict[str, Kept] = {}
+        self._event_log = event_log
+        self._kept: dict[str, ResidentCache] = {}
         self._pinned: set[str] = set()
-        self._guest: Guest | None = None
+        self._guest: DraftCache | None = None
         self.budget_bytes = budget_bytes
         self.active = ""
         """The conversation that never makes room."""
-        self.why_gone: dict[str, str] = {}
+        self.drop_reasons: dict[str, str] = {}
         """Why a conversation's cache is not there any more, for the next one who looks for it."""
 
     def fingerprint(self, precision: KVPrecision) -> Fingerprint:
@@ -101,24 +101,24 @@ class Caches:
         """The precision that `auto` means with this model."""
         return KVPrecision(self._fingerprint.kv) if precision is KVPrecision.AUTO else precision
 
-    def get(self, conversation: str) -> Kept | None:
+    def get(self, conversation: str) -> ResidentCache | None:
         """The cache in memory."""
         return self._kept.get(conversation)
 
-    def others(self, conversation: str) -> Iterator[tuple[str, Kept]]:
+    def others(self, conversation: str) -> Iterator[tuple[str, ResidentCache]]:
         """Every other cache in memory that holds something."""
         return ((name, kept) for name, kept in self._kept.items() if name != conversation and kept.kv)
 
-    def put(self, conversation: str, kept: Kept) -> Kept:
+    def put(self, conversation: str, kept: ResidentCache) -> ResidentCache:
         """Makes this the conversation's cache."""
         self._kept[conversation] = kept
         return kept
 
-    def empty(self, precision: KVPrecision) -> Kept:
+    def empty(self, precision: KVPrecision) -> ResidentCache:
         """A new cache that holds nothing."""
-        return Kept(self._new_kv(precision), self.real(precision), precision is KVPrecision.AUTO)
+        return ResidentCache(self._new_kv(precision), self.real(precision), precision is KVPrecision.AUTO)
 
-    def restore(self, conversation: str, saved: Saved, precision: KVPrecision) -> Kept:
+    def restore(self, conversation: str, saved: SavedCache, precision: KVPrecision) -> ResidentCache:
         """Brings a cache from disk into memory; what was there is replaced once the new one is right.
 
         Raises:
@@ -132,7 +132,7 @@ class Caches:
         if before := self._kept.get(conversation):
             before.kv.clear()
         took = time.perf_counter() - started
-        self._timeline.tell(
+        self._event_log.log(
             conversation, CacheEventKind.RESTORE, saved.rows, size=kept.kv.storage_bytes, seconds=took
         )
         return self.put(conversation, kept)
@@ -141,17 +141,17 @@ class Caches:
         """Frees a cache in memory; `why` explains the next read."""
         if kept := self._kept.pop(conversation, None):
             kept.kv.clear()
-        self.why_gone[conversation] = why
+        self.drop_reasons[conversation] = why
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache in memory and on disk, as if it had never been."""
         self.discard(conversation, "")
-        self.why_gone.pop(conversation, None)
+        self.drop_reasons.pop(conversation, None)
         self._pinned.discard(conversation)
         if self._disk:
             self._disk.remove(conversation)
 
-    def host(self, guest: Guest) -> None:
+    def host(self, guest: DraftCache) -> None:
         """Counts a draft model's cache as well; it makes room before any conversation does."""
         self._guest = guest
         guest.room = lambda: self.budget_bytes - self.used_bytes
@@ -179,7 +179,7 @@ class Caches:
         """
         while self.used_bytes + needed_bytes() > self.budget_bytes:
             if self._guest and self.draft_bytes:
-                self._show_out(self._guest)
+                self._evict_least_recent(self._guest)
                 continue
             relief = next_relief(self._held())
             if relief is None:
@@ -189,12 +189,12 @@ class Caches:
                 )
             self._relieve(*relief)
 
-    def _show_out(self, guest: Guest) -> None:
+    def _evict_least_recent(self, guest: DraftCache) -> None:
         """Told to whom it guessed for: the conversation used last."""
         lately = max(self._kept, key=lambda name: self._kept[name].last_used, default="")
         size, tokens = guest.storage_bytes, guest.clear()
         note = "the draft model's own cache: the KV budget was full"
-        self._timeline.tell(self.active or lately, CacheEventKind.DROP, tokens, size=size, note=note)
+        self._event_log.log(self.active or lately, CacheEventKind.DROP, tokens, size=size, note=note)
 
     def _held(self) -> list[Held]:
         return [
@@ -211,11 +211,11 @@ class Caches:
             if kept.kv
         ]
 
-    def _may_be_saved(self, kept: Kept) -> bool:
+    def _may_be_saved(self, kept: ResidentCache) -> bool:
         """A mere prefix would replace the whole that lies on disk."""
-        return self._disk is not None and kept.remember and not kept.prefix_only
+        return self._disk is not None and kept.persist and not kept.prefix_only
 
-    def _may_be_quantised(self, kept: Kept) -> bool:
+    def _may_be_quantised(self, kept: ResidentCache) -> bool:
         exact = kept.precision in (KVPrecision.FP32, KVPrecision.BF16)
         return exact and kept.auto and not kept.prefix_only
 
@@ -238,14 +238,14 @@ class Caches:
         )
         if not saved:
             return False
-        self._timeline.tell(conversation, CacheEventKind.SPILL, len(kept.kv), size=kept.kv.storage_bytes)
+        self._event_log.log(conversation, CacheEventKind.SPILL, len(kept.kv), size=kept.kv.storage_bytes)
         self._leave_prefix(conversation, "")
         return True
 
     def drop(self, conversation: str, why: str) -> None:
         """Frees a cache in memory; what is on disk stays."""
         kept = self._kept[conversation]
-        self._timeline.tell(
+        self._event_log.log(
             conversation, CacheEventKind.DROP, len(kept.kv), size=kept.kv.storage_bytes, note=why
         )
         self._leave_prefix(conversation, why)
@@ -253,7 +253,7 @@ class Caches:
     def _leave_prefix(self, conversation: str, why: str) -> None:
         """Keeps nothing but the system prefix, if no other cache holds that; a prefix goes for good."""
         kept = self._kept[conversation]
-        self.why_gone[conversation] = why
+        self.drop_reasons[conversation] = why
         prefix = kept.kv.ids[: kept.system_end]
         shared = any(other.kv.ids[: len(prefix)] == prefix for _, other in self.others(conversation))
         shrinkable = not kept.kv.states and kept.kv.block == 1 and kept.kv.first_gap >= len(prefix)
@@ -273,7 +273,7 @@ class Caches:
         kept.kv.store_in(self._new_kv(precision).layers)
         kept.precision = precision
         note = f"{before / 1e6:,.1f} MB → {kept.kv.storage_bytes / 1e6:,.1f} MB as {precision.value}: {why}"
-        self._timeline.tell(
+        self._event_log.log(
             conversation, CacheEventKind.CONVERT, len(kept.kv), size=kept.kv.storage_bytes, note=note
         )
 
@@ -289,7 +289,7 @@ class Caches:
 
     def state(self, events: Sequence[CacheEvent] = ()) -> PoolState:
         """Everything, for the screen; the next to go first among those in memory."""
-        going = [held.conversation for held in order_of_going(self._held())]
+        going = [held.conversation for held in eviction_order(self._held())]
         shelved = self._disk.sizes() if self._disk else {}
         hot = [
             self._hot(name, kept, shelved.get(name, 0), going) for name, kept in self._kept.items() if kept.kv
@@ -307,7 +307,7 @@ class Caches:
             self.draft_bytes,
         )
 
-    def _hot(self, name: str, kept: Kept, disk_bytes: int, going: Sequence[str]) -> WarmCache:
+    def _hot(self, name: str, kept: ResidentCache, disk_bytes: int, going: Sequence[str]) -> WarmCache:
         return WarmCache(
             name,
             len(kept.kv),
@@ -327,6 +327,6 @@ class Caches:
             self._disk.close()
         self._kept.clear()
 
-    def tell_of_fork(self, parent: str, child: str, tokens: int) -> None:
+    def log_fork(self, parent: str, child: str, tokens: int) -> None:
         """A fork shares memory: no bytes yet."""
-        self._timeline.tell(child, CacheEventKind.FORK, tokens, note=f"shares the memory of {parent}")
+        self._event_log.log(child, CacheEventKind.FORK, tokens, note=f"shares the memory of {parent}")

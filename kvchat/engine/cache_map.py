@@ -17,8 +17,8 @@ from kvchat.cache.layer import StoredLayer
 from kvchat.cache.prefix import common_prefix
 from kvchat.cache.state_layer import StateLayer
 from kvchat.contract import CacheBlock, CacheMap, Inspect, KVPrecision, LayerGroup, TurnRequest
-from kvchat.engine.cache_manager import Caches, Kept
-from kvchat.engine.disk_tier import DiskTier, Saved
+from kvchat.engine.cache_manager import Caches, ResidentCache
+from kvchat.engine.disk_tier import DiskTier, SavedCache
 from kvchat.engine.model.layout import DTYPES
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.planner import Planner
@@ -73,7 +73,7 @@ def cache_map(
     kept, saved = caches.get(conversation), _saved(request, disk)
     kv = kept.kv if kept else caches.empty(request.kv).kv
     ids = saved.chain.ids if saved and (not kv or (kept and kept.prefix_only)) else kv.ids
-    _, rendered = planner.rendered(request, request.left_out)
+    _, rendered = planner.rendered(request, request.evicted_messages)
     tokens = _Tokens(request, rendered, ids, kept, saved, _sharers(conversation, kv, caches))
     return CacheMap(
         conversation,
@@ -82,7 +82,7 @@ def cache_map(
         kv.storage_bytes,
         (disk.sizes() if disk else {}).get(conversation, 0),
         tuple(sorted(tokens.sharers)),
-        "" if ids else caches.why_gone.get(conversation, ""),
+        "" if ids else caches.drop_reasons.get(conversation, ""),
     )
 
 
@@ -94,8 +94,8 @@ class _Tokens:
         request: TurnRequest,
         rendered: Rendered,
         ids: Sequence[int],
-        kept: Kept | None,
-        saved: Saved | None,
+        kept: ResidentCache | None,
+        saved: SavedCache | None,
         sharers: dict[str, int],
     ) -> None:
         self.ids = ids
@@ -137,7 +137,7 @@ class _Tokens:
         if token >= self._known:
             return None, ""
         place = bisect_right(self._ends, token)
-        message = message_of(place, self._request, self._request.left_out)
+        message = message_of(place, self._request, self._request.evicted_messages)
         if place == len(self._ends):
             return message, TEMPLATE
         return message, self._request.messages[message].role
@@ -203,9 +203,9 @@ def _sharers(conversation: str, kv: ConversationKV, caches: Caches) -> dict[str,
     }
 
 
-def _saved(request: TurnRequest, disk: DiskTier | None) -> Saved | None:
+def _saved(request: TurnRequest, disk: DiskTier | None) -> SavedCache | None:
     """What lies on disk; what is damaged counts as nothing: the next turn says why it was refused."""
-    if disk is None or not request.remember:
+    if disk is None or not request.persist:
         return None
     with suppress(SnapshotRefused):
         return disk.find(request.conversation)

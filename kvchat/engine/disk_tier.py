@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvchat.cache.disk.disk_store import Chain, Shelf
+from kvchat.cache.disk.disk_store import Chain, DiskStore
 from kvchat.cache.disk.snapshot import load
-from kvchat.cache.disk.writer import Saver, SaveResult
+from kvchat.cache.disk.writer import DiskWriter, SaveResult
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.prefix import gap_bounds, reusable_prefix
@@ -15,7 +15,7 @@ OnSaved = Callable[[SaveResult], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedCache:
     """A conversation's cache on disk, as its headers tell it."""
 
     chain: Chain
@@ -41,20 +41,20 @@ class Saved:
         first, end = gap_bounds(self.chain.rows, len(self.chain.ids))
         if same <= end or not gaps:
             same = min(same, first)
-        marks = [m for segment in self.chain.segments for m in segment.header.marks]
-        return max((m for m in marks if m <= same), default=0) if marks else same
+        checkpoints = [m for segment in self.chain.segments for m in segment.header.checkpoints]
+        return max((m for m in checkpoints if m <= same), default=0) if checkpoints else same
 
 
 class DiskTier:
     """Saves in a thread of its own; everything else is asked and answered at once."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: DiskStore) -> None:
         self._shelf = shelf
         self.on_saved: OnSaved = lambda _result: None
         """Called from the saving thread."""
         self._unsaved: set[str] = set()
         """Conversations of which nothing on disk can be continued: the next save starts over."""
-        self._saver = Saver(shelf, self._note)
+        self._saver = DiskWriter(shelf, self._note)
 
     def _note(self, result: SaveResult) -> None:
         self._unsaved.update(result.removed)
@@ -67,7 +67,7 @@ class DiskTier:
         """What all saved caches may take."""
         return self._shelf.cap_bytes
 
-    def find(self, conversation: str) -> Saved | None:
+    def find(self, conversation: str) -> SavedCache | None:
         """What is saved of a conversation.
 
         Raises:
@@ -75,9 +75,9 @@ class DiskTier:
         """
         self._saver.wait(conversation)
         chain = self._shelf.chain(conversation)
-        return Saved(chain) if chain.segments else None
+        return SavedCache(chain) if chain.segments else None
 
-    def restore(self, saved: Saved, kv: ConversationKV, fingerprint: Fingerprint) -> None:
+    def restore(self, saved: SavedCache, kv: ConversationKV, fingerprint: Fingerprint) -> None:
         """Fills an empty cache.
 
         Raises:

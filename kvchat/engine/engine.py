@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from kvchat.cache.disk.writer import SaveResult
 from kvchat.contract import (
-    CacheAct,
+    CacheCommand,
     CacheEventKind,
     CacheMode,
-    Count,
+    CountTokens,
     PoolState,
     PromptMessage,
     Refused,
@@ -29,17 +29,17 @@ from kvchat.contract import (
 )
 from kvchat.engine import miss_reason
 from kvchat.engine.cache_commands import do
-from kvchat.engine.cache_manager import Caches, Kept
-from kvchat.engine.disk_tier import DiskTier, Saved
-from kvchat.engine.event_log import Timeline
+from kvchat.engine.cache_manager import Caches, ResidentCache
+from kvchat.engine.disk_tier import DiskTier, SavedCache
+from kvchat.engine.event_log import EventLog
 from kvchat.engine.model.fingerprint import identify
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.planner import Lent, Plan, Planner, Rate
+from kvchat.engine.planner import Planner, Rate, SharedPrefix, TurnPlan
 from kvchat.engine.prompt import Renderer
 from kvchat.engine.speculative import Drafter, PromptLookup
 from kvchat.engine.token_spans import spans_at_end, spans_at_start
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
-from kvchat.engine.turn_timer import Meter
+from kvchat.engine.turn_timer import TurnTimer
 from kvchat.errors import KvchatError
 
 UNBOUNDED = 1 << 62
@@ -73,19 +73,19 @@ class LocalEngine:
         self._loaded = loaded
         self._disk = disk
         self._report = report
-        self._timeline = Timeline()
+        self._event_log = EventLog()
         frequencies = loaded.shape.rotary_frequencies
         fingerprint = identify(loaded.facts, loaded.revision, loaded.template, frequencies)
         if disk:
             disk.on_saved = self._note_saved
-        self.caches = Caches(loaded.new_kv, fingerprint, budget_bytes, disk, self._timeline)
+        self.caches = Caches(loaded.new_kv, fingerprint, budget_bytes, disk, self._event_log)
         renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
         self.planner = Planner(loaded.facts, renderer, self.caches, disk, Rate())
         self._tools = Tools(
             loaded,
             self.caches,
             self.planner,
-            self._timeline,
+            self._event_log,
             prefill_chunk,
             self._is_stopped,
             new_drafter,
@@ -95,7 +95,7 @@ class LocalEngine:
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         """Answers; every failure becomes a `TurnFailed`, and the cache stays consistent."""
-        meter = Meter()
+        meter = TurnTimer()
         self.caches.active = request.conversation
         try:
             with self._loaded.stopping(lambda: self._is_stopped(request.turn)):
@@ -114,7 +114,7 @@ class LocalEngine:
         """Ends whatever turn runs, and every later one: nobody listens any more."""
         self._closing = True
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         """Does something to the caches and reports what came of it."""
         try:
             for report in do(act, self.caches, self.planner, self._loaded, self._disk):
@@ -124,7 +124,7 @@ class LocalEngine:
         except Exception as error:  # as in a turn
             traceback.print_exc()
             self._report(Refused(f"The engine failed: {type(error).__name__}: {error}"))
-        if not isinstance(act, Count):
+        if not isinstance(act, CountTokens):
             self._report(self.pool())
 
     def forget(self, conversation: str) -> None:
@@ -138,28 +138,32 @@ class LocalEngine:
 
     def pool(self) -> PoolState:
         """Every cache there is, and what happened to them since the last time."""
-        return self.caches.state(self._timeline.take())
+        return self.caches.state(self._event_log.take())
 
     def _note_saved(self, result: SaveResult) -> None:
         """Called from the saving thread."""
         kind = CacheEventKind.REFUSE if result.error else CacheEventKind.SAVE
         took, size = result.seconds, result.bytes
         conversation, note = result.conversation, result.error
-        self._timeline.tell(conversation, kind, result.tokens, size=size, seconds=took, note=note)
+        self._event_log.log(conversation, kind, result.tokens, size=size, seconds=took, note=note)
         for other in result.removed:
-            self._timeline.tell(other, CacheEventKind.DROP, 0, note="removed from disk: its cap was reached")
+            self._event_log.log(other, CacheEventKind.DROP, 0, note="removed from disk: its cap was reached")
 
-    def _answer(self, request: TurnRequest, meter: Meter) -> Iterator[TurnEvent]:
+    def _answer(self, request: TurnRequest, meter: TurnTimer) -> Iterator[TurnEvent]:
         plan = self.planner.plan(request)
         kept, plan = self._take(request, plan, meter)
         # after an eviction that left a gap, the model sees fewer tokens than the conversation has
         meter.reused_tokens = len(kept.kv)
         meter.prompt_tokens = meter.reused_tokens + len(plan.unread)
         meter.reuse_note = plan.note
-        kept.messages, kept.left_out, kept.remember = plan.messages, plan.left_out, request.remember
+        kept.messages, kept.evicted_messages, kept.persist = (
+            plan.messages,
+            plan.evicted_messages,
+            request.persist,
+        )
         system = plan.messages[0].role == "system"
         kept.system_end = plan.rendered.ends[0] if system else 0
-        self._tell_of_reuse(request, plan)
+        self._log_reuse(request, plan)
         yield TurnStarted(
             request.turn,
             meter.prompt_tokens,
@@ -174,13 +178,13 @@ class LocalEngine:
         yield from turn.run()
         yield self._finish(turn, plan)
 
-    def _finish(self, turn: Turn, planned: Plan) -> TurnFinished:
+    def _finish(self, turn: Turn, planned: TurnPlan) -> TurnFinished:
         request, kept, answer, plan = turn.request, turn.kept, turn.answer, turn.plan
         ids = tuple(i for i in answer.ids if i not in self._loaded.end_ids)
         said = PromptMessage("assistant", answer.text, ids, self.facts.tokenizer)
         kept.messages = answered(plan.messages, said)
         kept.last_used = time.time()
-        kept.kv.mark()
+        kept.kv.checkpoint()
         stats = turn.meter.stats(
             request.mode,
             replace(self.facts, context_limit=plan.limit, kv_dtype=kept.precision.value),
@@ -196,22 +200,29 @@ class LocalEngine:
         else:
             self.caches.discard(request.conversation, miss_reason.WHEN_DISCARDED[request.mode])
         return TurnFinished(
-            request.turn, answer.text, ids, self.facts.tokenizer, stats, self.pool(), plan.left_out, spans
+            request.turn,
+            answer.text,
+            ids,
+            self.facts.tokenizer,
+            stats,
+            self.pool(),
+            plan.evicted_messages,
+            spans,
         )
 
-    def _take(self, request: TurnRequest, plan: Plan, meter: Meter) -> tuple[Kept, Plan]:
+    def _take(self, request: TurnRequest, plan: TurnPlan, meter: TurnTimer) -> tuple[ResidentCache, TurnPlan]:
         """The cache that the turn starts from, cropped to what it reuses."""
         source, conversation = plan.source, request.conversation
-        if isinstance(source, Saved):
+        if isinstance(source, SavedCache):
             try:
                 return self._restored(request, plan, source, meter), plan
             except KvchatError as error:
-                self._timeline.tell(conversation, CacheEventKind.REFUSE, 0, note=str(error))
-                self.caches.why_gone[conversation] = str(error)
+                self._event_log.log(conversation, CacheEventKind.REFUSE, 0, note=str(error))
+                self.caches.drop_reasons[conversation] = str(error)
                 self._remove_saved(conversation)
                 return self._take(request, self.planner.plan(request), meter)
-        if isinstance(source, Lent):
-            return self._lent(request, plan, source), plan
+        if isinstance(source, SharedPrefix):
+            return self._with_shared_prefix(request, plan, source), plan
         kept = self.caches.get(conversation)
         if request.mode is not CacheMode.ON or kept is None or not self.planner.fits(kept, request.kv):
             if kept:
@@ -221,7 +232,9 @@ class LocalEngine:
         kept.prefix_only = False
         return kept, plan
 
-    def _restored(self, request: TurnRequest, plan: Plan, saved: Saved, meter: Meter) -> Kept:
+    def _restored(
+        self, request: TurnRequest, plan: TurnPlan, saved: SavedCache, meter: TurnTimer
+    ) -> ResidentCache:
         """The cache from disk, verified, in memory of its own."""
         assert self._disk is not None
         started = time.perf_counter()
@@ -231,12 +244,14 @@ class LocalEngine:
         meter.restored_tokens = len(kept.kv)
         return kept
 
-    def _lent(self, request: TurnRequest, plan: Plan, source: Lent) -> Kept:
+    def _with_shared_prefix(
+        self, request: TurnRequest, plan: TurnPlan, source: SharedPrefix
+    ) -> ResidentCache:
         lender = self.caches.get(source.lender)
         assert lender is not None
         kept = self.caches.empty(request.kv)
         kept.kv = lender.kv.fork(plan.reused)
-        self._timeline.tell(
+        self._event_log.log(
             request.conversation, CacheEventKind.LEND, plan.reused, note=f"from {source.lender}"
         )
         return self.caches.put(request.conversation, kept)
@@ -248,9 +263,9 @@ class LocalEngine:
     def _is_stopped(self, turn: str) -> bool:
         return self._closing or self._stopped_turn == turn
 
-    def _tell_of_reuse(self, request: TurnRequest, plan: Plan) -> None:
+    def _log_reuse(self, request: TurnRequest, plan: TurnPlan) -> None:
         if plan.miss:
             note = miss_reason.sentence(plan.miss)
-            self._timeline.tell(request.conversation, CacheEventKind.MISS, plan.miss.tokens, note=note)
+            self._event_log.log(request.conversation, CacheEventKind.MISS, plan.miss.tokens, note=note)
         if plan.reused:
-            self._timeline.tell(request.conversation, CacheEventKind.REUSE, plan.reused)
+            self._event_log.log(request.conversation, CacheEventKind.REUSE, plan.reused)

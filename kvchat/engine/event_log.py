@@ -5,13 +5,13 @@ import time
 from kvchat.contract import CacheEvent, CacheEventKind
 
 
-class Timeline:
+class EventLog:
     """Collects events."""
 
     def __init__(self) -> None:
         self._events: list[CacheEvent] = []
 
-    def tell(
+    def log(
         self,
         conversation: str,
         kind: CacheEventKind,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.contract import Report
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
@@ -38,7 +38,7 @@ def open_engine(
         KvchatError: the other model has another tokenizer.
     """
     available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
-    disk = DiskTier(Shelf(folder, disk_cap)) if folder and disk_cap else None
+    disk = DiskTier(DiskStore(folder, disk_cap)) if folder and disk_cap else None
     guesser = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
     engine = LocalEngine(
         loaded,

@@ -15,16 +15,16 @@ CACHE_WAS_OFF = "the cache was off in the last turn"
 CACHE_WAS_PER_TURN = "the cache was thrown away after the last turn"
 NOT_READ_YET = "not read since the engine started"
 CHANGED_SINCE_SAVED = "the conversation was changed after its cache was saved"
-NOT_KEPT = "what follows was not kept: its reading was stopped, or it was answered without a cache"
+NOT_CACHED = "what follows was not kept: its reading was stopped, or it was answered without a cache"
 TEMPLATE_REWROTE = "the chat template writes earlier messages differently now"
 REASONING_DROPPED = "the chat template dropped the reasoning of an earlier answer"
 ANOTHER_TOKENIZER = "the model changed: its tokenizer reads the conversation as other tokens"
 TURNS_LEFT_OUT = "older turns were left out because the context was full"
 BEFORE_A_GAP = "tokens were evicted around there: what follows is read again"
-BEFORE_A_MARK = "recurrent layers go back to the last turn's end only"
+BEFORE_A_CHECKPOINT = "recurrent layers go back to the last turn's end only"
 
 WHEN_DISCARDED = {CacheMode.OFF: CACHE_WAS_OFF, CacheMode.TURN: CACHE_WAS_PER_TURN}
-NEVER_KEPT = {CacheMode.OFF: CACHE_IS_OFF, CacheMode.TURN: CACHE_PER_TURN}
+NEVER_CACHED = {CacheMode.OFF: CACHE_IS_OFF, CacheMode.TURN: CACHE_PER_TURN}
 
 SHOWN_TOKENS = 6
 """Of each side of a difference."""
@@ -45,7 +45,7 @@ def read_before(rendered: Rendered) -> int:
 
 
 def explain_difference(
-    before: Sequence[PromptMessage], now: Sequence[PromptMessage], left_out: int = 0
+    before: Sequence[PromptMessage], now: Sequence[PromptMessage], evicted_messages: int = 0
 ) -> str:
     """What changed between the conversation that was read and the one to be read now.
 
@@ -55,7 +55,7 @@ def explain_difference(
     if _system(before) != _system(now):
         return "system prompt edited"
     spoken, asked = _spoken(before), _spoken(now)
-    for number, (old, new) in enumerate(zip(spoken, asked, strict=False), start=left_out + 1):
+    for number, (old, new) in enumerate(zip(spoken, asked, strict=False), start=evicted_messages + 1):
         if (old.role, old.text) != (new.role, new.text):
             return f"message {number} edited"
     if any(m.role == "assistant" and "</think>" in m.text for m in spoken):

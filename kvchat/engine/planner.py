@@ -20,39 +20,39 @@ from kvchat.contract import (
     TurnRequest,
 )
 from kvchat.engine import miss_reason
-from kvchat.engine.cache_manager import Caches, Kept
-from kvchat.engine.disk_tier import DiskTier, Saved
+from kvchat.engine.cache_manager import Caches, ResidentCache
+from kvchat.engine.disk_tier import DiskTier, SavedCache
 from kvchat.engine.eviction import SHRUNK_TO, layout_of, messages_to_drop, without_oldest
 from kvchat.engine.prompt import Rendered, Renderer
 from kvchat.errors import KvchatError
 
-LEAST_LOAN = 16
+LEAST_SHARED = 16
 """Tokens that another conversation's cache must save before it is shared."""
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class OwnCache:
     """The conversation's cache in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lent:
+class SharedPrefix:
     """The prefix of another conversation's cache."""
 
     lender: str
 
 
-Source = Own | Lent | Saved
+Source = OwnCache | SharedPrefix | SavedCache
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TurnPlan:
     """One turn, decided."""
 
     messages: tuple[PromptMessage, ...]
     """Those that are not left out."""
     rendered: Rendered
-    left_out: int
+    evicted_messages: int
     evicted_tokens: int
     """Tokens of the messages that are left out from this turn on."""
     limit: int
@@ -110,7 +110,7 @@ class Planner:
         """Tokens of a typed text by itself."""
         return self._renderer.count(text)
 
-    def plan(self, request: TurnRequest) -> Plan:
+    def plan(self, request: TurnRequest) -> TurnPlan:
         """Decides a turn; nothing changes.
 
         Raises:
@@ -118,26 +118,30 @@ class Planner:
         """
         self.rate.hint(request.known_prefill_tok_s)
         limit = self.limit(request)
-        left_out, before = request.left_out, 0
-        messages, rendered = self.rendered(request, left_out)
+        evicted_messages, before = request.evicted_messages, 0
+        messages, rendered = self.rendered(request, evicted_messages)
         if request.policy is EvictionPolicy.TURNS or (request.mode is CacheMode.OFF and self._gap(request)):
-            left_out, before = self._leave_out(request, rendered, limit)
-        if left_out != request.left_out:
-            messages, rendered = self.rendered(request, left_out)
+            evicted_messages, before = self._set_evicted(request, rendered, limit)
+        if evicted_messages != request.evicted_messages:
+            messages, rendered = self.rendered(request, evicted_messages)
         if self._least(request, messages, rendered) >= limit:
             self._refuse(request, rendered, limit)
         if self._gap(request) and self._facts.gap_refusal:
             raise KvchatError(f"The policy {request.policy} can't be used: {self._facts.gap_refusal}")
         evicted = max(0, before - len(rendered.ids))
         source, reused, refused = self._source(request, rendered)
-        miss = self._miss(request, messages, rendered, (source, reused), left_out, refused)
+        miss = self._miss(request, messages, rendered, (source, reused), evicted_messages, refused)
         note = self._note(request, messages, miss)
         rows = self._rows(request, source, reused)
-        return Plan(messages, rendered, left_out, evicted, limit, source, reused, rows, miss, note)
+        return TurnPlan(
+            messages, rendered, evicted_messages, evicted, limit, source, reused, rows, miss, note
+        )
 
-    def rendered(self, request: TurnRequest, left_out: int) -> tuple[tuple[PromptMessage, ...], Rendered]:
+    def rendered(
+        self, request: TurnRequest, evicted_messages: int
+    ) -> tuple[tuple[PromptMessage, ...], Rendered]:
         """The messages without the oldest ones, and what the model reads of them."""
-        messages = without_oldest(request.messages, left_out)
+        messages = without_oldest(request.messages, evicted_messages)
         return messages, self._renderer.render(messages, request.today)
 
     def limit(self, request: TurnRequest) -> int:
@@ -148,11 +152,11 @@ class Planner:
         kv = kept.kv if kept and self.fits(kept, request.kv) else self._caches.empty(request.kv).kv
         return kv.rows_within(self._caches.budget_bytes, self._facts.context_limit)
 
-    def more_to_leave_out(self, request: TurnRequest, plan: Plan, answer: int) -> int:
+    def more_to_evict(self, request: TurnRequest, plan: TurnPlan, answer: int) -> int:
         """How many messages are left out once the answer has filled the context in mid-turn."""
-        return self._shrunk(request, plan.left_out, int(plan.limit * SHRUNK_TO) - answer)
+        return self._shrunk(request, plan.evicted_messages, int(plan.limit * SHRUNK_TO) - answer)
 
-    def preview(self, request: TurnRequest, plan: Plan) -> str:
+    def preview(self, request: TurnRequest, plan: TurnPlan) -> str:
         """What the policy would drop if it had to act now."""
         policy = POLICIES[request.policy.value]
         layout = layout_of(plan.messages, plan.rendered)
@@ -177,26 +181,26 @@ class Planner:
     def _gap(self, request: TurnRequest) -> bool:
         return POLICIES[request.policy.value].leaves_gap
 
-    def _leave_out(self, request: TurnRequest, rendered: Rendered, limit: int) -> tuple[int, int]:
+    def _set_evicted(self, request: TurnRequest, rendered: Rendered, limit: int) -> tuple[int, int]:
         """(messages to leave out, tokens of the prompt with them)."""
         reserve = min(request.sampling.max_tokens, limit // 8)
         before = len(rendered.ids)
         if before + reserve <= limit:
-            return request.left_out, before
-        return self._shrunk(request, request.left_out, int(limit * SHRUNK_TO)), before
+            return request.evicted_messages, before
+        return self._shrunk(request, request.evicted_messages, int(limit * SHRUNK_TO)), before
 
-    def _shrunk(self, request: TurnRequest, left_out: int, target: int) -> int:
+    def _shrunk(self, request: TurnRequest, evicted_messages: int, target: int) -> int:
         """Messages to leave out until the prompt has at most `target` tokens, or only one turn is left.
 
         Not all at once: what a template puts before the first message stays, whichever message is the first.
         """
         while True:
-            messages, rendered = self.rendered(request, left_out)
+            messages, rendered = self.rendered(request, evicted_messages)
             fits = len(rendered.ids) <= target
             more = 0 if fits else messages_to_drop(messages, rendered, target)
             if not more:
-                return left_out
-            left_out += more
+                return evicted_messages
+            evicted_messages += more
 
     def _least(self, request: TurnRequest, messages: Sequence[PromptMessage], rendered: Rendered) -> int:
         """Tokens that have to fit at once, whatever the policy lets go of."""
@@ -221,19 +225,19 @@ class Planner:
             f"so there is no room for an answer. {choices}"
         )
 
-    def fits(self, kept: Kept, asked: KVPrecision) -> bool:
+    def fits(self, kept: ResidentCache, asked: KVPrecision) -> bool:
         """Whether a cache is stored as asked; one that may be lowered may have been."""
         return kept.precision is self._caches.real(asked) or (asked is KVPrecision.AUTO and kept.auto)
 
     def _source(self, request: TurnRequest, rendered: Rendered) -> tuple[Source, int, str]:
         """(where the reused tokens come from, how many they are, why a cache was refused)."""
         if request.mode is not CacheMode.ON:
-            return Own(), 0, ""
-        best: tuple[Source, int] = (Own(), 0)
+            return OwnCache(), 0, ""
+        best: tuple[Source, int] = (OwnCache(), 0)
         refused = ""
         kept = self._caches.get(request.conversation)
         if kept and self.fits(kept, request.kv):
-            best = (Own(), self.reusable(kept.kv, rendered.ids, gaps=self._gap(request)))
+            best = (OwnCache(), self.reusable(kept.kv, rendered.ids, gaps=self._gap(request)))
         elif kept:
             refused = f"KV precision changed: {kept.precision} → {self._caches.real(request.kv)}"
         hot = kept is not None and not refused and not kept.prefix_only
@@ -247,13 +251,13 @@ class Planner:
             if other.precision is self._caches.real(request.kv)
         ]
         reach, lender = max(loans, default=(0, ""))
-        if reach > best[1] + LEAST_LOAN:
-            best = (Lent(lender), reach)
+        if reach > best[1] + LEAST_SHARED:
+            best = (SharedPrefix(lender), reach)
         return *best, refused or why
 
-    def _saved(self, request: TurnRequest) -> tuple[Saved | None, str]:
+    def _saved(self, request: TurnRequest) -> tuple[SavedCache | None, str]:
         """What lies on disk and may be used, or why it may not."""
-        if self._disk is None or not request.remember:
+        if self._disk is None or not request.persist:
             return None, ""
         try:
             saved = self._disk.find(request.conversation)
@@ -270,10 +274,10 @@ class Planner:
 
     def _rows(self, request: TurnRequest, source: Source, reused: int) -> int:
         """Rows that the cache keeps for so many tokens."""
-        if isinstance(source, Lent) or not reused:
+        if isinstance(source, SharedPrefix) or not reused:
             return reused
         kept = self._caches.get(request.conversation)
-        rows = source.chain.rows if isinstance(source, Saved) else kept.kv.rows if kept else ()
+        rows = source.chain.rows if isinstance(source, SavedCache) else kept.kv.rows if kept else ()
         return bisect_left(rows, reused)
 
     def reusable(self, kv: ConversationKV, prompt: Sequence[int], *, gaps: bool = False) -> int:
@@ -291,7 +295,7 @@ class Planner:
         messages: Sequence[PromptMessage],
         rendered: Rendered,
         found: tuple[Source, int],
-        left_out: int,
+        evicted_messages: int,
         refused: str,
     ) -> Miss | None:
         """Why tokens of earlier messages are read again; None where none are."""
@@ -302,42 +306,47 @@ class Planner:
             return None
         price = self.rate.seconds(again)
         kept = self._caches.get(request.conversation)
-        if isinstance(source, Saved):
+        if isinstance(source, SavedCache):
             held: Sequence[int] = source.chain.ids
         elif kept and kept.kv and not kept.prefix_only and not refused:
             held = kept.kv.ids
         else:
-            gone = self._caches.why_gone.get(request.conversation, "")
+            gone = self._caches.drop_reasons.get(request.conversation, "")
             return Miss(refused or gone or miss_reason.NOT_READ_YET, again, price)
         token, message, was, now = miss_reason.difference_at(held, rendered, self._renderer.decode)
         if message < len(messages) and messages[0].role != "system":
             message += 1
-        message += left_out if message else 0
-        if kept and not isinstance(source, Saved):
-            cause = self._cause(request, kept, messages, left_out, token)
+        message += evicted_messages if message else 0
+        if kept and not isinstance(source, SavedCache):
+            cause = self._cause(request, kept, messages, evicted_messages, token)
         else:
-            cause = miss_reason.CHANGED_SINCE_SAVED if token < len(held) else miss_reason.NOT_KEPT
+            cause = miss_reason.CHANGED_SINCE_SAVED if token < len(held) else miss_reason.NOT_CACHED
         before = miss_reason.text_before(rendered, token, self._renderer.decode)
         return Miss(cause, again, price, token, was, now, message, before)
 
     def _cause(
-        self, request: TurnRequest, kept: Kept, messages: Sequence[PromptMessage], left_out: int, token: int
+        self,
+        request: TurnRequest,
+        kept: ResidentCache,
+        messages: Sequence[PromptMessage],
+        evicted_messages: int,
+        token: int,
     ) -> str:
-        if left_out != kept.left_out:
+        if evicted_messages != kept.evicted_messages:
             return miss_reason.TURNS_LEFT_OUT
         if kept.kv.has_gap and (token <= kept.kv.last_gap_end or not self._gap(request)):
             return miss_reason.BEFORE_A_GAP
         if kept.kv.states and token >= len(kept.kv.ids):
-            return miss_reason.BEFORE_A_MARK
+            return miss_reason.BEFORE_A_CHECKPOINT
         if token >= len(kept.kv.ids):
-            return miss_reason.NOT_KEPT
+            return miss_reason.NOT_CACHED
         if not kept.messages:  # it came from disk, where there are no texts
             return miss_reason.CHANGED_SINCE_SAVED
-        return miss_reason.explain_difference(kept.messages, messages, left_out)
+        return miss_reason.explain_difference(kept.messages, messages, evicted_messages)
 
     def _note(self, request: TurnRequest, messages: Sequence[PromptMessage], miss: Miss | None) -> str:
         if not miss_reason.has_history(messages):
             return ""
         if request.mode is not CacheMode.ON:
-            return miss_reason.NEVER_KEPT[request.mode]
+            return miss_reason.NEVER_CACHED[request.mode]
         return miss.cause if miss else ""

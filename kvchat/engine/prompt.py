@@ -33,7 +33,7 @@ ENCODED_RUNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TextSpan:
     """Where a message's text stands in the rendered conversation, in characters."""
 
     start: int
@@ -86,12 +86,16 @@ class Renderer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _ids(
-        self, messages: Sequence[PromptMessage], texts: Sequence[str], rendered: str, spans: Sequence[Span]
+        self,
+        messages: Sequence[PromptMessage],
+        texts: Sequence[str],
+        rendered: str,
+        spans: Sequence[TextSpan],
     ) -> Rendered:
         """Generated ids where they stand for exactly the rendered text, encoded text everywhere else."""
         ids: list[int] = []
         ends = [0] * len(messages)
-        position, waiting = 0, list[Span]()
+        position, waiting = 0, list[TextSpan]()
         for span in spans:
             message = messages[span.message]
             whole = rendered[span.start : span.end] == texts[span.message]
@@ -109,7 +113,7 @@ class Renderer:
         return Rendered(tuple(ids), tuple(ends))
 
     def _add_run(
-        self, ids: list[int], ends: list[int], rendered: str, run: range, spans: Sequence[Span]
+        self, ids: list[int], ends: list[int], rendered: str, run: range, spans: Sequence[TextSpan]
     ) -> None:
         """Encodes a run of characters, and notes where the messages inside it end."""
         run_ids, starts = self._encode_run(rendered[run.start : run.stop])
@@ -148,7 +152,7 @@ class Renderer:
         return DATE.sub(lambda call: repr(moment.strftime(call["format"])), template)
 
 
-def find_texts(rendered: str, skeleton: str, texts: Sequence[str]) -> list[Span]:
+def find_texts(rendered: str, skeleton: str, texts: Sequence[str]) -> list[TextSpan]:
     """Where each message's text went, by laying the skeleton (numbers for texts) over the rendering.
 
     Templates may strip a text or drop the reasoning of an old answer; both are recognised. Where a template
@@ -162,7 +166,7 @@ def find_texts(rendered: str, skeleton: str, texts: Sequence[str]) -> list[Span]
         shown = next((v for v in _variants(texts[number]) if rendered.startswith(v + glue, position)), None)
         if shown is None:
             break
-        spans.append(Span(position, position + len(shown), number))
+        spans.append(TextSpan(position, position + len(shown), number))
         position += len(shown) + len(glue)
     return spans
 

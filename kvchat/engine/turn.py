@@ -24,16 +24,16 @@ from kvchat.contract import (
     TurnEvent,
     TurnRequest,
 )
-from kvchat.engine.cache_manager import Caches, Kept
+from kvchat.engine.cache_manager import Caches, ResidentCache
 from kvchat.engine.detokenizer import Detokenizer
-from kvchat.engine.event_log import Timeline
+from kvchat.engine.event_log import EventLog
 from kvchat.engine.eviction import Room, evict_rows, keep_positions, layout_of
 from kvchat.engine.model.forward import Stopped
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.planner import Plan, Planner
+from kvchat.engine.planner import Planner, TurnPlan
 from kvchat.engine.sampler import Sampler
 from kvchat.engine.speculative import Drafter
-from kvchat.engine.turn_timer import Meter
+from kvchat.engine.turn_timer import TurnTimer
 from kvchat.errors import KvchatError
 
 PREFILL_CHUNK = 512
@@ -49,7 +49,7 @@ class Tools:
     loaded: LoadedModel
     caches: Caches
     planner: Planner
-    timeline: Timeline
+    event_log: EventLog
     prefill_chunk: int
     is_stopped: Callable[[str], bool]
     new_drafter: Callable[[], Drafter | None]
@@ -68,7 +68,9 @@ class Answer:
 class Turn:
     """One turn under way."""
 
-    def __init__(self, tools: Tools, request: TurnRequest, plan: Plan, kept: Kept, meter: Meter) -> None:
+    def __init__(
+        self, tools: Tools, request: TurnRequest, plan: TurnPlan, kept: ResidentCache, meter: TurnTimer
+    ) -> None:
         self._tools = tools
         self._loaded = tools.loaded
         self.request = request
@@ -196,7 +198,7 @@ class Turn:
                 yield from self._evict_rows()
                 self._check_fits(end - done)
             if end == len(unread):
-                self.kept.kv.mark()
+                self.kept.kv.checkpoint()
             logits = self._read(unread[done:end])
             done = end
             meter.read(done)
@@ -230,7 +232,7 @@ class Turn:
             self._unshare(len(ids))
             if self._leaves_gaps and (room := keep_positions(self._loaded, self.kept.kv, len(ids))):
                 self.reader.evaluated += room.reread
-                self._tools.timeline.tell(self.request.conversation, CacheEventKind.EVICT, 0, note=room.note)
+                self._tools.event_log.log(self.request.conversation, CacheEventKind.EVICT, 0, note=room.note)
         return self.reader.read(ids, keep)
 
     def _unshare(self, tokens: int) -> None:
@@ -240,7 +242,7 @@ class Turn:
             took = time.perf_counter() - started
             note = "copied out of the memory it shared"
             conversation = self.request.conversation
-            self._tools.timeline.tell(
+            self._tools.event_log.log(
                 conversation, CacheEventKind.FORK, len(kv), size=copied, seconds=took, note=note
             )
 
@@ -256,16 +258,18 @@ class Turn:
             return answer.ids[-1:] if len(self.kept.kv) < before else []
         if request.policy is not EvictionPolicy.TURNS:
             return []
-        left_out = self._tools.planner.more_to_leave_out(request, self.plan, len(answer.ids))
-        if left_out == self.plan.left_out:
+        evicted_messages = self._tools.planner.more_to_evict(request, self.plan, len(answer.ids))
+        if evicted_messages == self.plan.evicted_messages:
             return []
-        messages, rendered = self._tools.planner.rendered(request, left_out)
+        messages, rendered = self._tools.planner.rendered(request, evicted_messages)
         if len(rendered.ids) + len(answer.ids) >= self.plan.limit:
             return []
         dropped = len(self.plan.rendered.ids) - len(rendered.ids)
-        self.plan = replace(self.plan, messages=messages, rendered=rendered, left_out=left_out)
+        self.plan = replace(
+            self.plan, messages=messages, rendered=rendered, evicted_messages=evicted_messages
+        )
         yield self._evicted(dropped)
-        self.kept.messages, self.kept.left_out = messages, left_out
+        self.kept.messages, self.kept.evicted_messages = messages, evicted_messages
         if request.mode is CacheMode.OFF:
             self.reader = self._loaded.uncached_reader(self.reader.evaluated)
             return self._tokens
@@ -292,15 +296,17 @@ class Turn:
         self.reader.evaluated += room.reread
         self.meter.evicted_tokens += room.tokens
         if room.tokens:
-            self._tools.timeline.tell(request.conversation, CacheEventKind.EVICT, room.tokens, note=room.note)
-            yield Evicted(request.turn, room.tokens, room.note, self.plan.left_out)
+            self._tools.event_log.log(request.conversation, CacheEventKind.EVICT, room.tokens, note=room.note)
+            yield Evicted(request.turn, room.tokens, room.note, self.plan.evicted_messages)
 
     def _evicted(self, tokens: int) -> Evicted:
         """Whole messages were left out."""
         self.meter.evicted_tokens += tokens
-        note = f"the {self.plan.left_out} oldest messages are left out; what stays is read again: exact"
-        self._tools.timeline.tell(self.request.conversation, CacheEventKind.EVICT, tokens, note=note)
-        return Evicted(self.request.turn, tokens, note, self.plan.left_out)
+        note = (
+            f"the {self.plan.evicted_messages} oldest messages are left out; what stays is read again: exact"
+        )
+        self._tools.event_log.log(self.request.conversation, CacheEventKind.EVICT, tokens, note=note)
+        return Evicted(self.request.turn, tokens, note, self.plan.evicted_messages)
 
     def _end(self) -> FinishReason | None:
         if self._tools.is_stopped(self.request.turn):

@@ -9,7 +9,7 @@ from kvchat.contract import CacheMode, FinishReason, ModelFacts, TurnStats
 
 
 @dataclass(slots=True)
-class Meter:
+class TurnTimer:
     """Clocks of one turn, started when the request arrives; seconds."""
 
     started: float = field(default_factory=time.perf_counter)

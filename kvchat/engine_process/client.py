@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from kvchat.contract import (
-    CacheAct,
+    CacheCommand,
     Died,
     Loading,
     Ready,
@@ -93,7 +93,7 @@ class LinkedEngine:
         """Ends that turn soon."""
         self._outbox.put(Stop(turn))
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         """Does something to the caches, after the turn under way; reports come as a status."""
         if self._dead:
             self._on_status(Refused("The engine is not running."))

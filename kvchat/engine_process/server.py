@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from kvchat.contract import CacheAct, Died, Loading, Ready, Refused, Tokens, TurnEvent, TurnRequest
+from kvchat.contract import CacheCommand, Died, Loading, Ready, Refused, Tokens, TurnEvent, TurnRequest
 from kvchat.engine_process.diagnostics import report_on_signal
 from kvchat.engine_process.openmp import wait_politely
 from kvchat.errors import KvchatError
@@ -61,7 +61,7 @@ class Forget:
     conversation: str
 
 
-Request = TurnRequest | Stop | Forget | CacheAct
+Request = TurnRequest | Stop | Forget | CacheCommand
 
 
 def batched(events: Iterator[TurnEvent], seconds: float = BATCH_S) -> Iterator[TurnEvent]:
@@ -118,7 +118,7 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
     draft = load_draft(options.draft, options.draft_folder, options.threads)
     kv = options.kv_budget, options.kv_folder, options.kv_disk
     engine = open_engine(loaded, *kv, pipe.send, draft)
-    requests: SimpleQueue[TurnRequest | Forget | CacheAct | None] = SimpleQueue()
+    requests: SimpleQueue[TurnRequest | Forget | CacheCommand | None] = SimpleQueue()
 
     def receive() -> None:
         with suppress(EOFError, OSError):
@@ -143,7 +143,7 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
             for event in batched(engine.turn(request)):
                 pipe.send(event)
         else:
-            engine.act(request)
+            engine.command(request)
     engine.close()
 
 

@@ -11,15 +11,15 @@ from functools import partial
 
 from kvchat.chat.session import Session
 from kvchat.contract import (
-    Ask,
-    CacheAct,
+    CacheCommand,
     Converted,
+    CostEstimate,
     Died,
+    EstimateCost,
     EvictionPolicy,
     Fork,
     KVPrecision,
     ModelFacts,
-    Quote,
     Ready,
     Refused,
     SetBudget,
@@ -51,7 +51,7 @@ class Waiting:
 
     what: str
     act: Act
-    words: Callable[[Quote], str]
+    words: Callable[[CostEstimate], str]
     conversation: str
     """What it is meant for; another one may be open once the price is there."""
 
@@ -82,11 +82,11 @@ class CacheDesk:
             case Ready():
                 self._model = status.model
                 if self._budget:
-                    self.act(self._budget)
+                    self.command(self._budget)
                 self.opened()
             case Died():
                 self._on_death()
-            case Quote():
+            case CostEstimate():
                 self._on_quote(status)
             case Converted():
                 self.converted = status
@@ -99,7 +99,7 @@ class CacheDesk:
         request = self._next()
         if request and self._model and not self._session.pending:
             self._opened = OPENED + secrets.token_hex(4)
-            self._bridge.act(Ask(self._opened, request))
+            self._bridge.command(EstimateCost(self._opened, request))
 
     def policy(self, name: str) -> None:
         """Chooses what is dropped when the context is full; says what that would be."""
@@ -151,23 +151,23 @@ class CacheDesk:
             self._say("A budget is a size, such as 2GB or 512MB.")
             return
         self._budget = SetBudget(wanted)
-        self.act(self._budget)
+        self.command(self._budget)
         self._say(f"All KV caches together may take {megabytes(wanted)} of memory.")
 
     def fork(self, parent: str) -> None:
         """Lets the open conversation, a fork of `parent`, share its cache."""
-        self.act(Fork(parent, self._session.current.id))
+        self.command(Fork(parent, self._session.current.id))
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         """Hands an act to the engine."""
-        self._bridge.act(act)
+        self._bridge.command(act)
 
     def _priced(
         self,
         what: str,
         request: TurnRequest | None,
         act: Act,
-        words: Callable[[Quote], str] = price_words,
+        words: Callable[[CostEstimate], str] = price_words,
     ) -> None:
         """Does `act` once its price is known and, where it is high, agreed to.
 
@@ -184,9 +184,9 @@ class CacheDesk:
             return
         key = secrets.token_hex(4)
         self._waiting[key] = Waiting(what, act, words, request.conversation)
-        self._bridge.act(Ask(key, request))
+        self._bridge.command(EstimateCost(key, request))
 
-    def _on_quote(self, quote: Quote) -> None:
+    def _on_quote(self, quote: CostEstimate) -> None:
         # whoever asked something meanwhile goes on already
         if quote.key == self._opened and quote.miss and not self._session.pending:
             self._say(f"Going on here: {price_words(quote)} {sentence(quote.miss.cause)}")
@@ -204,7 +204,7 @@ class CacheDesk:
             waiting.act()
             self._say(words)
 
-    def _is_dear(self, quote: Quote) -> bool:
+    def _is_dear(self, quote: CostEstimate) -> bool:
         """Whether something that is cached would be read again, and for how long."""
         cached = self._session.current.id in self._caches()
         dear = quote.seconds is None or quote.seconds > WORTH_ASKING_S
@@ -229,7 +229,7 @@ class CacheDesk:
 
     def _set_precision(self, kv: KVPrecision) -> None:
         self._session.configure(kv=kv)
-        self.act(SetPrecision(self._session.current.id, kv))
+        self.command(SetPrecision(self._session.current.id, kv))
 
     def _next(self, **changes: object) -> TurnRequest | None:
         return self._session.request_as_if(**changes) if self._session.current.messages else None

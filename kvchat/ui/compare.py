@@ -99,7 +99,7 @@ def without_cache(request: TurnRequest, turn: str, conversation: str) -> TurnReq
         conversation=conversation,
         mode=CacheMode.OFF,
         sampling=replace(request.sampling, max_tokens=few),
-        remember=False,
+        persist=False,
     )
 
 

@@ -30,13 +30,13 @@ class Archive:
         Raises:
             KvchatError: there is nothing to write, or it can't be written there.
         """
-        from kvchat.chat.exporters import export, left_out
+        from kvchat.chat.exporters import evicted_messages, export
 
         if not self._session.current.messages:
             raise KvchatError("This conversation has no messages yet.")
         conversation = self._session.whole()
         path = export(conversation, where or "md", Path.cwd())
-        lacks = left_out(conversation) if path.suffix.lower() != ".json" else ""
+        lacks = evicted_messages(conversation) if path.suffix.lower() != ".json" else ""
         self._say(f"Exported to {one_line(str(path))}" + (f"\n{lacks}" if lacks else ""))
 
     async def import_file(self, name: str) -> None:

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 
 from textual.content import Content
 
-from kvchat.contract import Converted, Fate, Miss, Quote
+from kvchat.contract import Converted, CostEstimate, Miss, TokenStatus
 from kvchat.text import clean, megabytes, one_line
 
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 """Of one number; scales of quantised blocks come on top."""
 FATES = {
-    Fate.REUSED: ("▒", "$text-success"),
-    Fate.READ: ("█", "$text-warning"),
-    Fate.WRITTEN: ("▓", "$text-primary"),
-    Fate.EVICTED: ("×", "$text-error"),
-    Fate.UNCACHED: ("·", "$text-muted"),
+    TokenStatus.REUSED: ("▒", "$text-success"),
+    TokenStatus.READ: ("█", "$text-warning"),
+    TokenStatus.WRITTEN: ("▓", "$text-primary"),
+    TokenStatus.EVICTED: ("×", "$text-error"),
+    TokenStatus.UNCACHED: ("·", "$text-muted"),
 }
 """Glyph and colour of what a turn did with a token, wherever that is drawn."""
 LOST_SPACE = re.compile(r"^ | $|(?<= ) | (?= )")
@@ -32,12 +32,12 @@ def tokens(count: int) -> str:
     return f"{count:,} token{'s' * (count != 1)}"
 
 
-def fate_words(counts: Mapping[Fate, int]) -> str:
+def fate_words(counts: Mapping[TokenStatus, int]) -> str:
     """`reused 120 · read 4`: what the last turn did with a message."""
     return " · ".join(f"{fate} {count:,}" if count else fate.value for fate, count in counts.items())
 
 
-def price_words(quote: Quote) -> str:
+def price_words(quote: CostEstimate) -> str:
     """What the next turn would read."""
     words = f"the next turn reads {tokens(quote.prefilled_tokens)}{about(quote.seconds)}"
     return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
@@ -49,7 +49,7 @@ def sentence(words: str) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
-def policy_words(quote: Quote) -> str:
+def policy_words(quote: CostEstimate) -> str:
     """What the next turn would read, and what the policy would drop."""
     return f"{price_words(quote)} When the context is full: {quote.preview}."
 

@@ -45,7 +45,9 @@ class Views:
         from kvchat.ui.screens.cache_map import MapScreen
 
         request = self._session.request_as_if() if self._session.current.messages else None
-        self._app.push_screen(MapScreen(request, lambda asked: self._desk.act(Inspect(asked)), self._title))
+        self._app.push_screen(
+            MapScreen(request, lambda asked: self._desk.command(Inspect(asked)), self._title)
+        )
 
     def timeline(self, conversation: str = "") -> None:
         """Everything that happened to a cache; that of the open conversation without a name."""
@@ -59,7 +61,7 @@ class Views:
         from kvchat.ui.screens.caches import CachesScreen
 
         summaries = self._session.conversations()
-        screen = CachesScreen(summaries, self._turns.pool, self._desk.act, ask_budget, self.timeline)
+        screen = CachesScreen(summaries, self._turns.pool, self._desk.command, ask_budget, self.timeline)
         self._caches = screen
         self._app.push_screen(screen)
 
@@ -144,14 +146,14 @@ class Views:
         few = min(request.sampling.max_tokens, UNCACHED_TOKENS)
         held = self._turns.warm.get(request.conversation)
         if held and not held.hot:
-            self._desk.act(Warm(request.conversation, request.kv))
+            self._desk.command(Warm(request.conversation, request.kv))
         return replace(
             request,
             turn=secrets.token_hex(8),
             conversation=scratch,
             mode=CacheMode.ON,
             sampling=replace(request.sampling, seed=seed, max_tokens=few),
-            remember=False,
+            persist=False,
         )
 
     def _forget(self, *conversations: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvchat.chat.attachments import Attachment, compose, mentions, parse_attachments, read_attachment
 from kvchat.chat.conversation import Message
 from kvchat.chat.session import Session
-from kvchat.contract import Ask, Count, Counted, Died, Quote, Ready, Status
+from kvchat.contract import CostEstimate, CountTokens, Died, EstimateCost, Ready, Status, TokenCounts
 from kvchat.errors import KvchatError
 from kvchat.text import one_line
 from kvchat.ui.turn_thread import EngineBridge
@@ -114,13 +114,13 @@ class Reckoner:
                 self._limit = status.model.context_limit
             case Died():
                 self._limit, self._key = 0, ""
-            case Counted(key, counts) if key.startswith(TYPED):
+            case TokenCounts(key, counts) if key.startswith(TYPED):
                 if key == self._key:
                     self._counts |= dict(zip(self._asked, counts, strict=True))
                     self._counts = dict(list(self._counts.items())[-REMEMBERED:])
                     self._tell(replace(self._counted(), new=self._now.new, wrong=self._now.wrong))
                 return True
-            case Quote() if status.key.startswith(TYPED):
+            case CostEstimate() if status.key.startswith(TYPED):
                 if status.key == self._key:
                     self._tell(replace(self._now, new=status.prefilled_tokens, refusal=status.refusal))
                 return True
@@ -131,12 +131,12 @@ class Reckoner:
         texts = dict.fromkeys((self._text, *(each.text for each in self._attached)))
         self._asked = tuple(text for text in texts if text not in self._counts)
         if self._asked:
-            self._bridge.act(Count(self._key, self._asked))
+            self._bridge.command(CountTokens(self._key, self._asked))
         current = self._session.current
         ids = [message.id for message in current.messages]
         kept = current.messages[: ids.index(editing)] if editing in ids else current.messages
         asked = replace(current, messages=(*kept, Message(0, None, "user", self._text, "")))
-        self._bridge.act(Ask(self._key, self._session.request_as_if(messages=asked.prompt())))
+        self._bridge.command(EstimateCost(self._key, self._session.request_as_if(messages=asked.prompt())))
 
     def _counted(self) -> Reckoning:
         files = tuple((each.name, self._counts.get(each.text)) for each in self._attached)

@@ -121,7 +121,7 @@ class Guide:
     async def drop(self) -> None:
         """Frees the cache, and asks."""
         conversation = self._session.current.id
-        self._desk.act(Drop(conversation))
+        self._desk.command(Drop(conversation))
         await until(lambda: conversation not in self._turns.warm)
         await self.ask("And who wants to be early?", 16)
 
@@ -134,14 +134,14 @@ class Guide:
         self.budget = pool.budget_bytes if pool else 0
         self._session.configure(policy=EvictionPolicy.TURNS)
         # while a layer grows, its old memory is held besides
-        self._desk.act(SetBudget(size + 2 * size // max(1, self.model.layers)))
+        self._desk.command(SetBudget(size + 2 * size // max(1, self.model.layers)))
         await self.ask("What do we have with us?", 16)
         self.restore_budget()
 
     def restore_budget(self) -> None:
         """Gives all caches what they had before."""
         if self.budget:
-            self._desk.act(SetBudget(self.budget))
+            self._desk.command(SetBudget(self.budget))
         self.budget = 0
 
     async def quantise(self) -> None:

@@ -5,7 +5,7 @@ It knows the session, the bridge and the widgets that show a turn; it refuses to
 
 from dataclasses import replace
 
-from kvchat.chat.active_turn import PendingTurn
+from kvchat.chat.active_turn import ActiveTurn
 from kvchat.chat.conversation import Message
 from kvchat.chat.session import Session
 from kvchat.contract import (
@@ -55,7 +55,7 @@ class Turns:
         """The question that the next message replaces."""
 
     @property
-    def answering(self) -> PendingTurn | None:
+    def answering(self) -> ActiveTurn | None:
         """The turn under way, in whichever conversation."""
         return self._session.pending
 
@@ -232,10 +232,12 @@ class Turns:
 
     async def _show_evicted(self, event: Evicted) -> None:
         self.figures.evicted(event)
-        self._transcript.leave_out(replace(self._session.current, left_out=event.left_out).unseen)
+        self._transcript.leave_out(
+            replace(self._session.current, evicted_messages=event.evicted_messages).unseen
+        )
         await self._transcript.notice(f"The context was full: {event.note}.", last=False)
 
-    async def _finish(self, event: TurnFinished, pending: PendingTurn, *, here: bool) -> None:
+    async def _finish(self, event: TurnFinished, pending: ActiveTurn, *, here: bool) -> None:
         try:
             self._session.finish_turn(event)
         finally:
@@ -277,6 +279,6 @@ class Turns:
             self._transcript.streaming.say("")
             self._transcript.streaming.append(text)
 
-    def _pending_here(self) -> PendingTurn | None:
+    def _pending_here(self) -> ActiveTurn | None:
         pending = self.answering
         return pending if pending and pending.conversation == self._session.current.id else None

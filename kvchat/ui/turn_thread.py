@@ -10,7 +10,7 @@ from typing import Protocol
 
 from textual.message import Message
 
-from kvchat.contract import CacheAct, Died, Engine, Ready, Status, TurnRequest
+from kvchat.contract import CacheCommand, Died, Engine, Ready, Status, TurnRequest
 from kvchat.ui.messages import EngineStatus, TurnProgress
 
 RESTARTS = 3
@@ -74,9 +74,9 @@ class EngineBridge:
         """Ends a turn soon."""
         self._engine.stop(turn)
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         """Does something to the caches; what came of it arrives as an `EngineStatus`."""
-        self._engine.act(act)
+        self._engine.command(act)
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""

@@ -9,7 +9,7 @@ import torch
 
 from kvchat.bench.verify import QUESTIONS, TOLERANCE, hiding_mask, run_checks
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer
+from kvchat.cache.layer import DenseLayer
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.errors import KvchatError
 from tests.cli import test_cli
@@ -87,7 +87,7 @@ def test_models_that_can_have_no_gap_are_checked_without_the_policies_that_leave
 def exchange_heads(layers: Sequence[object]) -> None:
     """The values of the KV heads change places."""
     for layer in layers:
-        assert isinstance(layer, GrowableLayer)
+        assert isinstance(layer, DenseLayer)
         assert layer.values is not None
         layer.values.copy_(layer.values.flip(1))
 
@@ -122,7 +122,7 @@ def keeping_what_was_replaced(patch: pytest.MonkeyPatch) -> None:
         cropped = 0 < length < len(self)
         right(self, length)
         for layer in self.stored:
-            if cropped and isinstance(layer, GrowableLayer) and layer.values is not None:
+            if cropped and isinstance(layer, DenseLayer) and layer.values is not None:
                 layer.values[:, :, length - 1] = layer.values[:, :, length]
 
     patch.setattr(ConversationKV, "truncate", truncate)

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_hexdigest
 
 from kvchat.cache.disk import disk_store as shelf_module
 from kvchat.cache.disk import segment as segment_module
-from kvchat.cache.disk.disk_store import NoRoomError, Shelf, read_chain
+from kvchat.cache.disk.disk_store import DiskStore, NoRoomError, read_chain
 from kvchat.cache.disk.segment import (
     OPENING,
     Header,
@@ -35,8 +35,8 @@ CAP = 1_000_000
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path / "cache", CAP)
+def shelf(tmp_path: Path) -> DiskStore:
+    return DiskStore(tmp_path / "cache", CAP)
 
 
 def header(conversation: str, tokens: int, *, start: int = 0, parent: str = "", data: int = 4) -> Header:
@@ -46,7 +46,7 @@ def header(conversation: str, tokens: int, *, start: int = 0, parent: str = "", 
     return Header(conversation, {"model": "m"}, parent, start, start, rows, rows, rows, {}, (tensor,))
 
 
-def write(shelf: Shelf, said: Header, number: int = 0, *, folder: str = "") -> str:
+def write(shelf: DiskStore, said: Header, number: int = 0, *, folder: str = "") -> str:
     """Puts a segment there, its tensors all zeros; returns its checksum."""
     path = segment_path(shelf.root / (folder or said.conversation), number)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write(shelf: Shelf, said: Header, number: int = 0, *, folder: str = "") -> s
     return header_checksum(raw)
 
 
-def put(shelf: Shelf, conversation: str, size: int, used: int) -> None:
+def put(shelf: DiskStore, conversation: str, size: int, used: int) -> None:
     """A conversation of exactly `size` bytes, used at second `used`."""
     small = write(shelf, header(conversation, 1, data=1000))
     assert small
@@ -77,8 +77,8 @@ def test_a_plain_range_is_one_run() -> None:
     assert runs(range(3, 5000)) == [(3, 4997)]
 
 
-def test_a_header_is_read_back_as_it_was_written(shelf: Shelf) -> None:
-    said = replace(header("a", 3), rows=(0, 2), positions=(5, 9), ids=(7, 8, 9), marks={3: 2})
+def test_a_header_is_read_back_as_it_was_written(shelf: DiskStore) -> None:
+    said = replace(header("a", 3), rows=(0, 2), positions=(5, 9), ids=(7, 8, 9), checkpoints={3: 2})
     write(shelf, said)
     assert read_segment(segment_path(shelf.root / "a", 0)).header == said
 
@@ -90,12 +90,12 @@ def test_listing_a_shelf_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("conversation", ["", ".", "..", "a/b", "../a", "a.b", "a\n", "ä", "a b", "a" * 201])
-def test_an_id_that_could_name_another_place_is_refused(shelf: Shelf, conversation: str) -> None:
+def test_an_id_that_could_name_another_place_is_refused(shelf: DiskStore, conversation: str) -> None:
     with pytest.raises(KvchatError, match="can't be the name"):
         shelf.folder(conversation)
 
 
-def test_a_chain_is_merged_as_unpack_would(shelf: Shelf) -> None:
+def test_a_chain_is_merged_as_unpack_would(shelf: DiskStore) -> None:
     """Rows 0 to 9, then 4 to 6: what came after row 4 is gone."""
     base = write(shelf, header("a", 10))
     write(shelf, header("a", 3, start=4, parent=base), 1)
@@ -105,7 +105,7 @@ def test_a_chain_is_merged_as_unpack_would(shelf: Shelf) -> None:
     assert chain.fingerprint == {"model": "m"}
 
 
-def test_a_superseded_segment_does_not_count_nor_does_what_it_continued(shelf: Shelf) -> None:
+def test_a_superseded_segment_does_not_count_nor_does_what_it_continued(shelf: DiskStore) -> None:
     """As a process leaves it that is killed before it removes them: 1 and 2 are superseded by 3."""
     base = write(shelf, header("a", 10))
     write(shelf, header("a", 5, start=10, parent="f" * 32), 1)
@@ -116,16 +116,16 @@ def test_a_superseded_segment_does_not_count_nor_does_what_it_continued(shelf: S
     assert [segment.path.name for segment in chain.segments] == ["000000.safetensors", "000003.safetensors"]
 
 
-def test_a_mark_at_the_very_token_where_a_segment_starts_is_not_superseded(shelf: Shelf) -> None:
+def test_a_mark_at_the_very_token_where_a_segment_starts_is_not_superseded(shelf: DiskStore) -> None:
     base = write(shelf, header("a", 10))
-    crop = write(shelf, replace(header("a", 0, start=5, parent=base), marks={5: 1}), 1)
-    write(shelf, replace(header("a", 3, start=5, parent=crop), marks={8: 1}), 2)
-    assert [list(segment.header.marks) for segment in shelf.chain("a").segments] == [[], [5], [8]]
+    crop = write(shelf, replace(header("a", 0, start=5, parent=base), checkpoints={5: 1}), 1)
+    write(shelf, replace(header("a", 3, start=5, parent=crop), checkpoints={8: 1}), 2)
+    assert [list(segment.header.checkpoints) for segment in shelf.chain("a").segments] == [[], [5], [8]]
 
 
 @pytest.mark.parametrize(("start", "first"), [(11, 10), (10, 11), (4, 2)])
 def test_a_segment_that_starts_where_its_chain_does_not_reach_is_refused(
-    shelf: Shelf, start: int, first: int
+    shelf: DiskStore, start: int, first: int
 ) -> None:
     """Or, the last one, whose tokens were read twice."""
     base = write(shelf, header("a", 10))
@@ -135,7 +135,7 @@ def test_a_segment_that_starts_where_its_chain_does_not_reach_is_refused(
         shelf.chain("a")
 
 
-def test_a_folder_that_is_not_there_is_an_empty_chain(shelf: Shelf) -> None:
+def test_a_folder_that_is_not_there_is_an_empty_chain(shelf: DiskStore) -> None:
     chain = shelf.chain("a")
     assert (chain.segments, chain.rows, chain.checksum, chain.tensor_bytes) == ((), (), "", 0)
 
@@ -164,7 +164,7 @@ def broken_headers() -> Iterator[tuple[str, Header]]:
     yield "has rows that don't ascend", replace(good, rows=(0, 2, 1, 3))
     yield "has more positions than rows", replace(good, positions=(0, 1, 2, 3, 4))
     yield "has fewer positions than rows", replace(good, positions=(0,))
-    yield "has a mark after its tokens", replace(good, marks={5: 1})
+    yield "has a mark after its tokens", replace(good, checkpoints={5: 1})
     yield "has a negative id", replace(good, ids=(0, 1, 2, -3))
     yield "starts in the middle of nothing", replace(good, start=2)
     yield "continues something from row 0 on", replace(good, parent="0" * 32)
@@ -175,7 +175,7 @@ def broken_headers() -> Iterator[tuple[str, Header]]:
     ("what", "said"), broken_headers(), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_header_with_a_right_checksum_that_makes_no_sense_is_refused(
-    shelf: Shelf, what: str, said: Header
+    shelf: DiskStore, what: str, said: Header
 ) -> None:
     path = segment_path(shelf.root / "a", 0)
     path.parent.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_a_header_with_a_right_checksum_that_makes_no_sense_is_refused(
 
 
 def test_a_short_run_that_claims_a_huge_range_is_refused_before_it_is_spelled_out(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    shelf: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment_module, "runs", lambda _values: [(0, 10**15)])
     write(shelf, header("a", 4))
@@ -193,7 +193,7 @@ def test_a_short_run_that_claims_a_huge_range_is_refused_before_it_is_spelled_ou
         shelf.chain("a")
 
 
-def test_another_format_is_refused_by_its_number(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_format_is_refused_by_its_number(shelf: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as future:
         future.setattr(segment_module, "FORMAT", 99)
         write(shelf, header("a", 4))
@@ -202,7 +202,9 @@ def test_another_format_is_refused_by_its_number(shelf: Shelf, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("claimed", [2**63, 2**64 - 1, 20_000_000])
-def test_a_header_that_claims_a_huge_length_is_refused_without_reading_it(shelf: Shelf, claimed: int) -> None:
+def test_a_header_that_claims_a_huge_length_is_refused_without_reading_it(
+    shelf: DiskStore, claimed: int
+) -> None:
     """The last one is a sparse file that really is that long."""
     path = segment_path(shelf.root / "a", 0)
     path.parent.mkdir(parents=True)
@@ -213,7 +215,7 @@ def test_a_header_that_claims_a_huge_length_is_refused_without_reading_it(shelf:
         shelf.chain("a")
 
 
-def test_deeply_nested_json_is_refused(shelf: Shelf) -> None:
+def test_deeply_nested_json_is_refused(shelf: DiskStore) -> None:
     """With a right checksum, so that it is really parsed."""
     good = encode_header(header("a", 1))
     text = good[8:-8].rstrip(b" }") + b',"x":' + b"[" * 200_000
@@ -227,7 +229,7 @@ def test_deeply_nested_json_is_refused(shelf: Shelf) -> None:
         shelf.chain("a")
 
 
-def test_a_listing_tells_bytes_tokens_and_the_last_use(shelf: Shelf) -> None:
+def test_a_listing_tells_bytes_tokens_and_the_last_use(shelf: DiskStore) -> None:
     put(shelf, "old", 2000, used=100)
     put(shelf, "new", 3000, used=200)
     entries = shelf.entries()
@@ -240,7 +242,7 @@ def test_a_listing_tells_bytes_tokens_and_the_last_use(shelf: Shelf) -> None:
     assert shelf.total_bytes() == 5000
 
 
-def test_a_damaged_conversation_is_listed_with_the_reason_and_can_be_removed(shelf: Shelf) -> None:
+def test_a_damaged_conversation_is_listed_with_the_reason_and_can_be_removed(shelf: DiskStore) -> None:
     write(shelf, header("a", 4))
     segment_path(shelf.root / "a", 0).write_bytes(b"garbage")
     segment_path(shelf.root / "folder", 0).mkdir(parents=True)
@@ -255,11 +257,11 @@ def test_a_damaged_conversation_is_listed_with_the_reason_and_can_be_removed(she
     assert shelf.entries() == []
 
 
-def test_removing_what_is_not_there_is_nothing(shelf: Shelf) -> None:
+def test_removing_what_is_not_there_is_nothing(shelf: DiskStore) -> None:
     assert shelf.remove("a") == 0
 
 
-def test_the_conversation_used_longest_ago_makes_room(shelf: Shelf) -> None:
+def test_the_conversation_used_longest_ago_makes_room(shelf: DiskStore) -> None:
     for used, name in enumerate(["a", "b", "c", "d"]):
         put(shelf, name, 250_000, used=used)
     shelf.touch("a")
@@ -269,14 +271,14 @@ def test_the_conversation_used_longest_ago_makes_room(shelf: Shelf) -> None:
     assert shelf.conversations() == ["a", "d"]
 
 
-def test_room_is_never_made_by_removing_the_protected_one(shelf: Shelf) -> None:
+def test_room_is_never_made_by_removing_the_protected_one(shelf: DiskStore) -> None:
     put(shelf, "mine", 600_000, used=1)
     put(shelf, "other", 300_000, used=2)
     assert shelf.make_room(400_000, "mine") == ["other"]
     assert shelf.conversations() == ["mine"]
 
 
-def test_where_there_can_be_no_room_nothing_is_removed(shelf: Shelf) -> None:
+def test_where_there_can_be_no_room_nothing_is_removed(shelf: DiskStore) -> None:
     put(shelf, "mine", 600_000, used=1)
     put(shelf, "other", 300_000, used=2)
     with pytest.raises(NoRoomError, match=r"would take 1\.0 MB on disk, and all of them may take 1\.0 MB"):
@@ -284,7 +286,7 @@ def test_where_there_can_be_no_room_nothing_is_removed(shelf: Shelf) -> None:
     assert shelf.conversations() == ["mine", "other"]
 
 
-def test_gc_removes_unknown_conversations_and_what_killed_processes_left(shelf: Shelf) -> None:
+def test_gc_removes_unknown_conversations_and_what_killed_processes_left(shelf: DiskStore) -> None:
     put(shelf, "known", 2000, used=1)
     put(shelf, "unknown", 3000, used=2)
     (shelf.root / "known" / "000001.tmp").write_bytes(bytes(50))
@@ -297,19 +299,19 @@ def test_gc_removes_unknown_conversations_and_what_killed_processes_left(shelf: 
     ]
 
 
-def test_gc_of_a_shelf_that_is_not_there_yet_is_nothing(shelf: Shelf) -> None:
+def test_gc_of_a_shelf_that_is_not_there_yet_is_nothing(shelf: DiskStore) -> None:
     assert shelf.gc([]) == 0
     assert shelf.entries() == []
 
 
-def test_the_shelf_is_the_users_own(shelf: Shelf) -> None:
+def test_the_shelf_is_the_users_own(shelf: DiskStore) -> None:
     with shelf.locked():
         assert stat.S_IMODE(shelf.root.stat().st_mode) == 0o700
 
 
-def test_a_second_writer_is_told_who_is_in_its_way(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_is_told_who_is_in_its_way(shelf: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf_module, "LOCK_S", 0.0)
-    other = Shelf(shelf.root, CAP)
+    other = DiskStore(shelf.root, CAP)
     with shelf.locked(), pytest.raises(KvchatError, match="Another kvchat has been writing"), other.locked():
         pass
     with other.locked():
@@ -317,7 +319,7 @@ def test_a_second_writer_is_told_who_is_in_its_way(shelf: Shelf, monkeypatch: py
 
 
 @contextmanager
-def vanishing(monkeypatch: pytest.MonkeyPatch, shelf: Shelf, conversation: str) -> Iterator[None]:
+def vanishing(monkeypatch: pytest.MonkeyPatch, shelf: DiskStore, conversation: str) -> Iterator[None]:
     """Inside the block, another process removes the conversation just after its folder was looked into."""
     listed = shelf_module._names
 
@@ -336,7 +338,7 @@ def vanishing(monkeypatch: pytest.MonkeyPatch, shelf: Shelf, conversation: str) 
 
 
 def test_files_that_vanish_under_a_reader_crash_nothing(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    shelf: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(shelf, "stays", 2000, used=1)
     for act in (

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvchat.cache.disk import disk_store as shelf_module
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.cache.disk.snapshot import load
-from kvchat.cache.disk.writer import Saver, SaveResult
+from kvchat.cache.disk.writer import DiskWriter, SaveResult
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.errors import KvchatError
 from tests.cache.test_snapshot import FINGERPRINT, assert_same, new_kv, read
@@ -21,9 +21,9 @@ class Desk:
     """A saver on a shelf, and what it told."""
 
     def __init__(self, root: Path) -> None:
-        self.shelf = Shelf(root, 10_000_000)
+        self.shelf = DiskStore(root, 10_000_000)
         self.results: list[SaveResult] = []
-        self.saver = Saver(self.shelf, self.results.append)
+        self.saver = DiskWriter(self.shelf, self.results.append)
 
     def turn(self, name: str, kv: ConversationKV, tokens: int) -> None:
         """Reads so many tokens and hands them to the saver."""
@@ -194,7 +194,7 @@ def test_a_callback_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
         told.append(result.conversation)
         raise RuntimeError("the screen is gone")
 
-    saver = Saver(Shelf(tmp_path, 10_000_000), fail)
+    saver = DiskWriter(DiskStore(tmp_path, 10_000_000), fail)
     for name in ("a", "b"):
         kv = new_kv()
         read(kv, range(3))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GROWTH_STEP, GrowableLayer, StoredLayer
+from kvchat.cache.layer import GROWTH_STEP, DenseLayer, StoredLayer
 
 HEADS, DIM, LAYERS = 2, 16, 3
 
@@ -19,14 +19,14 @@ def states(tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, HEADS, tokens, DIM, generator=generator)
 
 
-def filled_layer(tokens: int) -> GrowableLayer:
-    layer = GrowableLayer()
+def filled_layer(tokens: int) -> DenseLayer:
+    layer = DenseLayer()
     layer.update(states(tokens, 1), states(tokens, 2))
     return layer
 
 
 def empty_kv() -> ConversationKV:
-    return ConversationKV([GrowableLayer() for _ in range(LAYERS)])
+    return ConversationKV([DenseLayer() for _ in range(LAYERS)])
 
 
 def unique_storage_bytes(layers: Sequence[StoredLayer]) -> int:
@@ -54,7 +54,7 @@ def fail(kv: ConversationKV, ids: list[int], *, layers: int) -> None:
 @given(st.lists(st.one_of(st.integers(1, 300), st.integers(-300, -1)), max_size=8))
 def test_appends_and_crops_equal_a_cache_that_is_concatenated(steps: list[int]) -> None:
     """A positive step appends that many tokens, a negative one removes them."""
-    layer, expected = GrowableLayer(), torch.empty(1, HEADS, 0, DIM)
+    layer, expected = DenseLayer(), torch.empty(1, HEADS, 0, DIM)
     for seed, step in enumerate(steps):
         if step > 0:
             expected = torch.cat([expected, states(step, seed)], dim=-2)
@@ -108,14 +108,14 @@ def test_bytes_are_those_of_the_storage(tokens: int) -> None:
 
 
 def test_a_layer_takes_the_dtype_of_its_states() -> None:
-    layer = GrowableLayer()
+    layer = DenseLayer()
     keys, _ = layer.update(states(3).bfloat16(), states(3).bfloat16())
     assert keys.dtype is torch.bfloat16
     assert layer.used_bytes == 2 * HEADS * 3 * DIM * 2
 
 
 def test_keys_and_values_may_have_other_head_sizes() -> None:
-    layer = GrowableLayer()
+    layer = DenseLayer()
     keys, values = layer.update(states(3), states(3)[..., :4])
     assert (keys.shape[-1], values.shape[-1]) == (DIM, 4)
     assert layer.used_bytes == HEADS * 3 * (DIM + 4) * 4
@@ -134,7 +134,7 @@ def test_a_crop_of_more_than_all_empties() -> None:
 
 
 def test_an_empty_layer_holds_nothing() -> None:
-    layer = GrowableLayer()
+    layer = DenseLayer()
     assert (layer.length, layer.capacity, layer.storage_bytes, layer.used_bytes) == (0, 0, 0, 0)
 
 

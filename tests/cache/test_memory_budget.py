@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.cache.memory_budget import Held, Relief, next_relief, order_of_going
+from kvchat.cache.memory_budget import Held, Relief, eviction_order, next_relief
 
 helds = st.lists(
     st.builds(
@@ -26,7 +26,7 @@ helds = st.lists(
 
 
 def names(held: list[Held]) -> list[str]:
-    return [each.conversation for each in order_of_going(held)]
+    return [each.conversation for each in eviction_order(held)]
 
 
 @given(helds)
@@ -36,7 +36,7 @@ def test_everyone_but_the_active_one_is_in_line(held: list[Held]) -> None:
 
 @given(helds)
 def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: list[Held]) -> None:
-    for a, b in pairwise(order_of_going(held)):
+    for a, b in pairwise(eviction_order(held)):
         if a.prefix_only != b.prefix_only:
             assert b.prefix_only
         elif a.pinned != b.pinned:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GROWTH_STEP, GrowableLayer, HeadShape, StoredLayer
+from kvchat.cache.layer import GROWTH_STEP, DenseLayer, HeadShape, StoredLayer
 from kvchat.cache.quant_codec import BLOCK, PER_CHANNEL, PER_TOKEN, dequantise, quantise
 from kvchat.cache.quantized_layer import QuantizedLayer, convert
 from kvchat.engine.model.loader import LoadedModel
@@ -376,7 +376,7 @@ def test_growth_is_told_for_a_fork_that_has_to_copy(bits: int, length: int, toke
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.55), (4, 0.32)])
 def test_4096_tokens_take_their_share_of_bf16(bits: int, share: float, dtype: torch.dtype) -> None:
     layer = QuantizedLayer(bits, SMOLLM2, dtype)
-    assert layer.bytes_at(4096) <= share * GrowableLayer(SMOLLM2, torch.bfloat16).bytes_at(4096)
+    assert layer.bytes_at(4096) <= share * DenseLayer(SMOLLM2, torch.bfloat16).bytes_at(4096)
 
 
 @each_precision
@@ -459,12 +459,12 @@ def test_parts_that_do_not_fit_are_refused_and_nothing_happens(bits: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_converted_layer_has_the_bits_of_appended_states(bits: int, dtype: torch.dtype) -> None:
     keys, values = (tensor.to(dtype) for tensor in states(300))
-    exact, converted, appended = GrowableLayer(), QuantizedLayer(bits), QuantizedLayer(bits)
+    exact, converted, appended = DenseLayer(), QuantizedLayer(bits), QuantizedLayer(bits)
     exact.update(keys, values)
     appended.update(keys, values)
     convert(exact, converted)
     assert same_parts(converted.pack(0), appended.pack(0))
-    back = GrowableLayer()
+    back = DenseLayer()
     convert(converted, back)
     assert same(back.read(), converted.read())
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer
-from kvchat.cache.rope_shift import can_close_gaps, close_gaps, turned
+from kvchat.cache.layer import DenseLayer
+from kvchat.cache.rope_shift import can_close_gaps, close_gaps, rotated
 from kvchat.engine.model.forward import CachedReader, forward_pass
 from kvchat.engine.model.loader import LoadedModel
 from tests.support.tiny import CONTEXT
@@ -39,7 +39,9 @@ def as_complex(keys: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
 @given(delta=shifts)
 def test_a_pair_is_turned_by_an_angle_for_each_position(interleaved: bool, delta: int) -> None:
     keys = some_keys()
-    moved = as_complex(turned(keys, by(delta), FREQUENCIES, interleaved=interleaved), interleaved=interleaved)
+    moved = as_complex(
+        rotated(keys, by(delta), FREQUENCIES, interleaved=interleaved), interleaved=interleaved
+    )
     angles = (delta * FREQUENCIES).double()  # rounded as in fp32: only the turn itself is compared
     expected = as_complex(keys, interleaved=interleaved) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(moved, expected, atol=EXACT, rtol=0)
@@ -49,10 +51,10 @@ def test_a_pair_is_turned_by_an_angle_for_each_position(interleaved: bool, delta
 @given(delta=shifts)
 def test_a_turn_and_the_turn_back_give_the_same_keys(interleaved: bool, delta: int) -> None:
     keys = some_keys()
-    there = turned(keys, by(delta), FREQUENCIES, interleaved=interleaved)
+    there = rotated(keys, by(delta), FREQUENCIES, interleaved=interleaved)
     assert delta == 0 or not torch.allclose(there, keys, atol=1e-3)
     torch.testing.assert_close(
-        turned(there, by(-delta), FREQUENCIES, interleaved=interleaved), keys, atol=EXACT, rtol=0
+        rotated(there, by(-delta), FREQUENCIES, interleaved=interleaved), keys, atol=EXACT, rtol=0
     )
 
 
@@ -60,24 +62,24 @@ def test_a_turn_and_the_turn_back_give_the_same_keys(interleaved: bool, delta: i
 def test_numbers_without_a_frequency_stay(interleaved: bool) -> None:
     """Some models turn the first part of a head only."""
     keys, half = some_keys(), FREQUENCIES[: DIM // 4]
-    moved = turned(keys, by(5), half, interleaved=interleaved)
+    moved = rotated(keys, by(5), half, interleaved=interleaved)
     assert torch.equal(moved[..., DIM // 2 :], keys[..., DIM // 2 :])
-    part = turned(keys[..., : DIM // 2], by(5), half, interleaved=interleaved)
+    part = rotated(keys[..., : DIM // 2], by(5), half, interleaved=interleaved)
     assert torch.equal(moved[..., : DIM // 2], part)
 
 
 def test_every_token_moves_by_its_own_delta() -> None:
     keys, delta = some_keys(), torch.arange(TOKENS) * 3 - 7
-    moved = turned(keys, delta, FREQUENCIES)
+    moved = rotated(keys, delta, FREQUENCIES)
     for token in range(TOKENS):
         one = slice(token, token + 1)
-        assert torch.equal(moved[:, :, one], turned(keys[:, :, one], delta[one], FREQUENCIES))
+        assert torch.equal(moved[:, :, one], rotated(keys[:, :, one], delta[one], FREQUENCIES))
 
 
 def test_no_turn_changes_no_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         keys = some_keys(dtype=dtype)
-        moved = turned(keys, by(0), FREQUENCIES)
+        moved = rotated(keys, by(0), FREQUENCIES)
         assert moved.dtype is dtype
         assert torch.equal(moved, keys)
 
@@ -100,8 +102,8 @@ def test_turned_from_where_they_were_read_keys_do_not_drift() -> None:
     chained = base
     one_rounding = 2.0**-8
     for shift in range(1, 101):
-        assert error(turned(base, by(-shift), FREQUENCIES), exactly(base, -shift)) < one_rounding
-        chained = turned(chained, by(-1), FREQUENCIES)
+        assert error(rotated(base, by(-shift), FREQUENCIES), exactly(base, -shift)) < one_rounding
+        chained = rotated(chained, by(-1), FREQUENCIES)
     assert error(chained, exactly(base, -100)) > 2 * one_rounding
 
 
@@ -127,7 +129,7 @@ def test_turned_keys_are_those_a_model_computes_at_the_new_position(tiny: Loaded
     frequencies = frequencies_of(tiny)
     for low, high in zip(here.stored, there.stored, strict=True):
         (keys, values), (expected, same) = low.read(), high.read()
-        moved = turned(keys, torch.full((len(ids),), delta), frequencies)
+        moved = rotated(keys, torch.full((len(ids),), delta), frequencies)
         torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(values, same, atol=1e-4, rtol=1e-4)
 
@@ -154,7 +156,7 @@ def test_closing_gaps_moves_every_key_to_the_position_of_its_row(tiny: LoadedMod
     assert (kv.rows, kv.ids, kv.next_position) == (rows, ids, len(kv))
     for layer, (keys, values) in zip(kv.stored, before, strict=True):
         now, same = layer.read()
-        assert torch.equal(now, turned(keys, delta, frequencies_of(tiny)))
+        assert torch.equal(now, rotated(keys, delta, frequencies_of(tiny)))
         assert torch.equal(now[:, :, :4], keys[:, :, :4])
         assert torch.equal(same, values)
 
@@ -182,7 +184,7 @@ def test_a_key_is_turned_once_and_no_further(tiny: LoadedModel) -> None:
 def test_quantised_keys_are_not_turned(tiny: LoadedModel) -> None:
     kv = tiny.new_kv("int8")
     CachedReader(tiny.model, kv).read(list(range(5, 25)))
-    assert not any(isinstance(layer, GrowableLayer) for layer in kv.stored)
+    assert not any(isinstance(layer, DenseLayer) for layer in kv.stored)
     assert not can_close_gaps(kv)
     with pytest.raises(ValueError, match="quantised"):
         close_gaps(kv, frequencies_of(tiny))

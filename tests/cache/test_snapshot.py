@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from kvchat.cache.disk.disk_store import NoRoomError, Shelf, segment_files
+from kvchat.cache.disk.disk_store import DiskStore, NoRoomError, segment_files
 from kvchat.cache.disk.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
 from kvchat.cache.disk.snapshot import load, save
-from kvchat.cache.kv_cache import MARKS, ConversationKV
-from kvchat.cache.layer import GrowableLayer, HeadShape
+from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV
+from kvchat.cache.layer import DenseLayer, HeadShape
 from kvchat.cache.state_layer import RecurrentLayer
 
 SHAPE = HeadShape(kv_heads=2, key_dim=8, value_dim=6)
@@ -35,7 +35,7 @@ seeds = count(1)
 
 
 def new_kv(dtype: torch.dtype = torch.float32, states: int = 0, shape: HeadShape = SHAPE) -> ConversationKV:
-    layers: list[GrowableLayer | RecurrentLayer] = [GrowableLayer(shape, dtype) for _ in range(LAYERS)]
+    layers: list[DenseLayer | RecurrentLayer] = [DenseLayer(shape, dtype) for _ in range(LAYERS)]
     return ConversationKV([*layers, *(RecurrentLayer() for _ in range(states))])
 
 
@@ -51,21 +51,21 @@ def read(kv: ConversationKV, ids: Sequence[int]) -> None:
             assert isinstance(layer, RecurrentLayer)
             layer.update_conv_state(torch.randn(1, 4, len(ids), generator=generator), conv_kernel_size=3)
             layer.update_recurrent_state(torch.randn(1, 2, 3, generator=generator))
-    kv.mark()
+    kv.checkpoint()
 
 
 def stored(kv: ConversationKV) -> list[torch.Tensor]:
     """Keys and values of the rows, and the live states."""
     tensors = []
     for layer in kv.layers:
-        if isinstance(layer, GrowableLayer) and layer.keys is not None and layer.values is not None:
+        if isinstance(layer, DenseLayer) and layer.keys is not None and layer.values is not None:
             tensors += [layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]]
     return tensors + [tensor for layer in kv.states for _, tensor in sorted(layer.state().tensors.items())]
 
 
 def marked(kv: ConversationKV, mark: int) -> list[torch.Tensor]:
     """The states kept at a mark."""
-    return [tensor for state in kv._marks[mark] for _, tensor in sorted(state.tensors.items())]
+    return [tensor for state in kv._checkpoints[mark] for _, tensor in sorted(state.tensors.items())]
 
 
 def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
@@ -77,9 +77,9 @@ def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
     """Bit for bit the same cache; `other` may have come back with older marks that `kv` let go of."""
     assert (kv.ids, kv.rows, kv.positions) == (other.ids, other.rows, other.positions)
-    assert kv._marks.keys() <= other._marks.keys()
-    assert len(other._marks) <= MARKS
-    for mark in kv._marks:
+    assert kv._checkpoints.keys() <= other._checkpoints.keys()
+    assert len(other._checkpoints) <= CHECKPOINTS
+    for mark in kv._checkpoints:
         assert_equal(marked(kv, mark), marked(other, mark))
     if len(kv):
         assert_equal(stored(kv), stored(other))
@@ -88,7 +88,7 @@ def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
 class Chat:
     """One conversation on a shelf, saved the way the engine does."""
 
-    def __init__(self, shelf: Shelf, kv: ConversationKV, name: str = "chat") -> None:
+    def __init__(self, shelf: DiskStore, kv: ConversationKV, name: str = "chat") -> None:
         self.shelf = shelf
         self.kv = kv
         self.name = name
@@ -113,12 +113,12 @@ class Chat:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path / "cache", 10_000_000)
+def shelf(tmp_path: Path) -> DiskStore:
+    return DiskStore(tmp_path / "cache", 10_000_000)
 
 
 @pytest.fixture
-def chat(shelf: Shelf) -> Chat:
+def chat(shelf: DiskStore) -> Chat:
     """Three segments of 5, 4 and 3 rows."""
     chat = Chat(shelf, new_kv())
     for tokens in (5, 4, 3):
@@ -141,7 +141,7 @@ def assert_refused(chat: Chat, match: str = "") -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turns_with_crops_between_are_restored_bit_for_bit(shelf: Shelf, dtype: torch.dtype) -> None:
+def test_turns_with_crops_between_are_restored_bit_for_bit(shelf: DiskStore, dtype: torch.dtype) -> None:
     """Crops at a turn's end, inside the last turn, inside an earlier one, and to nothing."""
     chat = Chat(shelf, new_kv(dtype))
     for crop, tokens in [(0, 300), (300, 20), (310, 7), (100, 50), (150, 1), (20, 600), (0, 9)]:
@@ -195,7 +195,9 @@ def test_gaps_and_turned_keys_are_restored(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("states", [1, 2])
-def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(shelf: Shelf, states: int) -> None:
+def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(
+    shelf: DiskStore, states: int
+) -> None:
     chat = Chat(shelf, new_kv(states=states))
     for tokens in (5, 4, 3):
         chat.turn(tokens)
@@ -208,14 +210,14 @@ def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(shelf: S
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_that_are_too_many_are_let_go_of(shelf: Shelf) -> None:
+def test_marks_that_are_too_many_are_let_go_of(shelf: DiskStore) -> None:
     chat = Chat(shelf, new_kv(states=1))
-    for _ in range(MARKS + 4):
+    for _ in range(CHECKPOINTS + 4):
         chat.turn(2)
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: Shelf) -> None:
+def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: DiskStore) -> None:
     chat = Chat(shelf, new_kv(states=1))
     chat.turn(500)
     assert chat.restored().storage_bytes == chat.kv.storage_bytes
@@ -396,7 +398,7 @@ def test_a_chain_without_its_last_segment_is_what_was_saved_before(chat: Chat) -
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_segments_of_two_histories_are_refused(chat: Chat, tmp_path: Path, index: int) -> None:
     """Even where ids, rows and positions are the same, and only the tensors differ."""
-    other = Chat(Shelf(tmp_path / "other", 10_000_000), new_kv())
+    other = Chat(DiskStore(tmp_path / "other", 10_000_000), new_kv())
     for tokens in (5, 4, 3):
         other.turn(tokens)
     shutil.copy(segment(other, index), segment(chat, index))
@@ -418,9 +420,9 @@ def test_a_segment_of_another_model_in_the_chain_is_refused(chat: Chat) -> None:
         (new_kv(shape=HeadShape(1, 8, 6)), r"keys of F32 \[2, 5, 8\], not F32 \[1, 5, 8\]"),
         (new_kv(shape=HeadShape(2, 8, 8)), r"values of F32 \[2, 5, 6\]"),
         (new_kv(states=1), "there is no state of 5 tokens"),
-        (ConversationKV([GrowableLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]), "no place"),
+        (ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]), "no place"),
         (
-            ConversationKV([GrowableLayer(SHAPE, torch.float32) for _ in range(LAYERS + 1)]),
+            ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS + 1)]),
             "nothing of layer 3",
         ),
     ],
@@ -585,7 +587,7 @@ def step(chat: Chat, what: str, number: int) -> None:
 @given(STEPS, st.integers(0, 1))
 def test_whatever_happened_a_load_equals_the_live_cache(steps: list[tuple[str, int]], states: int) -> None:
     with TemporaryDirectory() as folder:
-        chat = Chat(Shelf(Path(folder), 100_000_000), new_kv(states=states))
+        chat = Chat(DiskStore(Path(folder), 100_000_000), new_kv(states=states))
         for what, number in steps:
             step(chat, what, number)
         chat.save()
@@ -614,7 +616,7 @@ def reread(kv: ConversationKV, ids: Sequence[int]) -> None:
 
 def save_for_ever(root: Path, turn: int) -> None:
     """Goes on with the chain that is there, until killed."""
-    chat = Chat(Shelf(root, 10_000_000), new_kv())
+    chat = Chat(DiskStore(root, 10_000_000), new_kv())
     chain = chat.shelf.chain(chat.name)
     if chain.segments:
         load(chain, chat.kv, FINGERPRINT)
@@ -638,7 +640,7 @@ def test_a_process_killed_while_saving_leaves_a_chain_that_it_had_saved(tmp_path
         process = processes.Process(target=save_for_ever, args=(tmp_path, turn))
         process.start()
         begun = turn
-        chat = Chat(Shelf(tmp_path, 10_000_000), new_kv())
+        chat = Chat(DiskStore(tmp_path, 10_000_000), new_kv())
         while not segment_files(tmp_path / "chat"):
             time.sleep(0.01)
         time.sleep(chance.uniform(0.02, 0.3))
@@ -651,5 +653,5 @@ def test_a_process_killed_while_saving_leaves_a_chain_that_it_had_saved(tmp_path
         reread(expected, history(turn))
         assert_same(restored, expected)
     assert turn > 12
-    Shelf(tmp_path, 10_000_000).gc({"chat"})
+    DiskStore(tmp_path, 10_000_000).gc({"chat"})
     assert all(segment_path(tmp_path / "chat", int(p.stem)) == p for p in (tmp_path / "chat").iterdir())

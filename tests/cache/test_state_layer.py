@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvchat.cache.kv_cache import MARKS, ConversationKV, PackedRows
-from kvchat.cache.layer import GrowableLayer
+from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV, PackedRows
+from kvchat.cache.layer import DenseLayer
 from kvchat.cache.state_layer import PIECES, HybridLayer, RecurrentLayer, RecurrentState, StateShape
 
 CHANNELS, KERNEL = 5, 3
@@ -54,7 +54,7 @@ def read(kv: ConversationKV, ids: Sequence[int], *, fail: bool = False) -> None:
                 if not getattr(layer, "only_convolves", False):
                     total = values.sum(dim=-1) + (0 if before is None else before)
                     cache.update_recurrent_state(total, index)
-            if isinstance(layer, GrowableLayer):
+            if isinstance(layer, DenseLayer):
                 cache.update(values.mT[:, None], values.mT[:, None], index)
         if fail:
             raise InterruptedError
@@ -67,7 +67,7 @@ class Convolution(RecurrentLayer):
 
 
 def convolving() -> ConversationKV:
-    return ConversationKV([Convolution(), GrowableLayer()])
+    return ConversationKV([Convolution(), DenseLayer()])
 
 
 def summing() -> ConversationKV:
@@ -237,7 +237,7 @@ def test_what_is_recorded_is_counted_and_let_go_of() -> None:
 def test_a_failed_pass_goes_back_to_where_it_can(made: type) -> None:
     kv, expected = made(), made()
     read(kv, [1, 2, 3, 4])
-    kv.mark()
+    kv.checkpoint()
     read(kv, [5, 6])
     with pytest.raises(InterruptedError):
         read(kv, [7, 8], fail=True)
@@ -250,16 +250,16 @@ def test_a_failed_pass_goes_back_to_where_it_can(made: type) -> None:
 @pytest.mark.parametrize("made", [convolving, summing])
 def test_every_mark_can_be_gone_back_to_and_everything_before_the_first_is_empty(made: type) -> None:
     kv = made()
-    for turn in range(MARKS + 3):
+    for turn in range(CHECKPOINTS + 3):
         read(kv, [turn, turn + 1])
-        kv.mark()
-    kept = range(2 * (MARKS + 3), 6, -2)
+        kv.checkpoint()
+    kept = range(2 * (CHECKPOINTS + 3), 6, -2)
     for length in kept:
         branch, expected = kv.fork(length), made()
         read(expected, kv.ids[:length])
         assert kv.reachable(length + 1) == length
         assert_same(branch, expected)
-    assert len(kept) == MARKS
+    assert len(kept) == CHECKPOINTS
     assert kv.reachable(6) == 0
 
 
@@ -267,7 +267,7 @@ def test_every_mark_can_be_gone_back_to_and_everything_before_the_first_is_empty
 def test_forks_share_marks_and_nothing_else(made: type) -> None:
     kv = made()
     read(kv, [1, 2, 3, 4])
-    kv.mark()
+    kv.checkpoint()
     read(kv, [5, 6])
     branch = kv.fork(6)
     assert kv.storages().keys() & branch.storages().keys()
@@ -286,7 +286,7 @@ def test_a_convolution_goes_back_inside_a_turn_and_marks_only_before_it() -> Non
     kv = convolving()
     read(kv, [1, 2, 3, 4])
     assert [kv.reachable(n) for n in range(6)] == [0, 1, 2, 3, 4, 4]
-    kv.mark()
+    kv.checkpoint()
     read(kv, [5, 6, 7])
     assert [kv.reachable(n) for n in range(1, 8)] == [0, 0, 0, 4, 5, 6, 7]
     kv.truncate(5)
@@ -297,12 +297,12 @@ def test_a_convolution_goes_back_inside_a_turn_and_marks_only_before_it() -> Non
 
 def test_marking_twice_costs_nothing_and_an_empty_cache_has_no_mark() -> None:
     kv = summing()
-    kv.mark()
+    kv.checkpoint()
     assert kv.storage_bytes == 0
     read(kv, [1, 2, 3])
-    kv.mark()
+    kv.checkpoint()
     held = kv.storages()
-    kv.mark()
+    kv.checkpoint()
     assert kv.storages() == held
 
 
@@ -314,7 +314,7 @@ def test_segments_hold_new_rows_and_new_marks_only(made: type) -> None:
         read(kv, [turn, 5, turn])
         segments.append(kv.pack())
         restored.unpack(segments[-1])
-    assert [(s.start, s.ids, sorted(s.marks)) for s in segments] == [
+    assert [(s.start, s.ids, sorted(s.checkpoints)) for s in segments] == [
         (0, (0, 5, 0), [3]),
         (3, (1, 5, 1), [6]),
         (6, (2, 5, 2), [9]),

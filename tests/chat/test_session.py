@@ -10,20 +10,20 @@ import pytest
 
 from kvchat.chat import session as session_module
 from kvchat.chat.conversation import Conversation, Message
-from kvchat.chat.session import PARTIAL_EVERY_S, Defaults, Session
+from kvchat.chat.session import PARTIAL_EVERY_S, ConversationDefaults, Session
 from kvchat.chat.store import Store
-from kvchat.chat.token_status import ANSWER, Fates
+from kvchat.chat.token_status import ANSWER, TokenStatuses
 from kvchat.contract import (
     CacheEvent,
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
-    Fate,
     KVPrecision,
     PoolState,
     PromptMessage,
     Sampling,
-    Span,
+    TokenSpan,
+    TokenStatus,
     TurnFinished,
     TurnRequest,
     TurnStarted,
@@ -31,7 +31,7 @@ from kvchat.contract import (
 from kvchat.errors import KvchatError
 from tests.support.samples import FIGURES, TOKENIZER, piece
 
-DEFAULTS = Defaults(
+DEFAULTS = ConversationDefaults(
     "maker/model",
     "Be brief.",
     CacheMode.TURN,
@@ -59,14 +59,14 @@ def finished(
     *ids: int,
     finish: str = "stop",
     tokenizer: str = TOKENIZER,
-    left_out: int = 0,
+    evicted_messages: int = 0,
     events: tuple[CacheEvent, ...] = (),
-    spans: tuple[Span, ...] = (),
+    spans: tuple[TokenSpan, ...] = (),
 ) -> TurnFinished:
     """The end of a turn."""
     pool = PoolState((), 0, 0, 0, 0, events)
     figures = replace(FIGURES, finish_reason=finish)
-    return TurnFinished(turn, text, ids, tokenizer, figures, pool, left_out, spans)
+    return TurnFinished(turn, text, ids, tokenizer, figures, pool, evicted_messages, spans)
 
 
 @pytest.fixture
@@ -99,12 +99,19 @@ def talk(messages: tuple[Message, ...]) -> list[tuple[str, str, str | None]]:
 
 
 def answered(
-    session: Session, question: str, text: str = "The Brenner.", *, finish: str = "stop", left_out: int = 0
+    session: Session,
+    question: str,
+    text: str = "The Brenner.",
+    *,
+    finish: str = "stop",
+    evicted_messages: int = 0,
 ) -> Message:
     """A whole turn; returns its answer."""
     request = session.begin_turn(question)
     session.keep_partial(piece(request.turn, text, 1, 2))
-    message = session.finish_turn(finished(request.turn, text, 1, 2, finish=finish, left_out=left_out))
+    message = session.finish_turn(
+        finished(request.turn, text, 1, 2, finish=finish, evicted_messages=evicted_messages)
+    )
     assert message
     return message
 
@@ -123,12 +130,15 @@ def all_messages(path: Path) -> int:
 def begun(session: Session, question: str) -> str:
     """A turn that reads its question, with the system prompt before it; returns the turn."""
     turn = session.begin_turn(question).turn
-    spans = (Span(0, Fate.REUSED, 9), Span(len(session.current.messages), Fate.READ, 6))
+    spans = (
+        TokenSpan(0, TokenStatus.REUSED, 9),
+        TokenSpan(len(session.current.messages), TokenStatus.READ, 6),
+    )
     session.note_started(TurnStarted(turn, 15, 9, 6, "", spans=spans))
     return turn
 
 
-def last_turn(path: Path, conversation: str) -> Fates:
+def last_turn(path: Path, conversation: str) -> TokenStatuses:
     """What the last turn did, as the next start of the program finds it."""
     with closing(Store(path)) as store:
         again = Session(store, DEFAULTS)
@@ -153,7 +163,11 @@ def test_the_question_is_on_disk_before_the_request_leaves(session: Session, pat
     )
     assert request.messages == (PromptMessage("system", "Be brief."), PromptMessage("user", FIRST))
     assert (request.mode, request.sampling) == (CacheMode.TURN, DEFAULTS.sampling)
-    assert (request.kv, request.policy, request.left_out) == (KVPrecision.INT8, EvictionPolicy.SINKS, 0)
+    assert (request.kv, request.policy, request.evicted_messages) == (
+        KVPrecision.INT8,
+        EvictionPolicy.SINKS,
+        0,
+    )
 
 
 def test_the_answer_is_saved_with_ids_and_figures(session: Session, path: Path) -> None:
@@ -275,17 +289,17 @@ def test_what_a_turn_does_is_told_while_it_is_under_way_and_stays_when_it_is_ove
 ) -> None:
     turn = begun(session, FIRST)
     question = session.current.messages[0].id
-    assert session.last_turn == {question: {Fate.READ: 6}}
+    assert session.last_turn == {question: {TokenStatus.READ: 6}}
     session.keep_partial(piece(turn, "The ", 1))
-    assert session.last_turn == {question: {Fate.READ: 6}, ANSWER: {Fate.WRITTEN: 1}}
+    assert session.last_turn == {question: {TokenStatus.READ: 6}, ANSWER: {TokenStatus.WRITTEN: 1}}
     clock.now += PARTIAL_EVERY_S
     session.keep_partial(piece(turn, "Bren", 2))
     saved = session.current.messages[-1].id
-    assert session.last_turn == {question: {Fate.READ: 6}, saved: {Fate.WRITTEN: 2}}
-    spans = (Span(1, Fate.EVICTED, 6), Span(2, Fate.WRITTEN, 2))
+    assert session.last_turn == {question: {TokenStatus.READ: 6}, saved: {TokenStatus.WRITTEN: 2}}
+    spans = (TokenSpan(1, TokenStatus.EVICTED, 6), TokenSpan(2, TokenStatus.WRITTEN, 2))
     message = session.finish_turn(finished(turn, "The Brenner.", 1, 2, spans=spans))
     assert message
-    told = {question: {Fate.EVICTED: 6}, message.id: {Fate.WRITTEN: 2}}
+    told = {question: {TokenStatus.EVICTED: 6}, message.id: {TokenStatus.WRITTEN: 2}}
     assert session.last_turn == last_turn(path, session.current.id) == told
 
 
@@ -296,11 +310,11 @@ def test_each_conversation_has_its_own_last_turn_also_one_that_is_answered_meanw
     asked_in, question = session.current.id, session.current.messages[0].id
     session.new()
     assert session.last_turn == {}
-    message = session.finish_turn(finished(turn, "Yes.", 1, spans=(Span(2, Fate.WRITTEN, 1),)))
+    message = session.finish_turn(finished(turn, "Yes.", 1, spans=(TokenSpan(2, TokenStatus.WRITTEN, 1),)))
     assert message
     assert session.last_turn == {}
     session.open(asked_in)
-    assert session.last_turn == {message.id: {Fate.WRITTEN: 1}}
+    assert session.last_turn == {message.id: {TokenStatus.WRITTEN: 1}}
     session.fork()
     assert session.last_turn == {}
     assert question in {m.id for m in on_disk(path, asked_in).messages}
@@ -318,26 +332,26 @@ def test_a_turn_that_broke_off_is_the_last_one_too(
         session.keep_partial(piece(turn, text, 1))
     end(session)
     question, *rest = session.current.messages
-    told = {question.id: {Fate.READ: 6}, **{m.id: {Fate.WRITTEN: 1} for m in rest}}
+    told = {question.id: {TokenStatus.READ: 6}, **{m.id: {TokenStatus.WRITTEN: 1} for m in rest}}
     assert len(rest) == bool(text)
     assert session.last_turn == last_turn(path, session.current.id) == told
 
 
 def test_a_turn_that_broke_off_before_it_was_planned_did_nothing(session: Session, path: Path) -> None:
     message = answered(session, FIRST)
-    session._save_last_turn(session.current.id, {message.id: {Fate.WRITTEN: 2}})
+    session._save_last_turn(session.current.id, {message.id: {TokenStatus.WRITTEN: 2}})
     session.begin_turn(SECOND)
     session.abandon_turn()
-    assert last_turn(path, session.current.id) == {message.id: {Fate.WRITTEN: 2}}
+    assert last_turn(path, session.current.id) == {message.id: {TokenStatus.WRITTEN: 2}}
 
 
 def test_the_last_turn_of_a_private_conversation_is_not_written(session: Session, path: Path) -> None:
     private = session.new_private().id
     turn = begun(session, FIRST)
-    session.finish_turn(finished(turn, "Yes.", 1, spans=(Span(2, Fate.WRITTEN, 1),)))
+    session.finish_turn(finished(turn, "Yes.", 1, spans=(TokenSpan(2, TokenStatus.WRITTEN, 1),)))
     session.new()
     session.open(private)
-    assert list(session.last_turn.values()) == [{Fate.WRITTEN: 1}]
+    assert list(session.last_turn.values()) == [{TokenStatus.WRITTEN: 1}]
     with closing(Store(path)) as store:
         assert store.last_turn(private) == {}
 
@@ -779,16 +793,16 @@ def test_there_is_nothing_to_fork_at_first_and_after_clear(session: Session) -> 
 
 def test_messages_that_were_left_out_stay_so_over_turns_and_starts(session: Session, path: Path) -> None:
     answered(session, FIRST)
-    answered(session, SECOND, left_out=2)
-    assert on_disk(path, session.current.id).left_out == session.current.left_out == 2
+    answered(session, SECOND, evicted_messages=2)
+    assert on_disk(path, session.current.id).evicted_messages == session.current.evicted_messages == 2
     with closing(Store(path)) as store:
         later = Session(store, DEFAULTS)
         later.open_latest()
         request = later.begin_turn("Why?")
-        assert (request.left_out, len(asked(request))) == (2, 5)
-        later.finish_turn(finished(request.turn, "So.", 1, left_out=4))
-        assert later.regenerate().left_out == 4
-        assert later.request_as_if().left_out == 4
+        assert (request.evicted_messages, len(asked(request))) == (2, 5)
+        later.finish_turn(finished(request.turn, "So.", 1, evicted_messages=4))
+        assert later.regenerate().evicted_messages == 4
+        assert later.request_as_if().evicted_messages == 4
 
 
 def test_what_is_left_out_of_a_conversation_that_is_not_open_is_saved_too(
@@ -797,14 +811,14 @@ def test_what_is_left_out_of_a_conversation_that_is_not_open_is_saved_too(
     answered(session, FIRST)
     request = session.begin_turn(SECOND)
     other = session.new()
-    session.finish_turn(finished(request.turn, "Three hours.", 3, left_out=2))
-    assert (on_disk(path, request.conversation).left_out, session.current) == (2, other)
+    session.finish_turn(finished(request.turn, "Three hours.", 3, evicted_messages=2))
+    assert (on_disk(path, request.conversation).evicted_messages, session.current) == (2, other)
 
 
 def shortened(session: Session) -> Conversation:
     """Three turns of which the first two are left out."""
-    for question, left_out in ((FIRST, 0), (SECOND, 2), ("Why?", 4)):
-        answered(session, question, left_out=left_out)
+    for question, evicted_messages in ((FIRST, 0), (SECOND, 2), ("Why?", 4)):
+        answered(session, question, evicted_messages=evicted_messages)
     return session.current
 
 
@@ -831,33 +845,33 @@ def test_going_back_before_what_was_left_out_leaves_nothing_out(
 ) -> None:
     before = shortened(session)
     go_back(session)
-    assert session.current.left_out == 0
-    assert on_disk(path, session.current.id).left_out == 0
+    assert session.current.evicted_messages == 0
+    assert on_disk(path, session.current.id).evicted_messages == 0
     if session.current.id != before.id:
         assert on_disk(path, before.id) == before
     if session.pending is None:
-        assert session.begin_turn("And now?").left_out == 0
+        assert session.begin_turn("And now?").evicted_messages == 0
 
 
 def test_going_back_after_what_was_left_out_leaves_it_out(session: Session, path: Path) -> None:
     shortened(session)
-    answered(session, "And then?", left_out=4)
+    answered(session, "And then?", evicted_messages=4)
     session.undo()
-    assert session.begin_turn("And now?").left_out == 4
+    assert session.begin_turn("And now?").evicted_messages == 4
     session.abandon_turn()
-    assert session.fork().left_out == on_disk(path, session.current.id).left_out == 4
+    assert session.fork().evicted_messages == on_disk(path, session.current.id).evicted_messages == 4
 
 
 def test_questions_without_an_answer_count_as_the_one_message_they_are_read_as(session: Session) -> None:
     for question in ("One", "Two", "Three"):
         session.fail_turn(session.begin_turn(question).turn)
     answered(session, "Four")
-    answered(session, SECOND, left_out=2)
+    answered(session, SECOND, evicted_messages=2)
     session.undo()
     session.undo()
     assert len(session.current.messages) == 3
     request = session.begin_turn("Five")
-    assert (asked(request), request.left_out) == (["One\n\nTwo\n\nThree\n\nFive"], 0)
+    assert (asked(request), request.evicted_messages) == (["One\n\nTwo\n\nThree\n\nFive"], 0)
 
 
 # what a request carries
@@ -883,11 +897,11 @@ def test_every_request_carries_the_date_of_the_first_day(session: Session, path:
 @pytest.mark.parametrize("private", [False, True])
 def test_nothing_of_a_private_conversation_may_be_remembered(private: bool) -> None:
     with closing(Store(None)) as store:
-        session = Session(store, Defaults(private=private))
+        session = Session(store, ConversationDefaults(private=private))
         request = session.begin_turn(FIRST)
-        assert request.remember is not private
+        assert request.persist is not private
         session.finish_turn(finished(request.turn, "The Brenner.", 1))
-        assert session.regenerate().remember is not private
+        assert session.regenerate().persist is not private
 
 
 def test_a_price_is_asked_of_the_next_turn_with_changes_and_begins_none(session: Session) -> None:
@@ -1064,10 +1078,10 @@ def test_an_evicted_branch_is_read_whole_where_it_is_shorter_than_what_was_left_
     session.regenerate()
     session.abandon_turn()
     for n in range(3):
-        answered(session, f"Question {n}", left_out=3)
-    assert session.current.left_out == 3
+        answered(session, f"Question {n}", evicted_messages=3)
+    assert session.current.evicted_messages == 3
     session.open_at(session.current.id, first.id)
-    assert session.current.left_out == 0
+    assert session.current.evicted_messages == 0
 
 
 def test_a_message_that_is_gone_and_a_branch_beside_the_one_that_is_answered_are_not_opened(

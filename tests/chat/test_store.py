@@ -24,9 +24,9 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     EvictionPolicy,
-    Fate,
     KVPrecision,
     Sampling,
+    TokenStatus,
     TurnStats,
 )
 from kvchat.errors import KvchatError
@@ -397,18 +397,22 @@ def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> No
         question, reply = ask(migrated)
         migrated.update_message(replace(reply, stats=FIGURES))
         migrated.add_events(EVENTS)
-        migrated.save_last_turn(TALK.id, {reply.id: {Fate.WRITTEN: 2}})
-        assert migrated.last_turn(TALK.id) == {reply.id: {Fate.WRITTEN: 2}}
+        migrated.save_last_turn(TALK.id, {reply.id: {TokenStatus.WRITTEN: 2}})
+        assert migrated.last_turn(TALK.id) == {reply.id: {TokenStatus.WRITTEN: 2}}
         loaded = migrated.load(TALK.id)
-        assert (loaded.kv, loaded.policy, loaded.left_out) == (TALK.kv, TALK.policy, TALK.left_out)
+        assert (loaded.kv, loaded.policy, loaded.evicted_messages) == (
+            TALK.kv,
+            TALK.policy,
+            TALK.evicted_messages,
+        )
         assert loaded.messages == (question, replace(reply, stats=FIGURES))
         assert migrated.events(TALK.id) == list(EVENTS)
 
 
 def test_what_the_last_turn_did_comes_back_and_only_the_last_one(store: Store, path: Path) -> None:
     store.create(TALK)
-    store.save_last_turn(TALK.id, {1: {Fate.READ: 5}})
-    told = {2: {fate: n for n, fate in enumerate(Fate)}, 3: {Fate.WRITTEN: 7}}
+    store.save_last_turn(TALK.id, {1: {TokenStatus.READ: 5}})
+    told = {2: {fate: n for n, fate in enumerate(TokenStatus)}, 3: {TokenStatus.WRITTEN: 7}}
     store.save_last_turn(TALK.id, told)
     with closing(Store(path)) as again:
         assert again.last_turn(TALK.id) == told

@@ -1,25 +1,29 @@
 """What a turn did, from places in the prompt to messages."""
 
-from kvchat.chat.token_status import fates_of
-from kvchat.contract import Fate, Span
+from kvchat.chat.token_status import token_statuses
+from kvchat.contract import TokenSpan, TokenStatus
 
 SPANS = (
-    Span(0, Fate.REUSED, 9),
-    Span(1, Fate.REUSED, 5),
-    Span(1, Fate.READ, 2),
-    Span(2, Fate.WRITTEN, 7),
+    TokenSpan(0, TokenStatus.REUSED, 9),
+    TokenSpan(1, TokenStatus.REUSED, 5),
+    TokenSpan(1, TokenStatus.READ, 2),
+    TokenSpan(2, TokenStatus.WRITTEN, 7),
 )
-ASKED = {Fate.REUSED: 5, Fate.READ: 2}
+ASKED = {TokenStatus.REUSED: 5, TokenStatus.READ: 2}
 
 
 def test_what_stands_after_the_last_message_is_the_answer_and_the_system_prompt_is_no_message() -> None:
-    assert fates_of(SPANS, [(), (4,)], 6) == {4: ASKED, 6: {Fate.WRITTEN: 7}}
+    assert token_statuses(SPANS, [(), (4,)], 6) == {4: ASKED, 6: {TokenStatus.WRITTEN: 7}}
 
 
 def test_questions_that_are_read_as_one_share_what_was_done() -> None:
-    assert fates_of(SPANS[1:], [(3,), (4, 5)], 6) == {4: ASKED, 5: ASKED, 6: {Fate.WRITTEN: 7}}
+    assert token_statuses(SPANS[1:], [(3,), (4, 5)], 6) == {4: ASKED, 5: ASKED, 6: {TokenStatus.WRITTEN: 7}}
 
 
 def test_an_answer_that_is_gone_on_with_has_both() -> None:
-    spans = (Span(0, Fate.REUSED, 5), Span(1, Fate.REUSED, 3), Span(1, Fate.WRITTEN, 2))
-    assert fates_of(spans, [(4,), (5,)], 5)[5] == {Fate.REUSED: 3, Fate.WRITTEN: 2}
+    spans = (
+        TokenSpan(0, TokenStatus.REUSED, 5),
+        TokenSpan(1, TokenStatus.REUSED, 3),
+        TokenSpan(1, TokenStatus.WRITTEN, 2),
+    )
+    assert token_statuses(spans, [(4,), (5,)], 5)[5] == {TokenStatus.REUSED: 3, TokenStatus.WRITTEN: 2}

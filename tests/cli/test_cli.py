@@ -409,7 +409,7 @@ def test_a_full_context_drops_the_oldest_turns_and_that_stays(ask: Asking) -> No
     assert turns[0]["evicted_tokens"] == 0
     assert sum(stats["evicted_tokens"] for stats in turns) > 0
     saved = ask.shell.saved()
-    assert (saved.policy, saved.left_out > 0, len(saved.messages)) == (EvictionPolicy.TURNS, True, 8)
+    assert (saved.policy, saved.evicted_messages > 0, len(saved.messages)) == (EvictionPolicy.TURNS, True, 8)
     assert CacheEventKind.EVICT in ask.shell.happened(saved.id)
     following = ask.json("-c", "More", *SMALL).stats
     assert following["restored_tokens"] > 0
@@ -432,7 +432,7 @@ def test_a_policy_that_leaves_gaps_keeps_every_message_in_the_prompt(ask: Asking
     assert sum(stats["evicted_tokens"] for stats in turns) > 0
     assert all(stats["kv_tokens"] <= 128 for stats in turns)
     saved = ask.shell.saved()
-    assert (saved.policy.value, saved.left_out) == (policy, 0)
+    assert (saved.policy.value, saved.evicted_messages) == (policy, 0)
     assert ask.json("-c", "More", *SMALL).stats["restored_tokens"] > 0
 
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from kvchat.chat.conversation import Conversation
-from kvchat.chat.session import Defaults, Session
+from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.cli.run import figures, run_turns
 from kvchat.contract import (
-    CacheAct,
+    CacheCommand,
     CacheEvent,
     CacheEventKind,
     PoolState,
@@ -35,7 +35,7 @@ Printed = pytest.CaptureFixture[str]
 class PlayedEngine(samples.PlayedEngine):
     """An engine that plays turns; its caches can't be acted upon."""
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         raise AssertionError(f"a turn without a screen does nothing to caches: {act}")
 
 
@@ -55,7 +55,7 @@ ANSWER = (*BRENNER, finished("", "The Brenner.", 1, 2))
 @pytest.fixture
 def session() -> Iterator[Session]:
     with closing(Store(None)) as store:
-        yield Session(store, Defaults())
+        yield Session(store, ConversationDefaults())
 
 
 def talk(conversation: Conversation) -> list[tuple[str, str, str | None]]:

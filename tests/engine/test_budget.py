@@ -104,7 +104,7 @@ def test_no_event_of_any_turn_finds_more_memory_in_use_than_the_budget(
         name = order.choice("abcd")
         house.ask(name, f"{name}{number}: {sentences(order.choice([1, 5, 9]))}")
         if number % 6 == 5:
-            house.engine.act(Fork(name, f"fork-{number}"))
+            house.engine.command(Fork(name, f"fork-{number}"))
             house.guard()
     assert house.guard.highest > 0.6 * budget
     house.engine.close()
@@ -128,11 +128,11 @@ def test_the_least_recently_used_conversation_is_spilled(tiny: LoadedModel, tmp_
 def test_a_pinned_conversation_goes_after_the_others(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
     house.ask("a")
-    house.engine.act(Pin("a", True))
+    house.engine.command(Pin("a", True))
     house.ask("b")
     assert going(house.ask("c")) == [("b", "spill")]
     assert going(house.ask("d")) == [("c", "spill")]
-    house.engine.act(Pin("a", False))
+    house.engine.command(Pin("a", False))
     assert going(house.ask("e")) == [("a", "spill")]
     house.engine.close()
 
@@ -157,7 +157,7 @@ def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
     house = House(tiny, budget_for(tiny, 3.6), tier(tmp_path), system=SYSTEM)
     house.ask("a", sentences(40))
     assert house.hot["a"] > GROWTH_STEP
-    house.engine.act(Spill("a"))
+    house.engine.command(Spill("a"))
     prefix = house.hot["a"]
     first = house.chat("a").messages[0]
     assert prefix == house.engine.caches.get("a").system_end  # type: ignore[union-attr]
@@ -174,15 +174,15 @@ def test_a_system_prompt_is_let_go_of_after_every_whole_conversation(
 ) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path), system=SYSTEM)
     house.ask("a", sentences(40))
-    house.engine.act(Spill("a"))
+    house.engine.command(Spill("a"))
     house.system = f"{SYSTEM} Be kind."
     for name in "bc":
         house.ask(name)
-        house.engine.act(Pin(name, True))
+        house.engine.command(Pin(name, True))
     assert list(house.hot) == ["a", "b", "c"]
-    house.engine.act(SetBudget(budget_for(tiny, 1)))
+    house.engine.command(SetBudget(budget_for(tiny, 1)))
     assert list(house.hot) == ["a"]
-    house.engine.act(SetBudget(0))
+    house.engine.command(SetBudget(0))
     assert house.hot == {}
     house.engine.close()
 
@@ -257,16 +257,16 @@ def test_a_spilled_conversation_comes_back_from_disk_and_is_exact(tiny: LoadedMo
 
 def test_a_budget_smaller_than_the_active_conversation_is_its_context_limit(tiny: LoadedModel) -> None:
     house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32)
-    left_out = 0
+    evicted_messages = 0
     for number in range(9):
         chat = house.chat("a")
         played = house.ask("a", f"{number}: {sentences(5)}")
         assert played.finished.stats.context_limit == GROWTH_STEP < tiny.facts.context_limit
-        assert_equals_cold_without(played, tiny, chat.left_out)
+        assert_equals_cold_without(played, tiny, chat.evicted_messages)
         assert len(chat.kv) <= GROWTH_STEP
-        assert (chat.left_out > left_out) is bool(evictions(played))
-        left_out = chat.left_out
-    assert left_out > 0
+        assert (chat.evicted_messages > evicted_messages) is bool(evictions(played))
+        evicted_messages = chat.evicted_messages
+    assert evicted_messages > 0
 
 
 def test_with_the_policy_none_a_full_budget_refuses_in_words(tiny: LoadedModel) -> None:
@@ -295,7 +295,7 @@ def test_a_smaller_budget_spills_at_once_and_a_larger_one_lets_them_come_back(
     for name in "abcd":
         house.ask(name)
     house.reports.clear()
-    house.engine.act(SetBudget(budget_for(tiny, 2)))
+    house.engine.command(SetBudget(budget_for(tiny, 2)))
     house.guard()
     (pool,) = house.reports
     assert isinstance(pool, PoolState)
@@ -305,8 +305,8 @@ def test_a_smaller_budget_spills_at_once_and_a_larger_one_lets_them_come_back(
     ]
     assert pool.used_bytes <= pool.budget_bytes == budget_for(tiny, 2)
     assert set(house.hot) == {"c", "d"}
-    house.engine.act(SetBudget(UNBOUNDED))
-    house.engine.act(Warm("a"))
+    house.engine.command(SetBudget(UNBOUNDED))
+    house.engine.command(Warm("a"))
     assert set(house.hot) == {"a", "c", "d"}
     for name in "abcd":
         played = house.ask(name)
@@ -336,7 +336,7 @@ def test_what_forks_share_counts_once_until_a_second_one_writes(tiny: LoadedMode
     house.ask("a", sentences(20))
     before = house.pool.used_bytes
     for number in range(5):
-        house.engine.act(Fork("a", f"fork-{number}"))
+        house.engine.command(Fork("a", f"fork-{number}"))
     assert house.pool.used_bytes == before == storage_bytes(house.engine)
     assert [cache.bytes for cache in house.pool.caches] == [before] * 6
     fork = house.chat("fork-0")
@@ -355,9 +355,9 @@ def test_a_fork_that_has_to_make_room_takes_nothing_from_its_parent(
 ) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path))
     house.ask("a")
-    house.engine.act(Fork("a", "fork"))
+    house.engine.command(Fork("a", "fork"))
     house.chat("fork").messages = list(house.chat("a").messages)
-    house.engine.act(Spill("fork"))
+    house.engine.command(Spill("fork"))
     for name in ("a", "fork"):
         played = house.ask(name, "And?")
         assert played.started.miss is None

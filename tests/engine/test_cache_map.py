@@ -6,21 +6,21 @@ import pytest
 import torch
 from transformers import MambaConfig
 
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.contract import (
     CacheBlock,
     CacheMap,
     CacheMode,
     EvictionPolicy,
-    Fate,
     Fork,
     Inspect,
     KVPrecision,
     LayerGroup,
     Report,
     SetPrecision,
-    Span,
     Spill,
+    TokenSpan,
+    TokenStatus,
 )
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
@@ -47,7 +47,7 @@ def reported(loaded: LoadedModel, disk: DiskTier | None = None) -> tuple[LocalEn
 
 
 def map_of(chat: Chat, reports: list[Report]) -> CacheMap:
-    chat.engine.act(Inspect(chat.request()))
+    chat.engine.command(Inspect(chat.request()))
     return next(report for report in reversed(reports) if isinstance(report, CacheMap))
 
 
@@ -56,8 +56,8 @@ def whose(blocks: tuple[CacheBlock, ...]) -> list[tuple[int | None, str]]:
     return list(dict.fromkeys((block.message, block.role) for block in blocks))
 
 
-def fates(spans: tuple[Span, ...]) -> dict[int, dict[Fate, int]]:
-    told: dict[int, dict[Fate, int]] = {}
+def statuses(spans: tuple[TokenSpan, ...]) -> dict[int, dict[TokenStatus, int]]:
+    told: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
         told.setdefault(span.message, {})[span.fate] = span.tokens
     return told
@@ -101,7 +101,7 @@ def test_what_is_no_part_of_the_conversation_any_more_belongs_to_nobody(loaded: 
 def test_messages_that_were_left_out_are_counted(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
-    chat.left_out = 2
+    chat.evicted_messages = 2
     chat.ask("And the train?")
     assert whose(map_of(chat, reports).blocks) == [
         (0, "system"),
@@ -125,7 +125,7 @@ def test_evicted_tokens_are_a_gap_of_no_bytes(loaded: LoadedModel) -> None:
 def test_a_fork_shares_what_both_have_read(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
-    engine.act(Fork(chat.name, "child"))
+    engine.command(Fork(chat.name, "child"))
     shared = len(chat.kv)
     chat.ask("And the train?")
     told = map_of(chat, reports)
@@ -137,7 +137,7 @@ def test_quantised_blocks_say_so_and_the_newest_tokens_stay_exact(loaded: Loaded
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     chat.ask(sentences(9))
-    engine.act(SetPrecision(chat.name, KVPrecision.INT8))
+    engine.command(SetPrecision(chat.name, KVPrecision.INT8))
     chat.precision = KVPrecision.INT8
     told = map_of(chat, reports)
     start = chat.kv.edges[-2]
@@ -153,13 +153,13 @@ def test_quantised_blocks_say_so_and_the_newest_tokens_stay_exact(loaded: Loaded
 def test_what_is_saved_is_marked_and_what_is_on_disk_only_is_shown_from_there(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    engine, reports = reported(loaded, DiskTier(Shelf(tmp_path / "shelf", 1 << 30)))
+    engine, reports = reported(loaded, DiskTier(DiskStore(tmp_path / "shelf", 1 << 30)))
     chat = talk(engine, loaded)
     told = map_of(chat, reports)
     assert {(b.held, b.saved) for b in told.blocks} == {(True, True)}
     assert told.disk_bytes > 0
     tokens = len(chat.kv)
-    engine.act(Spill(chat.name))
+    engine.command(Spill(chat.name))
     told = map_of(chat, reports)
     assert sum(b.tokens for b in told.blocks) == tokens
     assert {b.saved for b in told.blocks} == {True}
@@ -194,8 +194,10 @@ def test_layers_of_each_kind_are_a_row_with_their_bytes() -> None:
 # --- what a turn did with every message ------------------------------------------------------------------
 
 
-def told_at_both_ends(played: Played) -> tuple[dict[int, dict[Fate, int]], dict[int, dict[Fate, int]]]:
-    return fates(played.started.spans), fates(played.finished.spans)
+def told_at_both_ends(
+    played: Played,
+) -> tuple[dict[int, dict[TokenStatus, int]], dict[int, dict[TokenStatus, int]]]:
+    return statuses(played.started.spans), statuses(played.finished.spans)
 
 
 def test_a_turn_says_of_every_message_what_it_did_with_its_tokens(loaded: LoadedModel) -> None:
@@ -206,12 +208,12 @@ def test_a_turn_says_of_every_message_what_it_did_with_its_tokens(loaded: Loaded
     started, finished = told_at_both_ends(played)
     assert list(finished) == [0, 1, 2, 3, 4, 5, 6]
     for message in range(4):
-        assert set(finished[message]) == {Fate.REUSED}
-    assert set(finished[5]) == {Fate.READ}
-    assert finished[6][Fate.WRITTEN] == stats.generated_tokens
-    counted = {fate: sum(each.get(fate, 0) for each in finished.values()) for fate in Fate}
-    assert counted[Fate.REUSED] == stats.reused_tokens
-    assert counted[Fate.READ] == stats.prefilled_tokens
+        assert set(finished[message]) == {TokenStatus.REUSED}
+    assert set(finished[5]) == {TokenStatus.READ}
+    assert finished[6][TokenStatus.WRITTEN] == stats.generated_tokens
+    counted = {fate: sum(each.get(fate, 0) for each in finished.values()) for fate in TokenStatus}
+    assert counted[TokenStatus.REUSED] == stats.reused_tokens
+    assert counted[TokenStatus.READ] == stats.prefilled_tokens
     assert {m: f for m, f in started.items() if m < 6} == {m: f for m, f in finished.items() if m < 6}
 
 
@@ -219,18 +221,20 @@ def test_without_a_cache_every_message_was_never_cached(loaded: LoadedModel) -> 
     engine, _ = reported(loaded)
     played = talk(engine, loaded, mode=CacheMode.OFF).ask("And the train?")
     for told in told_at_both_ends(played):
-        assert all(set(told[message]) == {Fate.UNCACHED} for message in range(6))
+        assert all(set(told[message]) == {TokenStatus.UNCACHED} for message in range(6))
 
 
 def test_messages_that_are_left_out_were_evicted(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
-    chat.left_out = 2
+    chat.evicted_messages = 2
     started, finished = told_at_both_ends(chat.ask("And the train?"))
     for told in (started, finished):
-        assert told[1] == told[2] == {Fate.EVICTED: 0}
-        assert Fate.EVICTED not in told[3]
-    assert finished[3][Fate.READ] > finished[3].get(Fate.REUSED, 0)  # the words before its text are the same
+        assert told[1] == told[2] == {TokenStatus.EVICTED: 0}
+        assert TokenStatus.EVICTED not in told[3]
+    assert finished[3][TokenStatus.READ] > finished[3].get(
+        TokenStatus.REUSED, 0
+    )  # the words before its text are the same
 
 
 def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
@@ -238,16 +242,16 @@ def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded, policy=EvictionPolicy.SINKS)
     played = chat.ask(sentences(9))
-    gone = sum(span.tokens for span in played.finished.spans if span.fate is Fate.EVICTED)
+    gone = sum(span.tokens for span in played.finished.spans if span.fate is TokenStatus.EVICTED)
     assert gone == len(chat.kv.ids) - len(chat.kv) > 0
     again = chat.ask("And?")
-    evicted = [span for span in again.started.spans if span.fate is Fate.EVICTED]
+    evicted = [span for span in again.started.spans if span.fate is TokenStatus.EVICTED]
     assert sum(span.tokens for span in evicted) >= gone
 
 
 def test_an_answer_that_goes_on_is_one_message(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
-    finished = fates(chat.answer().finished.spans)
+    finished = statuses(chat.answer().finished.spans)
     assert max(finished) == 4
-    assert {Fate.REUSED, Fate.WRITTEN} <= set(finished[4])
+    assert {TokenStatus.REUSED, TokenStatus.WRITTEN} <= set(finished[4])

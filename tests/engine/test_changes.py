@@ -25,7 +25,7 @@ from kvchat.contract import (
 )
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.planner import LEAST_LOAN
+from kvchat.engine.planner import LEAST_SHARED
 from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
@@ -209,7 +209,7 @@ def forked(chat: Chat, messages: int) -> Chat:
     """Another conversation that starts with the first messages of this one."""
     child = Chat(chat.engine, chat.loaded, "child", sampling=chat.sampling)
     child.messages = chat.messages[:messages]
-    chat.engine.act(Fork(chat.name, child.name))
+    chat.engine.command(Fork(chat.name, child.name))
     return child
 
 
@@ -283,7 +283,7 @@ def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: Loade
     engine.pool()
     borrower = Chat(engine, loaded, "borrower", system=SYSTEM)
     played = borrower.ask("What is the code?")
-    assert played.started.reused_tokens > LEAST_LOAN
+    assert played.started.reused_tokens > LEAST_SHARED
     assert_follows_the_rule(played, held, loaded)
     (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.LEND]
     assert (event.conversation, event.tokens) == ("borrower", played.started.reused_tokens)
@@ -362,5 +362,5 @@ def test_the_rule_holds_for_a_real_model(smollm2: LoadedModel) -> None:
     borrower.messages = parent.messages[:3]
     held = parent.kv.ids
     played = borrower.ask("And on foot?")
-    assert played.started.reused_tokens > LEAST_LOAN
+    assert played.started.reused_tokens > LEAST_SHARED
     assert_follows_the_rule(played, held, smollm2)

@@ -22,7 +22,7 @@ import torch
 from transformers import Gemma2Config
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer, Memory
+from kvchat.cache.layer import DenseLayer, Memory
 from kvchat.config.paths import find_paths
 from kvchat.contract import CacheMode, KVPrecision, Sampling
 from kvchat.engine.compiled import build as building
@@ -429,7 +429,7 @@ def memories_of(built: Built) -> list[Memory]:
 
 def test_room_is_never_counted_beyond_what_there_is(built: Built) -> None:
     layer = built.loaded.new_kv().stored[0]
-    assert isinstance(layer, GrowableLayer)
+    assert isinstance(layer, DenseLayer)
     layer.room_for(1)
     with pytest.raises(ValueError, match="257 tokens after 0 don't fit a capacity of 256"):
         layer.fill(257)

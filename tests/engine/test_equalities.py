@@ -334,7 +334,7 @@ def test_a_quantised_cache_that_shares_a_prefix_answers_as_one_that_shares_none(
     first.precision = second.precision = kv
     first.ask("Hi!")
     if shared_by == "fork":
-        engine.act(Fork("first", "second"))
+        engine.command(Fork("first", "second"))
         second.messages = list(first.messages)
         first.ask("And?")
     alone: list[ConversationKV] = []

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvchat.cache.layer import AddressedLayer, GrowableLayer, HeadShape
+from kvchat.cache.layer import AddressedLayer, DenseLayer, HeadShape
 from kvchat.cache.quantized_layer import QuantizedLayer
 from kvchat.engine.compiled.quantized_linear import GROUP, TILE, Blocks, pack, round_to_blocks
 
@@ -247,7 +247,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_the_oracle_is_torchs_own_attention() -> None:
     case = Case(window=0)
-    layer = GrowableLayer(case.shape, torch.float32)
+    layer = DenseLayer(case.shape, torch.float32)
     query, keys, values = case.states(40)
     layer.update(keys, values)
     theirs = torch.nn.functional.scaled_dot_product_attention(
@@ -258,7 +258,7 @@ def test_the_oracle_is_torchs_own_attention() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_what_torch_computes_over_the_same_rows(case: Case, dtype: torch.dtype) -> None:
-    layer = GrowableLayer(case.shape, dtype)
+    layer = DenseLayer(case.shape, dtype)
     states = case.states(WHOLE)
     found = case.attend(layer, states, [WHOLE])
     torch.testing.assert_close(found.double(), case.expected(layer, states[0]), atol=2e-5, rtol=1e-4)
@@ -270,8 +270,8 @@ def test_attention_is_what_torch_computes_over_the_same_rows(case: Case, dtype: 
 @pytest.mark.parametrize("cuts", [name for name in CUTS if name != "at once"])
 def test_exact_rows_are_attended_to_alike_in_any_chunks(case: Case, cuts: str) -> None:
     states = case.states(WHOLE)
-    expected = case.attend(GrowableLayer(case.shape, torch.bfloat16), states, [WHOLE])
-    found = case.attend(GrowableLayer(case.shape, torch.bfloat16), states, CUTS[cuts])
+    expected = case.attend(DenseLayer(case.shape, torch.bfloat16), states, [WHOLE])
+    found = case.attend(DenseLayer(case.shape, torch.bfloat16), states, CUTS[cuts])
     assert torch.equal(found, expected)
 
 
@@ -305,15 +305,15 @@ def test_quantised_rows_are_those_that_the_layer_reads(bits: int, cropped: int, 
 
 def test_one_and_two_threads_attend_alike(case: Case) -> None:
     states = case.states(WHOLE)
-    two = case.attend(GrowableLayer(case.shape, torch.float32), states, [WHOLE])
+    two = case.attend(DenseLayer(case.shape, torch.float32), states, [WHOLE])
     torch.set_num_threads(1)
-    assert torch.equal(case.attend(GrowableLayer(case.shape, torch.float32), states, [WHOLE]), two)
+    assert torch.equal(case.attend(DenseLayer(case.shape, torch.float32), states, [WHOLE]), two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_are_not_filled_never_count(case: Case, dtype: torch.dtype) -> None:
     """Whatever was in the memory: a number that is none would spread."""
-    layer, clean = (GrowableLayer(case.shape, dtype) for _ in range(2))
+    layer, clean = (DenseLayer(case.shape, dtype) for _ in range(2))
     layer.room_for(20)
     assert layer.keys is not None
     assert layer.values is not None
@@ -326,7 +326,7 @@ def test_rows_that_are_not_filled_never_count(case: Case, dtype: torch.dtype) ->
 def test_huge_scores_overflow_nothing() -> None:
     case = Case()
     query, keys, values = case.states(40)
-    layer = GrowableLayer(case.shape, torch.float32)
+    layer = DenseLayer(case.shape, torch.float32)
     found = case.attend(layer, (query * 1e4, keys * 1e4, values), [40])
     torch.testing.assert_close(found.double(), case.expected(layer, query * 1e4), atol=1e-4, rtol=1e-4)
 
@@ -334,7 +334,7 @@ def test_huge_scores_overflow_nothing() -> None:
 def test_attention_over_what_does_not_fit_is_refused() -> None:
     """It would read and write what belongs to others."""
     case = Case()
-    layer = GrowableLayer(case.shape, torch.float32)
+    layer = DenseLayer(case.shape, torch.float32)
     query, keys, values = case.states(4)
     layer.room_for(4)
     table, rows = torch.tensor([layer.memory()]), torch.arange(4)

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import GROWTH_STEP
 from kvchat.contract import (
-    CacheAct,
+    CacheCommand,
     CacheMode,
     Drop,
     Evicted,
@@ -105,7 +105,7 @@ class Talk:
     messages: list[PromptMessage]
     policy: EvictionPolicy = EvictionPolicy.TURNS
     kv: KVPrecision = KVPrecision.FP32
-    left_out: int = 0
+    evicted_messages: int = 0
 
     @property
     def open(self) -> bool:
@@ -283,12 +283,12 @@ class Machine(RuleBasedStateMachine):
 
     def shorten(self, talk: Talk) -> None:
         """Where as few messages are there as were left out, none is left out any more."""
-        if talk.left_out >= sum(message.role != "system" for message in talk.messages):
-            talk.left_out = 0
+        if talk.evicted_messages >= sum(message.role != "system" for message in talk.messages):
+            talk.evicted_messages = 0
 
-    def do(self, act: CacheAct) -> None:
+    def do(self, act: CacheCommand) -> None:
         self.reports.clear()
-        self.engine.act(act)
+        self.engine.command(act)
         failed = [r for r in self.reports if isinstance(r, Refused) and "engine failed" in r.reason]
         assert failed == []
 
@@ -304,7 +304,7 @@ class Machine(RuleBasedStateMachine):
             Sampling(max_tokens=most),
             talk.kv,
             talk.policy,
-            talk.left_out,
+            talk.evicted_messages,
         )
         run = Run(request)
         guard, seen = Guard(self.engine), 0
@@ -325,7 +325,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert isinstance(last, TurnFinished)
         run.check(talk, last)
-        talk.left_out = last.left_out
+        talk.evicted_messages = last.evicted_messages
         if last.token_ids:
             talk.messages.append(PromptMessage("assistant", last.text, last.token_ids, last.tokenizer))
 
@@ -349,22 +349,23 @@ class Run:
         assert isinstance(started, TurnStarted)
         assert started.reused_tokens + started.prefilled_tokens == started.prompt_tokens
         self.check_re_reading(started)
-        assert len(self.prompt(finished.left_out)) + len(finished.token_ids) <= CONTEXT
+        assert len(self.prompt(finished.evicted_messages)) + len(finished.token_ids) <= CONTEXT
         if talk.exact:
             self.check_answer(finished)
         elif not any(isinstance(event, Evicted) for event in self.events[2:]):
             self.check_unshared(finished.stats.reused_tokens)
 
-    def prompt(self, left_out: int) -> tuple[int, ...]:
+    def prompt(self, evicted_messages: int) -> tuple[int, ...]:
         """The ids of the messages that stay, by a renderer that knows nothing of this turn."""
-        return renderer().render(without_oldest(self.request.messages, left_out)).ids
+        return renderer().render(without_oldest(self.request.messages, evicted_messages)).ids
 
     def check_re_reading(self, started: TurnStarted) -> None:
         """Where more is read than the last message and what leads to it, there is a reason."""
-        left_out = next(
-            (e.left_out for e in self.events[:2] if isinstance(e, Evicted)), self.request.left_out
+        evicted_messages = next(
+            (e.evicted_messages for e in self.events[:2] if isinstance(e, Evicted)),
+            self.request.evicted_messages,
         )
-        messages = without_oldest(self.request.messages, left_out)
+        messages = without_oldest(self.request.messages, evicted_messages)
         history = any(message.role == "assistant" for message in messages)
         again = renderer().render(messages).ends[-2] - 1 if len(messages) > 1 else 0
         assert started.prompt_tokens == len(renderer().render(messages).ids)
@@ -376,7 +377,7 @@ class Run:
 
     def check_answer(self, finished: TurnFinished) -> None:
         """Logits and choices since the last eviction are those of a cold pass over the messages that stay."""
-        prompt = self.prompt(finished.left_out)
+        prompt = self.prompt(finished.evicted_messages)
         chosen = [i for event in self.events if isinstance(event, Tokens) for i in event.token_ids]
         generated = finished.stats.generated_tokens
         late = [i for i, event in enumerate(self.events) if isinstance(event, Evicted)]

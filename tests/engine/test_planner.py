@@ -14,23 +14,23 @@ from transformers.utils import chat_template_utils
 
 from kvchat.cache.prefix import common_prefix
 from kvchat.contract import (
-    Ask,
     CacheEventKind,
     CacheMode,
-    Count,
-    Counted,
+    CostEstimate,
+    CountTokens,
     Drop,
+    EstimateCost,
     EvictionPolicy,
     Fork,
     KVPrecision,
     Miss,
     PoolState,
     PromptMessage,
-    Quote,
     Report,
     Sampling,
     SetBudget,
     Spill,
+    TokenCounts,
 )
 from kvchat.engine import cache_commands, miss_reason
 from kvchat.engine.engine import LocalEngine
@@ -57,12 +57,12 @@ class Desk:
     engine: LocalEngine
     reports: list[Report]
 
-    def quote(self, chat: Chat) -> Quote:
+    def quote(self, chat: Chat) -> CostEstimate:
         """The price of the turn that `chat` would ask for now."""
         self.reports.clear()
-        self.engine.act(Ask("key", chat.request()))
+        self.engine.command(EstimateCost("key", chat.request()))
         quote, pool = self.reports
-        assert isinstance(quote, Quote)
+        assert isinstance(quote, CostEstimate)
         assert isinstance(pool, PoolState)
         assert pool.events == ()
         assert quote.key == "key"
@@ -149,7 +149,7 @@ class Cause:
 DIFFERENCES = {
     **{f"message {i}": Cause(edit(i), f"message {i} edited", i) for i in range(1, 7)},
     "system": Cause(change_system, "system prompt edited", 0),
-    "elsewhere": Cause(add_a_turn_of_elsewhere, miss_reason.NOT_KEPT, 6),
+    "elsewhere": Cause(add_a_turn_of_elsewhere, miss_reason.NOT_CACHED, 6),
 }
 
 
@@ -245,11 +245,11 @@ def test_a_template_that_rewrites_what_was_read_is_named() -> None:
 
 
 def dropped(chat: Chat, at: Desk) -> None:
-    at.engine.act(Drop(chat.name))
+    at.engine.command(Drop(chat.name))
 
 
 def spilled_nowhere(chat: Chat, at: Desk) -> None:
-    at.engine.act(Spill(chat.name))
+    at.engine.command(Spill(chat.name))
     at.engine.forget("prefix")
 
 
@@ -258,8 +258,8 @@ def forgotten(chat: Chat, at: Desk) -> None:
 
 
 def squeezed_out(chat: Chat, at: Desk) -> None:
-    at.engine.act(SetBudget(1))
-    at.engine.act(SetBudget(1 << 40))
+    at.engine.command(SetBudget(1))
+    at.engine.command(SetBudget(1 << 40))
 
 
 def off_for_a_turn(chat: Chat, at: Desk) -> None:
@@ -339,7 +339,7 @@ def test_a_quote_is_right_in_every_mode(loaded: LoadedModel, mode: CacheMode) ->
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     assert played.started.miss is None
-    assert played.started.reuse_note == miss_reason.NEVER_KEPT.get(mode, "")
+    assert played.started.reuse_note == miss_reason.NEVER_CACHED.get(mode, "")
 
 
 def lent(chat: Chat, at: Desk) -> Chat:
@@ -351,7 +351,7 @@ def lent(chat: Chat, at: Desk) -> Chat:
 def forked(chat: Chat, at: Desk) -> Chat:
     other = Chat(at.engine, chat.loaded, "other")
     other.messages = [*chat.messages[:5], user("What is the code?")]
-    at.engine.act(Fork(chat.name, other.name))
+    at.engine.command(Fork(chat.name, other.name))
     return other
 
 
@@ -424,9 +424,9 @@ def test_a_gap_is_no_use_to_a_policy_without_gaps() -> None:
 
 def test_turns_that_are_left_out_are_a_cause() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
-    left_out = chat.left_out
-    assert left_out > 0
-    while chat.left_out == left_out:
+    evicted_messages = chat.evicted_messages
+    assert evicted_messages > 0
+    while chat.evicted_messages == evicted_messages:
         chat.messages.append(user(sentences(3)))
         played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
@@ -437,14 +437,14 @@ def test_turns_that_are_left_out_are_a_cause() -> None:
 def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
     chat.ask("Why?")
-    left_out = chat.left_out
-    assert len(chat.messages) > left_out + 3
-    edit(left_out + 1)(chat)
+    evicted_messages = chat.evicted_messages
+    assert len(chat.messages) > evicted_messages + 3
+    edit(evicted_messages + 1)(chat)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
-    assert chat.left_out == left_out
+    assert chat.evicted_messages == evicted_messages
     miss = miss_of(played)
-    assert (miss.cause, miss.message) == (f"message {left_out + 2} edited", left_out + 2)
+    assert (miss.cause, miss.message) == (f"message {evicted_messages + 2} edited", evicted_messages + 2)
 
 
 def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> None:
@@ -544,10 +544,10 @@ def test_another_date_is_a_miss_that_shows_both(monkeypatch: pytest.MonkeyPatch)
 def test_texts_are_counted_as_a_prompt_has_them_and_nothing_else_is_reported(loaded: LoadedModel) -> None:
     at = desk(loaded)
     typed = sentences(7)
-    at.engine.act(Count("key", ("", typed, "<|im_end|>")))
+    at.engine.command(CountTokens("key", ("", typed, "<|im_end|>")))
     ids = loaded.tokenizer.encode(typed, add_special_tokens=False).ids
     (counted,) = at.reports
-    assert isinstance(counted, Counted)
+    assert isinstance(counted, TokenCounts)
     assert (counted.key, counted.tokens[:2]) == ("key", (0, len(ids)))
     assert counted.tokens[2] > 1  # typed, it is text and no control token
 

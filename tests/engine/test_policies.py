@@ -249,7 +249,7 @@ def test_both_branches_of_a_fork_with_gaps_equal_masked_passes(
     chat = filled(LocalEngine(small), small, policy, journal)
     with journal.of(chat):
         assert evictions(chat.ask(question(FULL)))
-    chat.engine.act(Fork("chat", "fork"))
+    chat.engine.command(Fork("chat", "fork"))
     fork, branch = chat_with(chat.engine, small, policy, "fork"), journal.copy()
     fork.messages = list(chat.messages)
     for number in range(FULL + 1, FULL + 5):
@@ -297,29 +297,29 @@ def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
     played = chat.ask("And?")
     assert played.started.reused_tokens <= gap
     assert played.started.miss is not None
-    assert_equals_cold_without(played, small, chat.left_out)
+    assert_equals_cold_without(played, small, chat.evicted_messages)
 
 
 def test_turns_are_left_out_between_answers_and_stay_out(small: LoadedModel) -> None:
     chat = filled(LocalEngine(small), small, TURNS, Journal())
     played = chat.ask(question(FULL))
     (event,) = evictions(played)
-    assert chat.left_out == event.left_out == played.finished.left_out >= 2
+    assert chat.evicted_messages == event.evicted_messages == played.finished.evicted_messages >= 2
     before = rendered(small, played.request.messages)
-    after = rendered(small, played.request.messages[event.left_out :])
+    after = rendered(small, played.request.messages[event.evicted_messages :])
     assert played.finished.stats.evicted_tokens == event.tokens == len(before) - len(after)
-    assert_equals_cold_without(played, small, chat.left_out)
+    assert_equals_cold_without(played, small, chat.evicted_messages)
     again = chat.ask("And?")
     assert (evictions(again), again.finished.stats.evicted_tokens) == ([], 0)
-    assert (again.finished.left_out, again.started.reuse_note) == (event.left_out, "")
-    assert_equals_cold_without(again, small, chat.left_out)
+    assert (again.finished.evicted_messages, again.started.reuse_note) == (event.evicted_messages, "")
+    assert_equals_cold_without(again, small, chat.evicted_messages)
 
 
 def test_the_system_prompt_is_never_left_out(small: LoadedModel) -> None:
     chat = chat_with(LocalEngine(small), small, TURNS, system="Answer in the words of the old towns.")
     for number in range(9):
-        assert_equals_cold_without(chat.ask(question(number)), small, chat.left_out)
-    assert chat.left_out >= 4
+        assert_equals_cold_without(chat.ask(question(number)), small, chat.evicted_messages)
+    assert chat.evicted_messages >= 4
     assert chat.kv.ids[:20] == tuple(rendered(small, chat.messages))[:20]
 
 
@@ -332,12 +332,15 @@ def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
     (event,) = evictions(played)
     assert 0 < played.events.index(event) < len(played.events) - 1
     assert Tokens in [type(each) for each in played.events[: played.events.index(event)]]
-    assert (event.left_out, chat.left_out) == (played.finished.left_out, event.left_out)
-    assert_equals_cold_without(played, small, event.left_out)
+    assert (event.evicted_messages, chat.evicted_messages) == (
+        played.finished.evicted_messages,
+        event.evicted_messages,
+    )
+    assert_equals_cold_without(played, small, event.evicted_messages)
     chat.sampling = replace(chat.sampling, max_tokens=4)
     again = chat.ask("Why?")
     assert (evictions(again), again.started.reuse_note) == ([], "")
-    assert_equals_cold_without(again, small, event.left_out)
+    assert_equals_cold_without(again, small, event.evicted_messages)
 
 
 def test_turns_end_an_answer_that_fills_the_context_alone(small: LoadedModel) -> None:
@@ -360,7 +363,7 @@ def test_none_refuses_in_words_that_name_choices_and_ends_an_answer_at_the_limit
     chat.messages = chat.messages[:6]
     chat.sampling = replace(chat.sampling, max_tokens=400)
     ended = chat.ask("And?")
-    assert (ended.finished.stats.finish_reason, ended.finished.left_out) == ("context", 0)
+    assert (ended.finished.stats.finish_reason, ended.finished.evicted_messages) == ("context", 0)
     assert len(chat.kv.ids) == LIMIT - 1
     assert evictions(ended) == []
     assert_equals_cold(ended, small)
@@ -375,12 +378,12 @@ def test_events_stats_and_timeline_say_the_same(small: LoadedModel, policy: Evic
     assert event.tokens == line.tokens == played.finished.stats.evicted_tokens > 0
     assert (event.note, line.conversation) == (line.note, "chat")
     assert ("approximate" if policy is not TURNS else "exact") in event.note
-    assert event.left_out == played.finished.left_out
+    assert event.evicted_messages == played.finished.evicted_messages
     quiet = chat.ask("And?")
     assert not evictions(quiet)
     assert not timeline(quiet, CacheEventKind.EVICT)
     assert quiet.finished.stats.evicted_tokens == 0
-    assert quiet.finished.left_out == played.finished.left_out
+    assert quiet.finished.evicted_messages == played.finished.evicted_messages
 
 
 @GAPS
@@ -406,8 +409,8 @@ def test_without_a_cache_every_policy_leaves_out_whole_turns(
     chat.mode = CacheMode.OFF
     for number in range(FULL + 2):
         played = chat.ask(question(number))
-        assert_equals_cold_without(played, small, chat.left_out)
-    assert chat.left_out > 0
+        assert_equals_cold_without(played, small, chat.evicted_messages)
+    assert chat.evicted_messages > 0
 
 
 @pytest.mark.parametrize("policy", [TURNS, SINKS_POLICY, SNAPKV])
@@ -420,7 +423,7 @@ def test_without_a_cache_turns_are_left_out_in_mid_answer(small: LoadedModel, po
     played = chat.ask("And?")
     assert played.finished.stats.finish_reason == ("length" if policy is TURNS else "context")
     assert bool(evictions(played)) is (policy is TURNS)
-    assert_equals_cold_without(played, small, chat.left_out)
+    assert_equals_cold_without(played, small, chat.evicted_messages)
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])

@@ -14,7 +14,7 @@ from kvchat.engine import miss_reason
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.model.transformers_model import template_of
-from kvchat.engine.prompt import MARK, SPLIT, Renderer, Span, find_texts
+from kvchat.engine.prompt import MARK, SPLIT, Renderer, TextSpan, find_texts
 from kvchat.errors import KvchatError
 from tests.support.engine_driver import Chat, assert_equals_cold, on_both_models, rendered, saying, user
 from tests.support.tiny import CHATML, END, END_OF_TEXT, START, tiny_chat, tiny_loaded
@@ -234,11 +234,11 @@ def test_a_broken_template_is_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("rendering", "texts", "spans"),
     [
-        ("<u>hi</u><a>", ["hi"], [Span(3, 5, 0)]),
-        ("<u>hi</u><a>", ["  hi\n"], [Span(3, 5, 0)]),
-        ("<u>yes</u><a>", ["<think>hm</think>\nyes"], [Span(3, 6, 0)]),
-        ("<u></u><a>", [""], [Span(3, 3, 0)]),
-        ("<u></u></u><a>", ["</u>"], [Span(3, 7, 0)]),
+        ("<u>hi</u><a>", ["hi"], [TextSpan(3, 5, 0)]),
+        ("<u>hi</u><a>", ["  hi\n"], [TextSpan(3, 5, 0)]),
+        ("<u>yes</u><a>", ["<think>hm</think>\nyes"], [TextSpan(3, 6, 0)]),
+        ("<u></u><a>", [""], [TextSpan(3, 3, 0)]),
+        ("<u></u></u><a>", ["</u>"], [TextSpan(3, 7, 0)]),
         ("<u>HI</u><a>", ["hi"], []),
         ("other<u>hi</u><a>", ["hi"], []),
     ],
@@ -252,13 +252,13 @@ def test_a_broken_template_is_a_sentence() -> None:
         "unknown",
     ],
 )
-def test_texts_are_found_in_a_rendering(rendering: str, texts: list[str], spans: list[Span]) -> None:
+def test_texts_are_found_in_a_rendering(rendering: str, texts: list[str], spans: list[TextSpan]) -> None:
     assert find_texts(rendering, f"<u>{MARK}0{MARK}</u><a>", texts) == spans
 
 
 def test_texts_after_a_rewritten_one_count_as_plain_text() -> None:
     skeleton = f"{MARK}0{MARK}|{MARK}1{MARK}|{MARK}2{MARK}|"
-    assert find_texts("a|B|c|", skeleton, ["a", "b", "c"]) == [Span(0, 1, 0)]
+    assert find_texts("a|B|c|", skeleton, ["a", "b", "c"]) == [TextSpan(0, 1, 0)]
 
 
 def test_every_message_ends_where_the_rendering_says() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MambaConfig
 
-from kvchat.cache.disk.disk_store import Shelf, segment_files
+from kvchat.cache.disk.disk_store import DiskStore, segment_files
 from kvchat.cache.disk.segment import read_segment
 from kvchat.cache.fingerprint import WORDS, Fingerprint
 from kvchat.cache.kv_cache import ConversationKV
@@ -58,7 +58,7 @@ class House:
 
     def open(self) -> None:
         """A new engine."""
-        self.disk = DiskTier(Shelf(self.root, self.cap))
+        self.disk = DiskTier(DiskStore(self.root, self.cap))
         self.engine = LocalEngine(self.loaded, disk=self.disk, report=self.reports.append)
 
     def restart(self, *chats: Chat) -> None:
@@ -68,9 +68,9 @@ class House:
         for chat in chats:
             chat.engine = self.engine
 
-    def chat(self, name: str = "chat", *, turns: int = 3, remember: bool = True) -> Chat:
+    def chat(self, name: str = "chat", *, turns: int = 3, persist: bool = True) -> Chat:
         """A conversation of so many turns."""
-        chat = Chat(self.engine, self.loaded, name, system=SYSTEM, remember=remember)
+        chat = Chat(self.engine, self.loaded, name, system=SYSTEM, persist=persist)
         for question in QUESTIONS[:turns]:
             chat.ask(question)
         return chat
@@ -227,7 +227,7 @@ def test_a_conversation_moved_to_disk_comes_back_with_its_next_turn(
 ) -> None:
     chat = house.chat()
     held = len(chat.kv)
-    house.engine.act(Spill(chat.name))
+    house.engine.command(Spill(chat.name))
     pool = house.reports[-1]
     assert isinstance(pool, PoolState)
     assert CacheEventKind.SPILL in [e.kind for e in pool.events]
@@ -240,7 +240,7 @@ def test_a_cache_that_is_warmed_before_the_turn_is_there(house: House, loaded: L
     chat = house.chat()
     held = len(chat.kv)
     house.restart(chat)
-    house.engine.act(Warm(chat.name))
+    house.engine.command(Warm(chat.name))
     (warm,) = house.engine.pool().caches
     assert (warm.tokens, warm.hot) == (held, True)
     played = chat.ask(SURE)
@@ -253,7 +253,7 @@ def test_a_fork_is_saved_as_its_own(house: House, loaded: LoadedModel) -> None:
     chat = house.chat()
     child = Chat(house.engine, loaded, "child")
     child.messages = chat.messages[:5]
-    house.engine.act(Fork(chat.name, child.name))
+    house.engine.command(Fork(chat.name, child.name))
     child.ask("And by boat?")
     chat.ask(SURE)
     held = {each.name: len(each.kv) for each in (chat, child)}
@@ -403,7 +403,7 @@ def test_a_cache_that_may_not_be_used_is_not_warmed_either(
     with identified(monkeypatch, "revision", "another"):
         house.restart(chat)
     house.reports.clear()
-    house.engine.act(Warm(chat.name))
+    house.engine.command(Warm(chat.name))
     refused, pool = house.reports
     assert isinstance(refused, Refused)
     assert "model weights changed" in refused.reason
@@ -487,7 +487,7 @@ def test_a_refusal_is_an_event(house: House) -> None:
 def test_a_cache_that_was_removed_meanwhile_is_read_again(house: House) -> None:
     chat = house.chat()
     house.engine.close()
-    Shelf(house.root, CAP).remove(chat.name)
+    DiskStore(house.root, CAP).remove(chat.name)
     house.restart(chat)
     assert_read_again(chat, house, miss_reason.NOT_READ_YET)
 
@@ -500,8 +500,8 @@ def everything_on(root: Path) -> list[str]:
 
 
 def test_a_private_conversation_writes_nothing(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat(remember=False)
-    house.engine.act(Spill(chat.name))
+    chat = house.chat(persist=False)
+    house.engine.command(Spill(chat.name))
     chat.ask(SURE)
     house.restart(chat)
     assert everything_on(house.root) == []
@@ -514,7 +514,7 @@ def test_a_private_conversation_writes_nothing(house: House, loaded: LoadedModel
 def test_a_private_conversation_reads_nothing_from_disk_either(house: House) -> None:
     chat = house.chat()
     house.restart(chat)
-    chat.remember = False
+    chat.persist = False
     played = chat.ask(SURE)
     assert (played.started.reused_tokens, played.started.restored_tokens) == (0, 0)
     assert_equals_cold(played, house.loaded)
@@ -543,7 +543,7 @@ def test_forgetting_removes_the_folder(house: House, loaded: LoadedModel) -> Non
 
 def test_dropping_removes_the_folder_and_the_next_turn_says_so(house: House) -> None:
     chat = house.chat()
-    house.engine.act(Drop(chat.name))
+    house.engine.command(Drop(chat.name))
     assert not house.folder().exists()
     played = chat.ask(SURE)
     assert played.started.reuse_note == "you dropped it"
@@ -555,7 +555,7 @@ def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) 
     house = House(tmp_path / "shelf", tiny)
     first = house.chat("first")
     house.engine.close()
-    one = Shelf(house.root, CAP).total_bytes()
+    one = DiskStore(house.root, CAP).total_bytes()
     house.cap = int(1.5 * one)
     house.open()
     first.engine = house.engine
@@ -563,7 +563,7 @@ def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) 
     house.restart(first, second)
     pool = house.engine.pool()
     assert [c.conversation for c in pool.caches] == ["second"]
-    assert pool.disk_bytes == Shelf(house.root, CAP).total_bytes() <= house.cap == pool.disk_cap_bytes
+    assert pool.disk_bytes == DiskStore(house.root, CAP).total_bytes() <= house.cap == pool.disk_cap_bytes
     held = len(second.messages)
     assert second.ask(SURE).started.restored_tokens > held
     played = first.ask(SURE)

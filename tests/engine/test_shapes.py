@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer, rounded_up
+from kvchat.cache.layer import DenseLayer, rounded_up
 from kvchat.cache.quantized_layer import QuantizedLayer
-from kvchat.cache.rope_shift import turned
+from kvchat.cache.rope_shift import rotated
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer
 from kvchat.engine.model.forward import CachedReader, Stopped, forward_pass, stopping_between_layers
 from kvchat.engine.model.layout import NO_LIMIT
@@ -259,10 +259,10 @@ class Reading:
     def turn(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
         if prompt[:-1]:
             self.reader.read(prompt[:-1])
-        self.kv.mark()
+        self.kv.checkpoint()
         for token in (prompt[-1], *reply):
             self.read([token])
-        self.kv.mark()
+        self.kv.checkpoint()
 
 
 def cold(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
@@ -456,7 +456,7 @@ def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
     # the window in which a record begins is held besides, until the next mark
     windows = shape.state_bytes if recorded else 0
     assert fresh.storage_bytes == foretold + recorded + windows
-    fresh.mark()
+    fresh.checkpoint()
     assert fresh.storage_bytes == foretold + shape.state_bytes
     fresh.clear()
     assert (fresh.storage_bytes, len(fresh)) == (0, 0)
@@ -511,7 +511,7 @@ def test_the_measured_rotation_turns_keys_to_other_positions(shaped: LoadedModel
         keys.append([layer.keys[:, :, :1] for layer in kv.stored if layer.keys is not None])
     interleaved = shaped.shape.rotary == "interleaved"
     for at_3, at_100 in zip(*keys, strict=True):
-        moved = turned(at_3, torch.tensor([97]), frequencies, interleaved=interleaved)
+        moved = rotated(at_3, torch.tensor([97]), frequencies, interleaved=interleaved)
         torch.testing.assert_close(moved, at_100, atol=1e-4, rtol=0)
 
 
@@ -540,7 +540,7 @@ def test_another_precision_is_that_of_the_stored_keys() -> None:
     CachedReader(loaded.model, kv).read(some_ids(5))
     assert {layer.keys.dtype for layer in kv.stored if layer.keys is not None} == {torch.bfloat16}
     assert kv.used_bytes == 5 * loaded.shape.kv_bytes_per_token(torch.bfloat16)
-    assert {type(layer) for layer in loaded.new_kv("auto").layers} == {GrowableLayer}
+    assert {type(layer) for layer in loaded.new_kv("auto").layers} == {DenseLayer}
 
 
 def test_a_compressed_layer_is_measured_and_not_computed() -> None:

@@ -153,7 +153,7 @@ class Told:
         assert self.answers == other.answers
         for mine, theirs in zip(self.turns, other.turns, strict=True):
             ours, plain = mine.finished, theirs.finished
-            assert (ours.text, ours.left_out) == (plain.text, plain.left_out)
+            assert (ours.text, ours.evicted_messages) == (plain.text, plain.evicted_messages)
             assert ours.stats.finish_reason == plain.stats.finish_reason
             assert ours.stats.generated_tokens == plain.stats.generated_tokens
             assert [e.tokens for e in evictions(mine)] == [e.tokens for e in evictions(theirs)]
@@ -400,7 +400,7 @@ def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(
     engine.pool()
     reports: list[Report] = []
     engine._report = reports.append
-    engine.act(SetBudget(2 * tiny.new_kv().bytes_at(GROWTH_STEP)))
+    engine.command(SetBudget(2 * tiny.new_kv().bytes_at(GROWTH_STEP)))
     (pool,) = [each for each in reports if isinstance(each, PoolState)]
     assert [(e.conversation, e.kind) for e in pool.events] == [("b", CacheEventKind.DROP)]
     assert (pool.draft_bytes, {cache.conversation for cache in pool.caches}) == (0, {"a", "b"})

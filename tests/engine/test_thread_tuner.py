@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 
-from kvchat.engine.compiled.thread_tuner import FIRST, LATEST, SOONEST, Crew
+from kvchat.engine.compiled.thread_tuner import FIRST, LATEST, SOONEST, ThreadTuner
 
 
-def run(crew: Crew, tokens: int, all_s: float, one_s: float) -> list[int]:
+def run(crew: ThreadTuner, tokens: int, all_s: float, one_s: float) -> list[int]:
     """The threads of each token, where they take so long."""
     used = []
     for _ in range(tokens):
@@ -15,7 +15,7 @@ def run(crew: Crew, tokens: int, all_s: float, one_s: float) -> list[int]:
 
 
 def test_all_threads_stay_where_they_are_faster_and_trials_get_rare() -> None:
-    used = run(Crew(4), 4000, all_s=0.007, one_s=0.014)
+    used = run(ThreadTuner(4), 4000, all_s=0.007, one_s=0.014)
     trials = [i for i, threads in enumerate(used) if threads == 1]
     gaps = [b - a for a, b in pairwise(trials)]
     assert trials[0] == FIRST
@@ -25,7 +25,7 @@ def test_all_threads_stay_where_they_are_faster_and_trials_get_rare() -> None:
 
 
 def test_one_thread_takes_over_within_a_few_tokens_once_the_others_are_held_up() -> None:
-    crew = Crew(4)
+    crew = ThreadTuner(4)
     run(crew, 12, all_s=0.007, one_s=0.014)
     used = run(crew, 20, all_s=0.1, one_s=0.014)
     assert used[:4] == [4, 4, 4, 1]
@@ -33,18 +33,18 @@ def test_one_thread_takes_over_within_a_few_tokens_once_the_others_are_held_up()
 
 
 def test_all_threads_come_back_once_they_are_faster_again() -> None:
-    crew = Crew(4)
+    crew = ThreadTuner(4)
     run(crew, 20, all_s=0.007, one_s=0.014)
     run(crew, 10, all_s=0.1, one_s=0.014)
     assert run(crew, 2 * SOONEST, all_s=0.007, one_s=0.014)[-1] == 4
 
 
 def test_from_the_start_too_slow_is_found_at_the_first_trial() -> None:
-    assert run(Crew(2), FIRST + 2, all_s=0.3, one_s=0.014)[-1] == 1
+    assert run(ThreadTuner(2), FIRST + 2, all_s=0.3, one_s=0.014)[-1] == 1
 
 
 def test_a_longer_conversation_is_no_reason() -> None:
-    crew, used = Crew(4), list[int]()
+    crew, used = ThreadTuner(4), list[int]()
     for token in range(FIRST):
         used.append(crew.threads)
         crew.note(0.007 + token * 0.0001)
@@ -52,10 +52,10 @@ def test_a_longer_conversation_is_no_reason() -> None:
 
 
 def test_a_single_thread_is_never_in_question() -> None:
-    assert set(run(Crew(1), 100, all_s=0.1, one_s=0.1)) == {1}
+    assert set(run(ThreadTuner(1), 100, all_s=0.1, one_s=0.1)) == {1}
 
 
 def test_a_prompt_is_no_trial() -> None:
-    crew = Crew(4)
+    crew = ThreadTuner(4)
     run(crew, FIRST, all_s=0.007, one_s=0.014)
     assert (crew.threads, crew.settled) == (1, 4)

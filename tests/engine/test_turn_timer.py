@@ -3,7 +3,7 @@
 from kvchat.contract import CacheMode, FinishReason
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.turn_timer import Meter
+from kvchat.engine.turn_timer import TurnTimer
 from tests.support.engine_driver import Chat
 
 
@@ -27,7 +27,7 @@ def test_facts_of_the_model_stand_in_the_figures(tiny: LoadedModel) -> None:
 
 
 def test_a_turn_in_which_nothing_happened_has_no_rates(tiny: LoadedModel) -> None:
-    stats = Meter().stats(
+    stats = TurnTimer().stats(
         CacheMode.ON,
         tiny.facts,
         FinishReason.CANCELLED,
@@ -41,7 +41,7 @@ def test_a_turn_in_which_nothing_happened_has_no_rates(tiny: LoadedModel) -> Non
 
 
 def test_time_to_first_text_waits_for_text() -> None:
-    meter = Meter(started=0.0)
+    meter = TurnTimer(started=0.0)
     meter.begin_prefill()
     meter.token("")
     assert meter.first_token > 0

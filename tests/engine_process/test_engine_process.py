@@ -19,15 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.cache.disk.disk_store import Chain, Shelf
+from kvchat.cache.disk.disk_store import Chain, DiskStore
 from kvchat.contract import (
-    Ask,
-    CacheAct,
+    CacheCommand,
     CacheEventKind,
     CacheMode,
     Converted,
+    CostEstimate,
     Died,
     Drop,
+    EstimateCost,
     Fork,
     KVPrecision,
     Loading,
@@ -35,7 +36,6 @@ from kvchat.contract import (
     PoolState,
     PrefillProgress,
     PromptMessage,
-    Quote,
     Ready,
     Refused,
     Sampling,
@@ -93,9 +93,9 @@ class Linked:
         assert isinstance(pool, PoolState), pool
         return [*reports, pool]
 
-    def done(self, act: CacheAct) -> tuple[list[Status], PoolState]:
+    def done(self, act: CacheCommand) -> tuple[list[Status], PoolState]:
         """Does something to the caches; what was reported of it, and the caches that there are then."""
-        self.engine.act(act)
+        self.engine.command(act)
         reports = [self.status()]
         while not isinstance(reports[-1], PoolState):
             reports.append(self.status())
@@ -109,7 +109,7 @@ class Linked:
 
     def saved(self, conversation: str) -> Chain:
         """What lies on disk of a conversation."""
-        return Shelf(self.kv_folder, DISK).chain(conversation)
+        return DiskStore(self.kv_folder, DISK).chain(conversation)
 
     @property
     def child(self) -> psutil.Process:
@@ -349,8 +349,8 @@ def test_a_question_is_priced_before_it_is_asked(running: Linked) -> None:
     request = ask("Which pass is open?")
     first = running.answer(request)
     following_request = following(request, first, "How long is the drive?")
-    (quote,), _ = running.done(Ask("the key", following_request))
-    assert isinstance(quote, Quote)
+    (quote,), _ = running.done(EstimateCost("the key", following_request))
+    assert isinstance(quote, CostEstimate)
     answer = running.answer(following_request).stats
     assert (quote.key, quote.refusal, quote.miss) == ("the key", "", None)
     assert (quote.prompt_tokens, quote.reused_tokens, quote.prefilled_tokens) == (
@@ -358,8 +358,8 @@ def test_a_question_is_priced_before_it_is_asked(running: Linked) -> None:
         answer.reused_tokens,
         answer.prefilled_tokens,
     )
-    (too_long,), _ = running.done(Ask("another", ask("too long " * 1100)))
-    assert isinstance(too_long, Quote)
+    (too_long,), _ = running.done(EstimateCost("another", ask("too long " * 1100)))
+    assert isinstance(too_long, CostEstimate)
     assert (too_long.key, "the context holds 1,024" in too_long.refusal) == ("another", True)
 
 
@@ -462,7 +462,7 @@ def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
     request = ask("Which pass is open?", tokens=40)
     turn = running.engine.turn(request)
     events = run_until_tokens(turn)
-    running.engine.act(Drop(request.conversation))
+    running.engine.command(Drop(request.conversation))
     assert len(ended([*events, *turn]).token_ids) == 40
     pool = running.status()
     assert isinstance(pool, PoolState)
@@ -493,8 +493,8 @@ def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_w
         own.engine.start()
         own.until_ready()
         request = following(request, answer, f"And {kill}? " + "The train takes two hours. " * 10)
-        (quote,), _ = own.done(Ask("after a kill", request))
-        assert isinstance(quote, Quote)
+        (quote,), _ = own.done(EstimateCost("after a kill", request))
+        assert isinstance(quote, CostEstimate)
         assert quote.reused_tokens == len(chain.rows)
         if quote.reused_tokens < answer.stats.kv_tokens:
             assert quote.miss
@@ -600,7 +600,7 @@ def test_closing_kills_a_child_that_hangs_while_it_imports_and_whoever_waits_for
 
 def test_closing_ends_a_turn_under_way_and_saves_what_may_be_remembered(own: Linked) -> None:
     """Both turns are from before the start."""
-    private = replace(ask("Which pass is open?"), remember=False)
+    private = replace(ask("Which pass is open?"), persist=False)
     request, events = ask_for_much(CacheMode.ON), Queue[TurnEvent]()
 
     def follow(turn: Iterator[TurnEvent]) -> None:
@@ -633,9 +633,9 @@ def test_closing_ends_a_turn_under_way_and_saves_what_may_be_remembered(own: Lin
 
 
 def test_what_may_not_be_remembered_is_kept_in_memory_only(running: Linked) -> None:
-    request = replace(ask("Which pass is open?"), remember=False)
+    request = replace(ask("Which pass is open?"), persist=False)
     first = running.answer(request)
-    again = running.answer(replace(following(request, first, "Why?"), remember=False))
+    again = running.answer(replace(following(request, first, "Why?"), persist=False))
     assert again.stats.reused_tokens == first.stats.kv_tokens
     running.done(Spill(request.conversation))
     assert not running.saved(request.conversation).segments

@@ -171,7 +171,7 @@ class Chat:
         sampling: Sampling = GREEDY,
         policy: EvictionPolicy = EvictionPolicy.TURNS,
         today: str = "",
-        remember: bool = True,
+        persist: bool = True,
     ) -> None:
         self.engine = engine
         self.loaded = loaded
@@ -180,9 +180,9 @@ class Chat:
         self.sampling = sampling
         self.policy = policy
         self.today = today
-        self.remember = remember
+        self.persist = persist
         self.precision = KVPrecision.AUTO
-        self.left_out = 0
+        self.evicted_messages = 0
         self.turn = ""
         """The id of the turn that was asked for last."""
         self.messages = [PromptMessage("system", system)] if system else []
@@ -200,7 +200,7 @@ class Chat:
         last = played.events[-1]
         if not isinstance(last, TurnFinished):
             return played
-        self.left_out = last.left_out
+        self.evicted_messages = last.evicted_messages
         if last.token_ids:
             self._keep(last)
         return played
@@ -226,9 +226,9 @@ class Chat:
             self.sampling,
             self.precision,
             self.policy,
-            self.left_out,
+            self.evicted_messages,
             self.today,
-            self.remember,
+            self.persist,
         )
 
     @property

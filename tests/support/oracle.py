@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvchat.cache.disk.disk_store import Shelf
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.contract import CacheEvent, CacheEventKind, Evicted, EvictionPolicy, KVPrecision, TurnEvent
 from kvchat.engine.disk_tier import DiskTier
@@ -132,12 +132,12 @@ class Journal:
         return float((oracle - uncached_logits(model, self.ids)).abs().max())
 
 
-def assert_equals_cold_without(played: Played, loaded: LoadedModel, left_out: int) -> None:
+def assert_equals_cold_without(played: Played, loaded: LoadedModel, evicted_messages: int) -> None:
     """What the turn chose from is what a cold run answers that never had the `left_out` oldest messages.
 
     Where turns were dropped in the middle of the answer, that holds for the tokens after the last drop.
     """
-    prompt = rendered(loaded, without_oldest(played.request.messages, left_out), played.request.today)
+    prompt = rendered(loaded, without_oldest(played.request.messages, evicted_messages), played.request.today)
     whole = uncached_logits(loaded.model, [*prompt, *played.tokens])[len(prompt) - 1 :]
     after = tokens_after_last_eviction(played)
     found = torch.stack(played.logits[-after:]) if after else torch.empty(0)
@@ -171,7 +171,7 @@ def timeline(played: Played, kind: CacheEventKind) -> list[CacheEvent]:
 
 def tier(folder: Path) -> DiskTier:
     """Caches on disk in `folder`."""
-    return DiskTier(Shelf(folder, ROOMY))
+    return DiskTier(DiskStore(folder, ROOMY))
 
 
 def with_context(loaded: LoadedModel, limit: int) -> LoadedModel:

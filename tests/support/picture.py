@@ -10,7 +10,7 @@ from pathlib import Path
 
 from textual.pilot import Pilot
 
-from kvchat.chat.session import Defaults, Session
+from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.config.paths import find_paths
 from kvchat.contract import Sampling
@@ -46,7 +46,7 @@ async def main() -> None:
     allow_spawning()
     with tempfile.TemporaryDirectory() as temporary:
         options = EngineOptions(folder, DEFAULT_MODEL, Path(temporary) / "engine.log")
-        session = Session(Store(None), Defaults(DEFAULT_MODEL, sampling=Sampling(max_tokens=160)))
+        session = Session(Store(None), ConversationDefaults(DEFAULT_MODEL, sampling=Sampling(max_tokens=160)))
         app = ChatApp(lambda: session, lambda report: LinkedEngine(options, report), model=card.title)
         async with app.run_test(size=SIZE) as pilot:
             await chat(pilot, session, "Which rivers flow through Paris?")

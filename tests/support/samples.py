@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from kvchat.contract import CacheAct, PoolState, Tokens, TurnEvent, TurnFinished, TurnRequest, TurnStats
+from kvchat.contract import CacheCommand, PoolState, Tokens, TurnEvent, TurnFinished, TurnRequest, TurnStats
 
 TOKENIZER = "0123456789abcdef"
 
@@ -66,7 +66,7 @@ class PlayedEngine:
     def stop(self, turn: str) -> None:
         self.stopped.append(turn)
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         pass
 
     def forget(self, conversation: str) -> None:

@@ -15,7 +15,7 @@ from textual.strip import Strip
 from textual.widgets import Static
 
 from kvchat.chat.conversation import Conversation, Message, title_from
-from kvchat.chat.session import Defaults, Session
+from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.contract import CacheMode
 from kvchat.ui.app import ChatApp
@@ -39,7 +39,7 @@ LOOKS = round(PATIENCE_S / LOOK_EVERY_S)
 
 def session_over(store: Store | None = None, *, mode: CacheMode = CacheMode.ON) -> Session:
     """A session with an empty conversation; without a store, everything stays in memory."""
-    return Session(store or Store(None), Defaults(model="scripted", mode=mode))
+    return Session(store or Store(None), ConversationDefaults(model="scripted", mode=mode))
 
 
 def saved_conversation(store: Store, *messages: tuple[str, str], title: str = "") -> Conversation:

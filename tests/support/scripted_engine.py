@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from threading import Condition
 
 from kvchat.contract import (
-    Ask,
-    CacheAct,
     CacheBlock,
+    CacheCommand,
     CacheMap,
     CacheMode,
     Converted,
-    Count,
-    Counted,
+    CostEstimate,
+    CountTokens,
     Died,
     Drop,
+    EstimateCost,
     Evicted,
-    Fate,
     FinishReason,
     Fork,
     Inspect,
@@ -29,16 +28,17 @@ from kvchat.contract import (
     Pin,
     PoolState,
     PrefillProgress,
-    Quote,
     Ready,
     Refused,
     Report,
     SetBudget,
     SetPrecision,
-    Span,
     Spill,
     Status,
+    TokenCounts,
     Tokens,
+    TokenSpan,
+    TokenStatus,
     TurnEvent,
     TurnFailed,
     TurnFinished,
@@ -123,10 +123,10 @@ class ScriptedEngine:
         self._stopped: set[str] = set()
         self._held: dict[str, WarmCache] = {}
         self._budget = BUDGET
-        self._price = Quote("", 0, 0, 0, 0.1, None, PREVIEW)
+        self._price = CostEstimate("", 0, 0, 0, 0.1, None, PREVIEW)
         self.map: CacheMap | None = None
         """What it answers when somebody looks into a cache; None tells of the tokens it holds."""
-        self._later: list[CacheAct] = []
+        self._later: list[CacheCommand] = []
         """Acts that wait for the end of the turn under way, or for the engine."""
         self._lives = 0
         """Goes up with every death: a turn belongs to the life that it began in."""
@@ -136,11 +136,11 @@ class ScriptedEngine:
         self.requests: list[TurnRequest] = []
         self.stops: list[str] = []
         self.forgotten: list[str] = []
-        self.acts: list[CacheAct] = []
-        self.openings: list[Ask] = []
+        self.acts: list[CacheCommand] = []
+        self.openings: list[EstimateCost] = []
         """Prices of going on with the conversations that were opened."""
         self.tells_openings = False
-        self.typed: list[Ask | Count] = []
+        self.typed: list[EstimateCost | CountTokens] = []
         """Tokens and prices of what stands in the prompt."""
         self.tells_typed = False
         self.answers_acts = True
@@ -177,7 +177,7 @@ class ScriptedEngine:
         self, seconds: float | None, miss: Miss | None = None, *, preview: str = PREVIEW, refusal: str = ""
     ) -> "ScriptedEngine":
         """What every turn costs from now on, whoever asks."""
-        self._price = Quote("", 1300, 96, 1204, seconds, miss, preview, refusal)
+        self._price = CostEstimate("", 1300, 96, 1204, seconds, miss, preview, refusal)
         return self
 
     def dies_on_load(self, reason: str, *log_tail: str) -> None:
@@ -231,13 +231,13 @@ class ScriptedEngine:
             self._stopped.add(turn)
             self._changed.notify_all()
 
-    def act(self, act: CacheAct) -> None:
+    def command(self, act: CacheCommand) -> None:
         with self._changed:
-            if isinstance(act, Ask | Count) and act.key.startswith(TYPED):
+            if isinstance(act, EstimateCost | CountTokens) and act.key.startswith(TYPED):
                 self.typed.append(act)  # whoever pauses while typing asks; no test counts it
                 if not self.tells_typed:
                     return
-            elif isinstance(act, Ask) and act.key.startswith(OPENED):
+            elif isinstance(act, EstimateCost) and act.key.startswith(OPENED):
                 self.openings.append(act)  # nobody asked for it, and no test counts it
                 if not self.tells_openings:
                     return
@@ -277,7 +277,7 @@ class ScriptedEngine:
             spans_of(request, reused),
         )
         pieces: list[str] = []
-        evicted, left_out = 0, request.left_out
+        evicted, evicted_messages = 0, request.evicted_messages
         for step in script.steps:
             if turn in self._stopped:
                 break
@@ -290,7 +290,7 @@ class ScriptedEngine:
                 yield TurnFailed(turn, step.reason)
                 return
             if isinstance(step, Evicted):
-                evicted, left_out = evicted + step.tokens, step.left_out
+                evicted, evicted_messages = evicted + step.tokens, step.evicted_messages
             if isinstance(step, PrefillProgress | Evicted):
                 yield replace(step, turn=turn)
             elif isinstance(step, str):
@@ -301,17 +301,19 @@ class ScriptedEngine:
         finish = FinishReason.CANCELLED if turn in self._stopped else script.finish
         stats = stats_of(request, reused, len(pieces), finish, script.reuse_note)
         stats = replace(stats, evicted_tokens=evicted, restored_tokens=script.restored)
-        yield self._finished(request, pieces, stats, left_out)
+        yield self._finished(request, pieces, stats, evicted_messages)
 
     def _finished(
-        self, request: TurnRequest, pieces: list[str], stats: TurnStats, left_out: int
+        self, request: TurnRequest, pieces: list[str], stats: TurnStats, evicted_messages: int
     ) -> TurnFinished:
         if request.mode is CacheMode.ON:
             self._held[request.conversation] = warm(request.conversation, stats.kv_tokens)
         ids = tuple(range(1, len(pieces) + 1))
         spans = spans_of(request, stats.reused_tokens, len(pieces))
         text = "".join(pieces)
-        return TurnFinished(request.turn, text, ids, FACTS.tokenizer, stats, self.pool(), left_out, spans)
+        return TurnFinished(
+            request.turn, text, ids, FACTS.tokenizer, stats, self.pool(), evicted_messages, spans
+        )
 
     def _catch_up(self) -> None:
         """Does what was asked for meanwhile, as the engine does: in order, the new state after each."""
@@ -323,11 +325,11 @@ class ScriptedEngine:
                 self._on_status(report)
             self._on_status(self.pool())
 
-    def _do(self, act: CacheAct) -> Report | None:
+    def _do(self, act: CacheCommand) -> Report | None:
         match act:
-            case Count(key, texts):
-                return Counted(key, tuple(len(text.split()) for text in texts))
-            case Ask(key):
+            case CountTokens(key, texts):
+                return TokenCounts(key, tuple(len(text.split()) for text in texts))
+            case EstimateCost(key):
                 return replace(self._price, key=key)
             case Inspect(request):
                 return self.map or map_of(request, self._held.get(request.conversation))
@@ -341,7 +343,7 @@ class ScriptedEngine:
                 return self._move(act, self._held.get(conversation))
         return None
 
-    def _move(self, act: CacheAct, held: WarmCache | None) -> Report | None:
+    def _move(self, act: CacheCommand, held: WarmCache | None) -> Report | None:
         if held is None:
             return Refused("There is no such cache.")
         match act:
@@ -389,17 +391,20 @@ def prompt_tokens(request: TurnRequest) -> int:
     return sum(len(message.text.split()) + 4 for message in request.messages)
 
 
-def spans_of(request: TurnRequest, reused: int, written: int = 0) -> tuple[Span, ...]:
+def spans_of(request: TurnRequest, reused: int, written: int = 0) -> tuple[TokenSpan, ...]:
     """What is done with every message, by the counts alone."""
-    spans, left = list[Span](), reused
+    spans, left = list[TokenSpan](), reused
     off = request.mode is CacheMode.OFF
     for place, message in enumerate(request.messages):
         tokens = len(message.text.split()) + 4
         kept = min(tokens, left)
         left -= kept
-        parts = ((Fate.REUSED, kept), (Fate.UNCACHED if off else Fate.READ, tokens - kept))
-        spans += [Span(place, fate, count) for fate, count in parts if count]
-    return (*spans, Span(len(request.messages), Fate.WRITTEN, written))
+        parts = (
+            (TokenStatus.REUSED, kept),
+            (TokenStatus.UNCACHED if off else TokenStatus.READ, tokens - kept),
+        )
+        spans += [TokenSpan(place, fate, count) for fate, count in parts if count]
+    return (*spans, TokenSpan(len(request.messages), TokenStatus.WRITTEN, written))
 
 
 def map_of(request: TurnRequest, held: WarmCache | None) -> CacheMap:

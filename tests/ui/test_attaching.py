@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.contract import Count, Miss
+from kvchat.contract import CountTokens, Miss
 from kvchat.ui.widgets.prompt import LONG_PASTE
 from kvchat.ui.widgets.prompt_cost import GAP, HINTS, ReckoningLine, hints_in
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
@@ -94,11 +94,11 @@ async def test_every_pause_asks_once_and_known_texts_are_not_counted_again() -> 
     async with running(engine) as chat:
         await chat.press(*"abc")
         await until_under(chat, "1 token · will read 1,204 new")
-        counted = [act.texts for act in engine.typed if isinstance(act, Count)]
+        counted = [act.texts for act in engine.typed if isinstance(act, CountTokens)]
         await chat.press("d", "backspace")
         asked = len(engine.typed)
         await chat.until(lambda: len(engine.typed) > asked, "it is asked again")
-        assert [act.texts for act in engine.typed if isinstance(act, Count)] == counted
+        assert [act.texts for act in engine.typed if isinstance(act, CountTokens)] == counted
 
 
 async def test_what_does_not_fit_is_said_before_it_is_sent() -> None:
@@ -117,7 +117,7 @@ async def test_editing_is_priced_as_the_message_in_its_place() -> None:
         await chat.send("/edit 1")
         await until_under(chat, "1 token · will read 1,204 new")
         request = engine.typed[-1]
-        assert not isinstance(request, Count)
+        assert not isinstance(request, CountTokens)
         assert [m.text for m in request.request.messages] == ["One"]
 
 

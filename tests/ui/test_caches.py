@@ -6,7 +6,7 @@ import pytest
 from textual.widgets import DataTable, Static
 
 from kvchat.chat.session import Session
-from kvchat.contract import CacheAct, Drop, Pin, PoolState, SetBudget, Spill, Warm, WarmCache
+from kvchat.contract import CacheCommand, Drop, Pin, PoolState, SetBudget, Spill, Warm, WarmCache
 from kvchat.ui.screens.caches import CachesScreen, budget_line
 from kvchat.ui.screens.dialogs import AskLine
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
@@ -110,7 +110,7 @@ async def test_each_key_acts_on_the_row_under_the_cursor(
     async with running(engine, session, size=size) as chat:
         await opened(chat)
         await chat.press(*["down"] * row, key)
-        expected: CacheAct = act(named(chat, TITLES[row]))
+        expected: CacheCommand = act(named(chat, TITLES[row]))
         assert engine.acts == [expected]
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from kvchat.chat.session import Session
 from kvchat.contract import (
-    Ask,
-    CacheAct,
+    CacheCommand,
+    CostEstimate,
+    EstimateCost,
     EvictionPolicy,
     KVPrecision,
     Miss,
-    Quote,
     SetBudget,
     SetPrecision,
     WarmCache,
@@ -28,14 +28,14 @@ MISS = Miss("system prompt edited", 1100, 2.0, 3, "You are", "Be brief", 0)
 DEAR, CHEAP = WORTH_ASKING_S + 0.1, WORTH_ASKING_S - 0.1
 
 
-def acts_but_asks(chat: Chat) -> list[CacheAct]:
+def acts_but_asks(chat: Chat) -> list[CacheCommand]:
     """What reached the engine, questions about prices aside."""
-    return [act for act in chat.engine.acts if not isinstance(act, Ask)]
+    return [act for act in chat.engine.acts if not isinstance(act, EstimateCost)]
 
 
-def asked(chat: Chat) -> Ask:
+def asked(chat: Chat) -> EstimateCost:
     """The one question about a price."""
-    (ask,) = [act for act in chat.engine.acts if isinstance(act, Ask)]
+    (ask,) = [act for act in chat.engine.acts if isinstance(act, EstimateCost)]
     return ask
 
 
@@ -389,7 +389,7 @@ async def test_a_price_that_comes_late_changes_no_other_conversation() -> None:
         session.open(other.id)
         await chat.screen._opened()
         for _ in range(2):
-            engine._on_status(Quote(key, 1, 0, 1, 0.1, None, PREVIEW))
+            engine._on_status(CostEstimate(key, 1, 0, 1, 0.1, None, PREVIEW))
         await chat.until_said("another conversation is open")
         assert policy_of(chat) is EvictionPolicy.TURNS
         assert len(chat.said()) == 1

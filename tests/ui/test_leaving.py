@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.chat.session import UNSAVED, Defaults, Session
+from kvchat.chat.session import UNSAVED, ConversationDefaults, Session
 from kvchat.chat.store import Store
 from tests.support.screen_driver import running, session_over
 from tests.support.scripted_engine import ScriptedEngine
@@ -17,7 +17,7 @@ def database(tmp_path: Path) -> Path:
 
 def reopened(database: Path) -> Session:
     """What the next start of the program sees."""
-    return Session(Store(database), Defaults(model="scripted"))
+    return Session(Store(database), ConversationDefaults(model="scripted"))
 
 
 async def test_quitting_in_mid_answer_keeps_what_there_is(database: Path) -> None:

@@ -138,7 +138,7 @@ async def caches(chat: Chat) -> None:
     )
     await chat.press("f8")
     await chat.dialog(CachesScreen)
-    chat.engine.act(SetBudget(2_000_000_000))
+    chat.engine.command(SetBudget(2_000_000_000))
     await chat.until_visible("◐ on disk")
 
 

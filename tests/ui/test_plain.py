@@ -178,7 +178,7 @@ def test_nothing_of_a_private_conversation_is_kept() -> None:
     said, session, engine = talk("/private", "Secret", "/sessions")
     assert "Nothing of it is written" in said
     assert f"{session.current.id}: Secret, 2 messages, private\n" in said
-    assert not engine.requests[0].remember
+    assert not engine.requests[0].persist
     assert session._store.summaries() == []
 
 

@@ -61,7 +61,7 @@ def test_the_run_without_a_cache_is_the_same_prompt_and_leaves_nothing_behind() 
     asked = without_cache(REQUEST, "other", "scratch")
     assert (asked.messages, asked.sampling.seed) == (REQUEST.messages, 7)
     assert (asked.turn, asked.conversation, asked.mode) == ("other", "scratch", CacheMode.OFF)
-    assert asked.remember is False
+    assert asked.persist is False
     assert asked.sampling.max_tokens == UNCACHED_TOKENS
     few = replace(REQUEST, sampling=Sampling(max_tokens=4))
     assert without_cache(few, "other", "scratch").sampling.max_tokens == 4
@@ -159,7 +159,7 @@ async def test_a_race_answers_the_prompt_twice_and_keeps_the_answer_with_the_cac
         await chat.until_visible("The conversation keeps the answer with the cache.")
         kept, scratch = engine.requests
         assert (kept.conversation, kept.mode) == (chat.session.current.id, CacheMode.ON)
-        assert (scratch.mode, scratch.remember) == (CacheMode.OFF, False)
+        assert (scratch.mode, scratch.persist) == (CacheMode.OFF, False)
         assert scratch.messages == kept.messages
         assert scratch.sampling.seed == kept.sampling.seed is not None
         assert text_on(chat, ".lane .text") == ["The Brenner.", "The Reschen."]
@@ -188,7 +188,7 @@ async def test_without_a_new_question_the_last_one_races_and_the_conversation_st
         assert (cached.mode, uncached.mode) == (CacheMode.ON, CacheMode.OFF)
         assert chat.session.current.id not in {cached.conversation, uncached.conversation}
         assert {cached.conversation, uncached.conversation} <= set(chat.engine.forgotten)
-        assert cached.remember is uncached.remember is False
+        assert cached.persist is uncached.persist is False
         assert chat.kept() == before
 
 

@@ -239,14 +239,14 @@ async def test_nothing_of_a_private_conversation_is_written(tmp_path: Path) -> N
         assert chat.answers() == ["The secret answer."]
         await chat.write("a secret draft")
         await chat.screen.run_action("rename('Secret title')")
-        assert [request.remember for request in engine.requests] == [True, False]
+        assert [request.persist for request in engine.requests] == [True, False]
         assert [line.split()[1] for line in chat.listed()] == ["✱", "An"]
         assert [hit.title for hit in chat.session.search(["secret"])]
         await chat.screen.run_action("fork")
         await chat.until(lambda: "(fork)" in chat.title(), "it is forked")
         assert "private" in chat.title()
         await chat.ask("A secret second question")
-        assert not engine.requests[-1].remember
+        assert not engine.requests[-1].persist
     assert b"open answer" in contents(tmp_path)
     assert b"ecret" not in contents(tmp_path)
     again = session_over(Store(path))
@@ -261,7 +261,7 @@ async def test_a_private_conversation_can_be_left_opened_again_and_deleted() -> 
         secret = chat.session.current.id
         await chat.press("ctrl+n")
         await chat.ask("Open")
-        assert chat.engine.requests[-1].remember
+        assert chat.engine.requests[-1].persist
         chat.session.open(secret)
         await chat.screen._opened()
         assert chat.questions() == ["Secret"]

@@ -7,7 +7,7 @@ import pytest
 from kvchat.chat.conversation import Conversation, Message
 from kvchat.chat.store import Store
 from kvchat.chat.token_status import ANSWER
-from kvchat.contract import Fate
+from kvchat.contract import TokenStatus
 from kvchat.ui.formatting import FATES, fate_words
 from kvchat.ui.widgets.strip import ReuseStrip, beside, column
 from tests.support.screen_driver import Chat, running, session_over
@@ -15,7 +15,7 @@ from tests.support.scripted_engine import ScriptedEngine
 
 
 def test_each_message_on_the_screen_gets_what_was_done_to_it_and_the_answer_to_come_too() -> None:
-    read, written = {Fate.READ: 2}, {Fate.WRITTEN: 7}
+    read, written = {TokenStatus.READ: 2}, {TokenStatus.WRITTEN: 7}
     messages = tuple(Message(n, None, "user", "text", "") for n in (5, 7))
     assert beside(Conversation("id", messages=messages), {7: read, 6: written}) == [{}, read, {}]
     assert beside(Conversation("id"), {7: read, ANSWER: written}) == [written]
@@ -25,28 +25,28 @@ def test_each_message_on_the_screen_gets_what_was_done_to_it_and_the_answer_to_c
     ("counts", "lines", "drawn"),
     [
         ({}, 3, ""),
-        ({Fate.REUSED: 5}, 3, "▒▒▒"),
-        ({Fate.REUSED: 1000, Fate.READ: 1}, 3, "▒▒█"),
-        ({Fate.REUSED: 3, Fate.READ: 3}, 4, "▒▒██"),
-        ({Fate.READ: 1, Fate.WRITTEN: 9}, 1, "▓"),
-        ({Fate.EVICTED: 0}, 2, "××"),
-        ({Fate.UNCACHED: 4}, 0, ""),
+        ({TokenStatus.REUSED: 5}, 3, "▒▒▒"),
+        ({TokenStatus.REUSED: 1000, TokenStatus.READ: 1}, 3, "▒▒█"),
+        ({TokenStatus.REUSED: 3, TokenStatus.READ: 3}, 4, "▒▒██"),
+        ({TokenStatus.READ: 1, TokenStatus.WRITTEN: 9}, 1, "▓"),
+        ({TokenStatus.EVICTED: 0}, 2, "××"),
+        ({TokenStatus.UNCACHED: 4}, 0, ""),
     ],
 )
 def test_a_column_has_a_line_for_everything_that_was_done(
-    counts: dict[Fate, int], lines: int, drawn: str
+    counts: dict[TokenStatus, int], lines: int, drawn: str
 ) -> None:
     assert "".join(FATES[fate][0] for fate in column(counts, lines)) == drawn
 
 
 def test_no_two_fates_share_a_glyph_or_a_colour() -> None:
-    assert len({glyph for glyph, _ in FATES.values()}) == len(FATES) == len(Fate)
+    assert len({glyph for glyph, _ in FATES.values()}) == len(FATES) == len(TokenStatus)
     assert len({colour for _, colour in FATES.values()}) == len(FATES)
 
 
 def test_words_name_the_fate_and_count_where_it_was_counted() -> None:
-    assert fate_words({Fate.REUSED: 1204, Fate.READ: 4}) == "reused 1,204 · read 4"
-    assert fate_words({Fate.EVICTED: 0}) == "evicted"
+    assert fate_words({TokenStatus.REUSED: 1204, TokenStatus.READ: 4}) == "reused 1,204 · read 4"
+    assert fate_words({TokenStatus.EVICTED: 0}) == "evicted"
     assert fate_words({}) == ""
 
 

@@ -190,7 +190,7 @@ async def test_an_answer_goes_on_while_older_messages_are_read() -> None:
     gates = [engine.gate(), engine.gate()]
     engine.answers("One", gates[0], " two", gates[1], " three")
     async with running(engine, long_talk(60, lines=3)) as chat:
-        await chat.send("Count")
+        await chat.send("CountTokens")
         await chat.until_drawn("One")
         await chat.transcript.go_to(2)
         assert 121 not in places(chat)
@@ -213,7 +213,7 @@ async def test_an_answer_that_fails_while_older_messages_are_read() -> None:
     gate = engine.gate()
     engine.answers(gate, Fails("No memory."))
     async with running(engine, long_talk(60, lines=3)) as chat:
-        await chat.send("Count")
+        await chat.send("CountTokens")
         await chat.until_reached(gate)
         await chat.transcript.go_to(2)
         gate.open()

@@ -157,11 +157,11 @@ async def test_what_was_dropped_is_said_above_the_answer_and_dimmed(size: tuple[
         await chat.until_idle()
         assert chat.answers()[-1] == "Half done"
         assert chat.figure("evicted") == "512"
-        assert chat.session.current.left_out == 4
+        assert chat.session.current.evicted_messages == 4
         await chat.screen._opened()
         assert chat.dimmed() == [True] * 4 + [False] * 4
         await chat.ask("Next")
-        assert engine.requests[-1].left_out == 4
+        assert engine.requests[-1].evicted_messages == 4
 
 
 async def test_what_was_dropped_is_there_on_coming_back_to_the_answer() -> None:
@@ -201,8 +201,8 @@ async def test_what_is_dropped_elsewhere_dims_nothing_here() -> None:
         await chat.until_idle()
         assert not any(chat.dimmed())
         assert chat.notices() == []
-        assert chat.store.load(talk).left_out == 4
-        assert chat.store.load(other.id).left_out == 0
+        assert chat.store.load(talk).evicted_messages == 4
+        assert chat.store.load(other.id).evicted_messages == 0
 
 
 async def test_a_hostile_note_of_an_eviction_is_harmless() -> None:

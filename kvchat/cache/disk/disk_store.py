@@ -95,7 +95,11 @@ def unsuperseded(segments: Iterable[Segment], start: int, first: int) -> list[Se
 
 
 def _superseded(header: Header, start: int, first: int) -> bool:
-    return header.start >= start and header.first >= first and all(mark > first for mark in header.marks)
+    return (
+        header.start >= start
+        and header.first >= first
+        and all(checkpoint > first for checkpoint in header.checkpoints)
+    )
 
 
 def read_chain(folder: Path) -> Chain:
@@ -162,7 +166,7 @@ def _bytes_of(path: Path) -> int:
         return 0
 
 
-class Shelf:
+class DiskStore:
     """The folders of all conversations under one cap of bytes.
 
     Other processes may use the same root: who changes something holds `locked`, and readers expect that files

@@ -80,7 +80,7 @@ class Header:
     ids: tuple[int, ...]
     rows: tuple[int, ...]
     positions: tuple[int, ...]
-    marks: Mapping[int, int]
+    checkpoints: Mapping[int, int]
     """History length → number of recurrent states kept there."""
     tensors: tuple[TensorEntry, ...]
 
@@ -130,7 +130,7 @@ def encode_header(header: Header) -> bytes:
         "ids": header.ids,
         "rows": runs(header.rows),
         "positions": runs(header.positions),
-        "marks": list(header.marks.items()),
+        "marks": list(header.checkpoints.items()),
         "checksums": {entry.name: entry.checksum for entry in header.tensors},
     }
     table = {
@@ -265,12 +265,12 @@ def _header_of(segment: Mapping[str, object], table: Mapping[str, object]) -> He
     ids = _integers(segment["ids"])
     rows = _expanded(segment["rows"], len(ids))
     positions = _expanded(segment["positions"], len(rows))
-    marks = dict(_pair(mark) for mark in _list(segment["marks"]))
+    checkpoints = dict(_pair(checkpoint) for checkpoint in _list(segment["marks"]))
     parent = _text(segment["parent"])
     end = first + len(ids)
     if len(positions) != len(rows) or any(a >= b for a, b in pairwise((first - 1, *rows, end))):
         raise ValueError("rows that are no rows of its tokens")
-    if any(not first <= mark <= end for mark in marks):
+    if any(not first <= checkpoint <= end for checkpoint in checkpoints):
         raise ValueError("marks outside its tokens")
     if bool(start) != bool(parent) or (first and not start):
         raise ValueError("a beginning that continues something")
@@ -278,7 +278,7 @@ def _header_of(segment: Mapping[str, object], table: Mapping[str, object]) -> He
     fingerprint = {name: _text(value) for name, value in _mapping(segment["fingerprint"]).items()}
     tensors = _tensors_of(table, checksums)
     conversation = _text(segment["conversation"])
-    return Header(conversation, fingerprint, parent, start, first, ids, rows, positions, marks, tensors)
+    return Header(conversation, fingerprint, parent, start, first, ids, rows, positions, checkpoints, tensors)
 
 
 def _pair(value: object) -> tuple[int, int]:

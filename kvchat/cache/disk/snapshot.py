@@ -22,8 +22,8 @@ from xxhash import xxh3_128_hexdigest
 from kvchat.cache.disk.disk_store import (
     TEMP_SUFFIX,
     Chain,
+    DiskStore,
     NoRoomError,
-    Shelf,
     read_chain,
     segment_files,
     unsuperseded,
@@ -40,7 +40,7 @@ from kvchat.cache.disk.segment import (
     segment_path,
 )
 from kvchat.cache.kv_cache import ConversationKV, PackedRows
-from kvchat.cache.layer import GrowableLayer, StoredLayer
+from kvchat.cache.layer import DenseLayer, StoredLayer
 from kvchat.cache.state_layer import RecurrentState
 
 DTYPES = {
@@ -64,7 +64,7 @@ READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedSegment:
     """What a save did."""
 
     checksum: str
@@ -76,8 +76,8 @@ class Saved:
 
 
 def save(
-    shelf: Shelf, conversation: str, fingerprint: Mapping[str, str], packed: PackedRows, continues: str
-) -> Saved:
+    shelf: DiskStore, conversation: str, fingerprint: Mapping[str, str], packed: PackedRows, continues: str
+) -> SavedSegment:
     """Writes `packed` as one more segment, and removes the segments it supersedes.
 
     `continues` is the checksum of the chain that the rows before `packed.start` were saved to or loaded from;
@@ -102,7 +102,7 @@ def save(
         _write(path, [memoryview(header), *map(_bytes_view, tensors.values())])
         for old in stale:
             old.unlink(missing_ok=True)
-    return Saved(header_checksum(header), size, tuple(removed))
+    return SavedSegment(header_checksum(header), size, tuple(removed))
 
 
 def load(chain: Chain, kv: ConversationKV, expected: Mapping[str, str]) -> None:
@@ -132,7 +132,7 @@ def load(chain: Chain, kv: ConversationKV, expected: Mapping[str, str]) -> None:
 def _named_tensors(packed: PackedRows) -> dict[str, torch.Tensor]:
     """Every tensor under the name it has in the file, the widest numbers first: so each one lies aligned."""
     tensors = dict(packed.tensors)
-    for length, states in packed.marks.items():
+    for length, states in packed.checkpoints.items():
         for index, state in enumerate(states):
             tensors |= {f"mark.{length}.{index}.{name}": tensor for name, tensor in state.tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
@@ -169,7 +169,7 @@ def _header(
         ids=packed.ids,
         rows=packed.rows,
         positions=packed.positions,
-        marks={length: len(states) for length, states in packed.marks.items()},
+        checkpoints={length: len(states) for length, states in packed.checkpoints.items()},
         tensors=tensors,
     )
 
@@ -186,7 +186,7 @@ def _base(folder: Path, fingerprint: Mapping[str, str], packed: PackedRows, cont
     return unsuperseded(chain.segments, packed.start, packed.first)
 
 
-def _make_room(shelf: Shelf, size: int, conversation: str, stale: Sequence[Path]) -> list[str]:
+def _make_room(shelf: DiskStore, size: int, conversation: str, stale: Sequence[Path]) -> list[str]:
     """Room for a new segment beside the stale ones it supersedes; where that is too much, instead of them."""
     try:
         return shelf.make_room(size, conversation)
@@ -249,12 +249,12 @@ def _check_shapes(segment: Segment, kv: ConversationKV) -> None:
     for index, layer in enumerate(kv.layers):
         if isinstance(layer, StoredLayer):
             own = parts.pop(str(index), {})
-            if isinstance(layer, GrowableLayer):
+            if isinstance(layer, DenseLayer):
                 _check_growable(segment, layer, index, own)
-    if any(count != len(kv.states) for count in header.marks.values()):
+    if any(count != len(kv.states) for count in header.checkpoints.values()):
         raise refusal(segment.path, f"has states of another number of layers than {len(kv.states)}")
     unplaced = parts.keys() - {
-        f"mark.{mark}.{index}" for mark in header.marks for index in range(len(kv.states))
+        f"mark.{checkpoint}.{index}" for checkpoint in header.checkpoints for index in range(len(kv.states))
     }
     if unplaced:
         raise refusal(segment.path, f"has tensors {sorted(unplaced)[0]}, for which this model has no place")
@@ -267,7 +267,7 @@ def _placed(entry: TensorEntry) -> tuple[str, str]:
 
 
 def _check_growable(
-    segment: Segment, layer: GrowableLayer, index: int, parts: Mapping[str, TensorEntry]
+    segment: Segment, layer: DenseLayer, index: int, parts: Mapping[str, TensorEntry]
 ) -> None:
     """Keys `[kv_heads, rows, key_dim]` and values `[kv_heads, rows, value_dim]`; or neither, without rows."""
     rows = len(segment.header.rows)
@@ -295,7 +295,7 @@ def _fill(chain: Chain, kv: ConversationKV) -> None:
         for segment in chain.segments:
             _read_tensors(segment, buffer, readers)
             kv.unpack(_packed(segment, buffer, kv))
-            kv.mark()  # lets go of the marks that are too many
+            kv.checkpoint()  # lets go of the marks that are too many
 
 
 def _announce(chain: Chain) -> None:
@@ -329,7 +329,7 @@ def _reserve(chain: Chain, kv: ConversationKV) -> None:
     if len(chain.segments) == 1:
         return
     for layer in kv.layers:
-        if isinstance(layer, GrowableLayer) and layer._shape and layer._dtype:
+        if isinstance(layer, DenseLayer) and layer._shape and layer._dtype:
             heads, key_dim, value_dim = layer._shape
             nothing = torch.zeros((), dtype=layer._dtype)
             layer.update(nothing.expand(1, heads, rows, key_dim), nothing.expand(1, heads, rows, value_dim))
@@ -379,15 +379,20 @@ def _packed(segment: Segment, buffer: torch.Tensor, kv: ConversationKV) -> Packe
     """
     header = segment.header
     tensors: dict[str, torch.Tensor] = {}
-    marks = {mark: [RecurrentState({}) for _ in range(count)] for mark, count in header.marks.items()}
+    checkpoints = {
+        checkpoint: [RecurrentState({}) for _ in range(count)]
+        for checkpoint, count in header.checkpoints.items()
+    }
     for entry in header.tensors:
         view = buffer[entry.begin : entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
         place, name = _placed(entry)
         if place.startswith("mark."):
-            _, mark, index = place.split(".")
-            marks[int(mark)][int(index)].tensors[name] = view.clone()
-        elif not isinstance(kv.layers[int(place)], GrowableLayer):
+            _, checkpoint, index = place.split(".")
+            checkpoints[int(checkpoint)][int(index)].tensors[name] = view.clone()
+        elif not isinstance(kv.layers[int(place)], DenseLayer):
             tensors[entry.name] = view.clone()
         elif header.rows:
             tensors[entry.name] = view
-    return PackedRows(header.start, header.first, header.ids, header.rows, header.positions, tensors, marks)
+    return PackedRows(
+        header.start, header.first, header.ids, header.rows, header.positions, tensors, checkpoints
+    )

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvchat.cache.disk.disk_store import Chain, Shelf
-from kvchat.cache.disk.snapshot import Saved, save
+from kvchat.cache.disk.disk_store import Chain, DiskStore
+from kvchat.cache.disk.snapshot import SavedSegment, save
 from kvchat.cache.kv_cache import PackedRows
 from kvchat.errors import KvchatError
 
@@ -46,10 +46,10 @@ class _Job:
     packed: PackedRows
 
 
-class Saver:
+class DiskWriter:
     """Writes packed rows in a thread of its own, which calls `on_result` once for each submit."""
 
-    def __init__(self, shelf: Shelf, on_result: Callable[[SaveResult], None]) -> None:
+    def __init__(self, shelf: DiskStore, on_result: Callable[[SaveResult], None]) -> None:
         self._shelf = shelf
         self._on_result = on_result
         self._jobs: deque[_Job] = deque()
@@ -147,7 +147,7 @@ class Saver:
         took = time.perf_counter() - begun
         return SaveResult(job.conversation, took, len(job.packed.rows), saved.bytes, saved.removed)
 
-    def _keep(self, job: _Job, saved: Saved) -> None:
+    def _keep(self, job: _Job, saved: SavedSegment) -> None:
         with self._changed:
             self._checksums[job.conversation] = saved.checksum
             for conversation in saved.removed:

@@ -23,7 +23,7 @@ from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import AddressedLayer, HeadShape, Memory
 from kvchat.engine.chat_template import ChatTemplate
 from kvchat.engine.compiled.package import package_folder, refusal_of
-from kvchat.engine.compiled.thread_tuner import Crew
+from kvchat.engine.compiled.thread_tuner import ThreadTuner
 from kvchat.engine.model.forward import Stopped
 from kvchat.engine.model.layout import ModelShape
 from kvchat.errors import KvchatError
@@ -147,7 +147,7 @@ class CompiledStep:
         self._load()
         self.stopped: Callable[[], bool] = lambda: False
         """Looked at between chunks of tokens."""
-        self._crew = Crew(torch.get_num_threads())
+        self._crew = ThreadTuner(torch.get_num_threads())
         self._memories: list[Memory] = []
         self._table = torch.zeros(0)
 

@@ -15,7 +15,7 @@ WEIGHT = 0.25
 """Of the newest token in the mean."""
 
 
-class Crew:
+class ThreadTuner:
     """Chooses between all threads and one, by what tokens took lately."""
 
     def __init__(self, most: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GrowableLayer, HeadShape
+from kvchat.cache.layer import DenseLayer, HeadShape
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer, StateLayer, StateShape
 from kvchat.engine.model.dtypes import QUANTISED_BITS
 
@@ -96,4 +96,4 @@ def new_layer(
         from kvchat.cache.quantized_layer import QuantizedLayer
 
         return QuantizedLayer(QUANTISED_BITS[kv], head, dtype)
-    return GrowableLayer(head, stored_as)
+    return DenseLayer(head, stored_as)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import HeadShape, StoredLayer
-from kvchat.cache.rope_shift import turned
+from kvchat.cache.rope_shift import rotated
 from kvchat.cache.state_layer import RecurrentLayer, StateShape
 from kvchat.engine.model.forward import forward_pass
 from kvchat.engine.model.layout import (
@@ -213,7 +213,7 @@ def _rotation(model: PreTrainedModel, here: StoredLayer, there: StoredLayer) -> 
     for frequencies in _rotary_frequencies(model):
         for interleaved in (False, True):
             fits = 2 * len(frequencies) <= key.shape[-1]
-            if fits and _close(turned(key, delta, frequencies, interleaved=interleaved), moved):
+            if fits and _close(rotated(key, delta, frequencies, interleaved=interleaved), moved):
                 return Rotation("interleaved" if interleaved else "half", tuple(frequencies.tolist()))
     return Rotation("other")
 

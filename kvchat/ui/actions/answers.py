@@ -1,10 +1,10 @@
 """What is done with questions and answers of the open conversation."""
 
-from kvchat.ui.actions.base import Stage
+from kvchat.ui.actions.base import ActionBase
 from kvchat.ui.widgets.transcript import Transcript
 
 
-class AnswerActions(Stage):
+class AnswerActions(ActionBase):
     """Acts on questions and answers."""
 
     def action_stop(self) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kvchat.ui.turn_presenter import Turns
 
 
-class Stage(Screen[None]):
+class ActionBase(Screen[None]):
     """Holds who works together; all but the widgets comes with the session, after the first paint."""
 
     _session: Session

@@ -2,11 +2,11 @@
 
 from kvchat.contract import CacheMode
 from kvchat.errors import KvchatError
-from kvchat.ui.actions.base import Stage
+from kvchat.ui.actions.base import ActionBase
 from kvchat.ui.formatting import miss_words
 
 
-class CacheActions(Stage):
+class CacheActions(ActionBase):
     """Acts on caches and looks into them."""
 
     def action_cache(self, mode: str = "") -> None:

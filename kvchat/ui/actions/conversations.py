@@ -4,12 +4,12 @@ from textual import on
 
 from kvchat.chat.conversation import Hit, Preset
 from kvchat.text import one_line
-from kvchat.ui.actions.base import Stage
+from kvchat.ui.actions.base import ActionBase
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.transcript import Transcript
 
 
-class ConversationActions(Stage):
+class ConversationActions(ActionBase):
     """Acts on conversations."""
 
     async def action_new(self) -> None:

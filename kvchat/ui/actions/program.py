@@ -1,10 +1,10 @@
 """What belongs to the program as a whole: help, settings, colours, the model, the panel, leaving."""
 
-from kvchat.ui.actions.base import Stage
+from kvchat.ui.actions.base import ActionBase
 from kvchat.ui.themes import checked_theme
 
 
-class ProgramActions(Stage):
+class ProgramActions(ActionBase):
     """Acts on the program."""
 
     def action_help(self) -> None:

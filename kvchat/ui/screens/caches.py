@@ -12,7 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
 from kvchat.chat.conversation import Summary
-from kvchat.contract import CacheAct, Drop, Pin, PoolState, Spill, Warm, WarmCache
+from kvchat.contract import CacheCommand, Drop, Pin, PoolState, Spill, Warm, WarmCache
 from kvchat.text import megabytes, one_line
 from kvchat.ui.widgets.conversations import fitted
 
@@ -86,14 +86,14 @@ class CachesScreen(ModalScreen[None]):
         Binding("w", "warm", "Into memory"),
         Binding("d,delete", "drop", "Drop"),
         Binding("b", "budget", "Budget"),
-        Binding("t", "timeline", "Timeline"),
+        Binding("t", "timeline", "EventLog"),
     ]
 
     def __init__(
         self,
         summaries: Sequence[Summary],
         pool: PoolState | None,
-        act: Callable[[CacheAct], None],
+        act: Callable[[CacheCommand], None],
         ask_budget: Callable[[], None],
         show_timeline: Callable[[str], None],
     ) -> None:

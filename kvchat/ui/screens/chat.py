@@ -187,7 +187,7 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
                 text = self._reckoner.composed(message.text)
                 self._save_draft()
                 await self._turns.send(text)
-                self._prompt.remember(text)
+                self._prompt.persist(text)
                 self._refresh_all()
         except KvchatError as error:
             self._prompt.give_back(message.text)

@@ -10,7 +10,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from kvchat.contract import CacheEvent, CacheEventKind, Fate
+from kvchat.contract import CacheEvent, CacheEventKind, TokenStatus
 from kvchat.text import megabytes, one_line
 from kvchat.ui.formatting import FATES
 
@@ -19,9 +19,9 @@ SHOWN = 400
 """Of the latest events: a long life has thousands, and `kvchat cache show` prints all of them."""
 EMPTY = "Nothing has happened to this cache yet. Every turn adds to it: what was reused, read, saved, moved."
 KINDS = {
-    CacheEventKind.REUSE: FATES[Fate.REUSED],
-    CacheEventKind.MISS: FATES[Fate.READ],
-    CacheEventKind.EVICT: FATES[Fate.EVICTED],
+    CacheEventKind.REUSE: FATES[TokenStatus.REUSED],
+    CacheEventKind.MISS: FATES[TokenStatus.READ],
+    CacheEventKind.EVICT: FATES[TokenStatus.EVICTED],
     CacheEventKind.SAVE: ("↓", "$text-primary"),
     CacheEventKind.SPILL: ("⇣", "$text-warning"),
     CacheEventKind.RESTORE: ("↑", "$text-success"),

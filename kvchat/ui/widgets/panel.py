@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from textual.content import Content
 from textual.widgets import Static
 
-from kvchat.contract import CacheMode, EvictionPolicy, Fate, ModelFacts, PoolState, TurnStats
+from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TokenStatus, TurnStats
 from kvchat.text import clean, megabytes
 from kvchat.ui.formatting import BITS, FATES
 
@@ -34,7 +34,7 @@ WHEN_FULL = {
     EvictionPolicy.SINKS: "approximate",
     EvictionPolicy.SNAPKV: "approximate",
 }
-(REUSED, REUSED_STYLE), (READ, READ_STYLE) = FATES[Fate.REUSED], FATES[Fate.READ]
+(REUSED, REUSED_STYLE), (READ, READ_STYLE) = FATES[TokenStatus.REUSED], FATES[TokenStatus.READ]
 MEMORY = {"weights": "▓", "this KV": "█", "other KV": "▒", "free": "░"}
 MEMORY_STYLES = {
     "weights": "$text-secondary",
@@ -185,7 +185,7 @@ def turn_lines(state: PanelState) -> list[Content]:
     if turn.restored:
         lines.append(row("restored", f"{turn.restored:,}", "from disk"))
     if turn.evicted:
-        lines.append(row("evicted", f"{turn.evicted:,}", "context full", FATES[Fate.EVICTED][1]))
+        lines.append(row("evicted", f"{turn.evicted:,}", "context full", FATES[TokenStatus.EVICTED][1]))
     lines += [
         row("TTFT", seconds(turn.ttft_s)),
         row("prefill", rate(turn.prefill_tok_s), "tok/s"),

@@ -63,7 +63,7 @@ class Prompt(TextArea):
         self._history = list(sent)
         self._recalled = 0
 
-    def remember(self, text: str) -> None:
+    def persist(self, text: str) -> None:
         """This was sent just now; what was sent before in the same words is forgotten."""
         self._history = [*(old for old in self._history if old != text), text][-HISTORY_LENGTH:]
 

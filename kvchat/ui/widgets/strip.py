@@ -13,21 +13,21 @@ from textual.content import Content
 from textual.widget import Widget
 
 from kvchat.chat.conversation import Conversation
-from kvchat.chat.token_status import ANSWER, Counts, Fates
-from kvchat.contract import Fate
+from kvchat.chat.token_status import ANSWER, Counts, TokenStatuses
+from kvchat.contract import TokenStatus
 from kvchat.ui.formatting import FATES, fate_words
 
 
-def beside(conversation: Conversation, fates: Fates) -> list[Counts]:
+def beside(conversation: Conversation, statuses: TokenStatuses) -> list[Counts]:
     """What was done with every message on the screen, and with the answer that is not one of them yet."""
-    return [fates.get(message, {}) for message in (*(m.id for m in conversation.messages), ANSWER)]
+    return [statuses.get(message, {}) for message in (*(m.id for m in conversation.messages), ANSWER)]
 
 
-def column(counts: Counts, lines: int) -> list[Fate]:
+def column(counts: Counts, lines: int) -> list[TokenStatus]:
     """A fate for each line of a message, top to bottom; each has a line, as far as the lines reach."""
     if not counts or lines < 1:
         return []
-    shown = [fate for fate in Fate if fate in counts]
+    shown = [fate for fate in TokenStatus if fate in counts]
     if len(shown) > lines:
         shown = sorted(shown, key=lambda fate: counts[fate], reverse=True)[:lines]
     total = sum(counts[fate] for fate in shown)
@@ -48,7 +48,7 @@ class ReuseStrip(Widget):
         super().__init__(id="strip")
         self._transcript = transcript
         self._counts: Sequence[Counts] = ()
-        self._column: list[Fate | None] = []
+        self._column: list[TokenStatus | None] = []
 
     def on_mount(self) -> None:
         """Follows every layout of the screen: scrolling and growing are some, too."""
@@ -75,10 +75,10 @@ class ReuseStrip(Widget):
             if self.styles.offset.x.value != column:
                 self.styles.offset = (column, 0)
 
-    def _lines(self) -> list[Fate | None]:
+    def _lines(self) -> list[TokenStatus | None]:
         """What to draw on each line of the screen."""
         height = self.size.height
-        lines: list[Fate | None] = [None] * height
+        lines: list[TokenStatus | None] = [None] * height
         for message, counts in self._messages():
             first = self._first_line(message)
             for line, fate in enumerate(column(counts, message.region.height), start=first):

@@ -112,11 +112,11 @@ class Transcript(VerticalScroll, can_focus=False):
         self.anchor()
 
     @one_at_a_time
-    async def show(self, messages: Sequence[Message], who: str, left_out: int = 0) -> None:
+    async def show(self, messages: Sequence[Message], who: str, evicted_messages: int = 0) -> None:
         """Replaces everything by a conversation; the `left_out` oldest messages are dimmed."""
         self.streaming = None
         self._who = who
-        self._left_out = left_out
+        self._left_out = evicted_messages
         self._learn(messages)
         await self._show_window(len(messages) - SHOWN_AT_ONCE, len(messages))
         self.anchor()
