@@ -5,10 +5,20 @@ It knows values; it refuses to know where they are saved, and who answers.
 
 from dataclasses import dataclass, field, replace
 
-from kvchat.chat.conversation import Message
+from kvchat.chat.conversation import Conversation, Message
 from kvchat.chat.reasoning import split_thinking
 from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import TokenSpan, TokenStatus
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """A question whose turn ended before the first token of an answer."""
+
+    conversation: str
+    text: str
+    edited: int | None = None
+    """Id of the question that it was asked in the place of."""
 
 
 @dataclass(slots=True)
@@ -33,6 +43,18 @@ class ActiveTurn:
     tokenizer: str = ""
     begun: Message | None = None
     """The answer that this turn goes on with, as it was before."""
+    before: Conversation | None = None
+    """What was shown before, where this turn puts something in the place of it: a turn without an answer
+    brings it back."""
+    edited: int | None = None
+    """Id of the question that this turn asks anew."""
+    evicted_messages: int = 0
+    """The oldest messages that this turn's request leaves out."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it brought a token of an answer."""
+        return bool(self.ids) or self.text != self.begun_text
 
     @property
     def begun_text(self) -> str:

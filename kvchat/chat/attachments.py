@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from kvchat.errors import KvchatError, reason
@@ -47,6 +47,30 @@ def parse_attachments(text: str) -> tuple[str, tuple[Attachment, ...]]:
         if len(found) == len(blocks):
             return text[: first.start()], tuple(found)
     return text, ()
+
+
+def joined(first: str, second: str) -> str:
+    """One message out of two, the second on a new line unless it begins with a space.
+
+    Where the second begins with the first, it is the whole.
+
+    A file of the second that has the name of another one in the first gets another name.
+    """
+    if second.startswith(first):
+        return second
+    (written, attached), (more, others) = parse_attachments(first), parse_attachments(second)
+    files = {each.name: each.text for each in attached}
+    taken = {*files, *(each.name for each in others)}
+    for each in others:
+        name = each.name
+        if files.get(name, each.text) != each.text:
+            name = next(new for n in count(2) if (new := f"{each.name}-{n}") not in taken)
+            taken.add(name)
+            old, new_mention = re.escape(mention(each.name)), mention(name).replace("\\", r"\\")
+            more = re.sub(rf"{old}(?![\w-])", new_mention, more)
+        files[name] = each.text
+    between = "\n" if written and more.strip() and not more[0].isspace() else ""
+    return compose(f"{written}{between}{more}", [Attachment(*file) for file in files.items()])
 
 
 def mentions(text: str) -> list[str]:

@@ -31,6 +31,8 @@ class Message:
     stats: TurnStats | None = None
     thinking: str = ""
     """What the model thought before it answered, with its tags."""
+    not_sent: bool = False
+    """Of a question: its turn ended before the first token of an answer, so no later prompt has it."""
 
     @property
     def raw(self) -> str:
@@ -64,16 +66,23 @@ class Conversation:
         return self.messages[-1] if self.messages else None
 
     @property
+    def sent(self) -> tuple[Message, ...]:
+        """The messages that prompts are made of, oldest first: those without an answer are none of them."""
+        return tuple(message for message in self.messages if not message.not_sent)
+
+    @property
     def unseen(self) -> int:
         """The oldest messages that the model doesn't see any more, because an eviction left them out."""
-        read = 0
+        read, before = 0, ""
         for index, message in enumerate(self.messages):
+            if message.not_sent:
+                continue
             # questions in a row are read as one
-            joins = message.role == "user" and index > 0 and self.messages[index - 1].role == "user"
-            read += not joins
+            read += not (message.role == before == "user")
+            before = message.role
             if read > self.evicted_messages:
                 return index
-        return len(self.messages)
+        return len(self.messages) if self.evicted_messages else 0
 
     def showing(self, messages: tuple[Message, ...]) -> "Conversation":
         """This conversation on another branch.
@@ -88,14 +97,18 @@ class Conversation:
         )
 
     def question(self, number: str) -> Message | None:
-        """A question by its number, from 1; the last one for an empty `number`."""
-        questions = [message for message in self.messages if message.role == "user"]
+        """A question by its number, from 1; the last one for an empty `number`.
+
+        Questions that were not sent have no number.
+        """
+        questions = [message for message in self.sent if message.role == "user"]
         numbered = {str(n): question for n, question in enumerate(questions, start=1)}
         return numbered.get(number or str(len(numbered)))
 
     def answer_to(self, question: Message) -> Message:
         """The answer to a question; the question itself where there is none."""
-        return next((m for m in self.messages if m.parent_id == question.id), question)
+        answers = (m for m in self.messages if m.role == "assistant" and m.parent_id == question.id)
+        return next(answers, question)
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
@@ -105,7 +118,7 @@ class Conversation:
         """
         places: list[tuple[int, ...]] = [()] if self.system_prompt else []
         before = ""
-        for message in self.messages:
+        for message in self.sent:
             joined = places.pop() if message.role == before == "user" else ()
             places.append((*joined, message.id))
             before = message.role
@@ -115,10 +128,10 @@ class Conversation:
         """The messages as an engine reads them.
 
         User messages that follow each other (the first was never answered) become one, since many chat
-        templates insist on alternation.
+        templates insist on alternation. Questions that were not sent are left out.
         """
         prompt = [PromptMessage("system", self.system_prompt)] if self.system_prompt else []
-        for message in self.messages:
+        for message in self.sent:
             if message.role == "user" and prompt and prompt[-1].role == "user":
                 prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
             else:
@@ -151,6 +164,8 @@ class Hit:
     created_at: str
     other_branch: bool = False
     """Whether the message is on another branch than the one that is shown."""
+    not_sent: bool = False
+    """Whether it is a question that was not sent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from kvchat.text import clean, one_line
 
 VERSION = 1
 """Of the JSON; goes up when a reader of the old one would misread the new one."""
+NOT_SENT = "not sent"
+"""What is said of a question that no prompt has."""
 MARKER = re.compile(r"<!-- (\\*)kvchat:")
 """What stands before a message in Markdown. Text that has it gets a backslash more, so that it stays text."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -64,8 +66,10 @@ def to_markdown(conversation: Conversation) -> str:
     if lacks := evicted_messages(conversation):
         parts.append(f"*{lacks}*\n")
     for message in conversation.messages:
-        head = {"created_at": message.created_at, "finish_reason": message.finish_reason}
-        who = "You" if message.role == "user" else one_line(conversation.model) or "Answer"
+        head: dict[str, object] = {"created_at": message.created_at, "finish_reason": message.finish_reason}
+        head |= {"not_sent": True} if message.not_sent else {}
+        you = f"You ({NOT_SENT})" if message.not_sent else "You"
+        who = you if message.role == "user" else one_line(conversation.model) or "Answer"
         text = MARKER.sub(r"<!-- \1\\kvchat:", message.raw)
         parts.append(f"{_marker(message.role, head)}\n### {who}\n\n{text}\n")
     return "\n".join(parts)
@@ -138,7 +142,8 @@ def _marker(what: str, about: Mapping[str, Any]) -> str:
 
 def _message_html(message: Message, model: str) -> str:
     if message.role == "user":
-        return _section("user", "you", escape(clean(message.text)))
+        you = f"you · {NOT_SENT}" if message.not_sent else "you"
+        return _section("user", you, escape(clean(message.text)))
     thought = inner_thinking(message.thinking)
     thinking = (
         "<details><summary>thinking</summary>"

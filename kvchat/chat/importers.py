@@ -122,7 +122,7 @@ def _our_tree(
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """The branch that is shown and the messages on others, numbered from 1 in the order they were written."""
     if not others:
-        return _chain(map(_our_message, shown)), ()
+        return _answered_is_sent(_chain(map(_our_message, shown))), ()
     numbers: dict[int | None, int | None] = {None: None}
     made: dict[int, Message] = {}
     for number, given in enumerate(sorted((*shown, *others), key=itemgetter("id")), start=1):
@@ -133,7 +133,14 @@ def _our_tree(
     above = [None, *(message.id for message in path)]
     if len(made) < len(shown) + len(others) or [m.parent_id for m in path] != above[: len(path)]:
         raise ValueError("branches")
-    return path, tuple(made[given["id"]] for given in others)
+    everything = _answered_is_sent((*path, *(made[given["id"]] for given in others)))
+    return everything[: len(path)], everything[len(path) :]
+
+
+def _answered_is_sent(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages; a question that has an answer was sent, whatever the file says."""
+    answered = {message.parent_id for message in messages if message.role == "assistant"}
+    return tuple(replace(m, not_sent=m.not_sent and m.id not in answered) for m in messages)
 
 
 def _our_message(given: Mapping[str, Any]) -> Message:
@@ -153,7 +160,13 @@ def _our_message(given: Mapping[str, Any]) -> Message:
         given["finish_reason"],
         TurnStats(**given["stats"]) if given["stats"] else None,
         _text(given["thinking"]),
+        _not_sent(given),
     )
+
+
+def _not_sent(given: Mapping[str, Any]) -> bool:
+    """Whether a message is marked as a question that was not sent; files of older versions have no mark."""
+    return given.get("not_sent", False) is True and given.get("role", "user") == "user"
 
 
 def _markdown(text: str) -> Iterator[Conversation]:
@@ -165,14 +178,15 @@ def _markdown(text: str) -> Iterator[Conversation]:
     messages = [
         _marked(mark, text[mark.end() + 1 : end - 1]) for mark, end in zip(marks[1:], ends[1:], strict=True)
     ]
-    yield replace(_settings(json.loads(marks[0][2])), messages=_chain(messages))
+    yield replace(_settings(json.loads(marks[0][2])), messages=_answered_is_sent(_chain(messages)))
 
 
 def _marked(mark: re.Match[str], body: str) -> Message:
     about = json.loads(mark[2])
     body = HEADING.sub("", "\n" + body).removesuffix("\n")
     raw = ESCAPED_MARKER.sub(r"<!-- \1kvchat:", body)
-    return _said(mark[1], raw, _text(about["created_at"]), about.get("finish_reason"))
+    said = _said(mark[1], raw, _text(about["created_at"]), about.get("finish_reason"))
+    return replace(said, not_sent=_not_sent({**about, "role": mark[1]}))
 
 
 # --- ChatGPT ---------------------------------------------------------------------------------------------

@@ -112,6 +112,35 @@ def m006_last_turn(db: Database) -> None:
     db.table("conversations").add_column("last_turn", str, not_null_default="{}")
 
 
+@migrations()
+def m007_not_sent(db: Database) -> None:
+    """Marks the questions that no answer follows on any branch: no prompt that was answered had them.
+
+    One that is followed by another question and then by an answer was read together with that one; it stays.
+    Where the last message shown is a question that has an answer on another branch, that answer is shown
+    again: writing another one in its place failed.
+    """
+    db.table("messages").add_column("not_sent", int, not_null_default=0)
+    db.execute(
+        """
+        with recursive answered(id) as (
+            select parent_id from messages where role = 'assistant'
+            union
+            select m.parent_id from answered join messages m on m.id = answered.id
+        )
+        update messages set not_sent = 1
+        where role = 'user' and id not in (select id from answered where id is not null)
+        """
+    )
+    answer = (
+        "select max(a.id) from messages a where a.parent_id = conversations.head and a.role = 'assistant'"
+    )
+    db.execute(
+        f"update conversations set head = ({answer}) "
+        f"where head in (select id from messages where role = 'user') and ({answer}) is not null"
+    )
+
+
 class _Readable(Database):
     """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
 

@@ -1,7 +1,9 @@
 """The conductor: begins a turn, finishes it, undoes it; and which conversation is open.
 
 Everything is saved before anything happens with it: the user's message before the engine sees it, the answer
-while it is being written. It knows values and the store; it refuses to know torch, textual and processes.
+while it is being written. A question is saved as not sent until its answer begins: a turn that ends before
+that, in whatever way, changes no later prompt. It knows values and the store; it refuses to know torch,
+textual and processes.
 """
 
 import secrets
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from kvchat.chat.active_turn import ActiveTurn
+from kvchat.chat.active_turn import ActiveTurn, NotSent
 from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
 from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import (
@@ -135,8 +137,7 @@ class Session:
         Raises:
             KvchatError: there is none, or several begin so.
         """
-        store = self._store_of(conversation)
-        self.current = store.load(store.find(conversation))
+        self.current = self._loaded(self._store_of(conversation).find(conversation))
         return self.current
 
     def open_at(self, conversation: str, message: int) -> bool:
@@ -149,7 +150,7 @@ class Session:
                 on another branch.
         """
         here = conversation == self.current.id
-        found = self.current if here else self._store_of(conversation).load(conversation)
+        found = self.current if here else self._loaded(conversation)
         switches = all(each.id != message for each in found.messages)
         branch = self._store_of(conversation).branch(conversation, message) if switches else found.messages
         if not branch:
@@ -252,24 +253,27 @@ class Session:
         if not self._saved():
             self.current = replace(self.current, title=self.current.title or title_from(text))
             self._here.create(self.current)
-        self._append(Message(0, self._head_id(), "user", text, ""))
+        elif self._is_titled_by_what_was_not_sent():
+            self.rename(self.current.id, title_from(text))
+        self._append(text)
         return self._request()
 
     def regenerate(self) -> TurnRequest:
-        """Asks for the last answer again, on a new branch beside the old one.
+        """Asks for the last answer again, on a new branch beside the old one; or sends what was not sent.
 
         Raises:
             KvchatError: there is nothing to answer, an answer is under way, or another process deleted the
                 conversation.
         """
         self._refuse_what_cannot_be_changed()
-        messages = self.current.messages
+        before, messages = self.current, self.current.messages
         if messages and messages[-1].role == "assistant":
             messages = messages[:-1]
         if not messages:
             raise KvchatError("There is no answer to write again yet.")
-        self._go_to(messages)
-        return self._request()
+        # the file shows the old answer until the new one begins
+        self.current = before.showing((*messages[:-1], replace(messages[-1], not_sent=False)))
+        return self._request(before=before)
 
     def undo(self) -> str:
         """Takes the last question and its answer back, and returns the question's text.
@@ -302,12 +306,11 @@ class Session:
         before = self.current
         self.current = before.showing(messages[:place])
         try:
-            request = self.begin_turn(text)
+            self._append(text, shown=False)
         except KvchatError:
             self.current = before  # the old question stays where the new one can't be saved
             raise
-        self._here.save_settings(self.current)
-        return request
+        return self._request(before=before, edited=message)
 
     def continue_answer(self) -> TurnRequest:
         """Asks the model to go on with the last answer, which was stopped or reached its limit.
@@ -317,11 +320,13 @@ class Session:
                 deleted the conversation.
         """
         self._refuse_what_cannot_be_changed()
-        head = self.current.head
+        head = self.current.sent[-1] if self.current.sent else None
         if head is None or head.role != "assistant" or not head.raw:
             raise KvchatError("There is no answer to go on with.")
         if head.finish_reason == FinishReason.STOP:
             raise KvchatError("The model ended this answer itself; ask something.")
+        if head != self.current.head:  # what was not sent stays as another branch
+            self._go_to(self.current.messages[: self.current.messages.index(head) + 1])
         request = self._request()
         pending = self.pending
         assert pending is not None
@@ -400,25 +405,43 @@ class Session:
         self.pending = None
         pending.text = pending.begun_text + finished.text
         pending.ids, pending.tokenizer = list(finished.token_ids), finished.tokenizer
-        self.note_events(finished.pool.events)
-        self._set_evicted(pending.conversation, finished.evicted_messages)
-        message = self._save_reply(pending, finished.stats.finish_reason)
+        try:
+            message = self._save_reply(pending, finished.stats.finish_reason)
+        except KvchatError:
+            self._take_back(pending)
+            raise
         message = replace(message, stats=finished.stats)
         self._store_of(pending.conversation).update_message(message)
         self._replace_reply(pending, message)
+        self._set_evicted(pending.conversation, finished.evicted_messages)
+        self.note_events(finished.pool.events)
         self._save_last_turn(pending.conversation, token_statuses(finished.spans, pending.places, message.id))
         return message
 
-    def fail_turn(self, turn: str) -> None:
-        """Ends a turn that failed: what was written of the answer stays, the question stays too."""
-        if (pending := self._pending(turn)) is None:
-            return
-        self._break_off(pending, FinishReason.ERROR)
+    def fail_turn(self, turn: str) -> NotSent | None:
+        """Ends a turn that failed: what was written of the answer stays.
 
-    def abandon_turn(self) -> None:
-        """Ends the turn under way because the program ends: what was written stays, as after a stop."""
-        if self.pending and (pending := self._pending(self.pending.turn)):
-            self._break_off(pending, FinishReason.CANCELLED)
+        Where nothing was written, the question is shown as not sent, and no later prompt has it. One that
+        replaced another question, or an answer that was to be written again, gives way to what was shown
+        before. Returns the question, to be sent again.
+        """
+        pending = self._pending(turn)
+        return self._break_off(pending, FinishReason.ERROR) if pending else None
+
+    def abandon_turn(self) -> NotSent | None:
+        """Ends the turn under way because the program ends: what was written stays, as after a stop.
+
+        Without a token of an answer, it ends as one that failed.
+        """
+        pending = self._pending(self.pending.turn) if self.pending else None
+        return self._break_off(pending, FinishReason.CANCELLED) if pending else None
+
+    def keep_for_later(self, question: NotSent) -> None:
+        """Puts a question before the draft of its conversation, which is not open."""
+        store = self._store_of(question.conversation)
+        draft = store.draft(question.conversation)
+        if not draft.startswith(question.text):
+            store.save_draft(question.conversation, "\n".join(filter(None, (question.text, draft))))
 
     def draft(self) -> str:
         """The unsent prompt of the open conversation."""
@@ -465,6 +488,21 @@ class Session:
             if count != other.evicted_messages:
                 store.save_settings(replace(other, evicted_messages=count))
 
+    def _loaded(self, conversation: str) -> Conversation:
+        """A saved conversation; on the branch that is being answered, if one is."""
+        store, pending = self._store_of(conversation), self.pending
+        found = store.load(conversation)
+        if pending is None or pending.conversation != conversation:
+            return found
+        last = pending.reply.id if pending.reply else pending.asked
+        path = store.path(conversation, last)
+        return found.showing(tuple(replace(m, not_sent=m.not_sent and m.id != pending.asked) for m in path))
+
+    def _is_titled_by_what_was_not_sent(self) -> bool:
+        """Whether nothing was sent yet, and the title comes from a question that could not be."""
+        current = self.current
+        return not current.sent and current.title in {title_from(m.text) for m in current.messages}
+
     @property
     def _here(self) -> "Store":
         """Where the open conversation is."""
@@ -483,12 +521,14 @@ class Session:
     def _head_id(self) -> int | None:
         return self.current.head.id if self.current.head else None
 
-    def _append(self, message: Message) -> Message:
-        saved = self._here.add_message(self.current.id, message)
-        self.current = replace(self.current, messages=(*self.current.messages, saved))
-        return saved
+    def _append(self, text: str, *, shown: bool = True) -> None:
+        """Saves a question as not sent: its answer's first save makes it a sent one."""
+        question = Message(0, self._head_id(), "user", text, "", not_sent=True)
+        saved = self._here.add_message(self.current.id, question, shown=shown)
+        messages = (*self.current.messages, replace(saved, not_sent=False))
+        self.current = replace(self.current, messages=messages)
 
-    def _request(self) -> TurnRequest:
+    def _request(self, *, before: Conversation | None = None, edited: int | None = None) -> TurnRequest:
         asked = self.current.messages[-1]
         self.pending = ActiveTurn(
             secrets.token_hex(8),
@@ -496,6 +536,9 @@ class Session:
             asked.id,
             self.current.places,
             saved_at=time.monotonic(),
+            before=before,
+            edited=edited,
+            evicted_messages=self.current.evicted_messages,
         )
         return self._turn_request(self.pending.turn)
 
@@ -528,14 +571,43 @@ class Session:
         if self.current.messages and not self._saved():
             raise KvchatError("This conversation was deleted by another kvchat. Start a new one.")
 
-    def _break_off(self, pending: ActiveTurn, finish: FinishReason) -> None:
-        """Keeps what there is of a turn that is over before its time."""
+    def _break_off(self, pending: ActiveTurn, finish: FinishReason) -> NotSent | None:
+        """Keeps what there is of a turn that ended before its time; returns a question that got no answer."""
         self.pending = None
-        if pending.text != pending.begun_text:
+        not_sent = None if pending.is_answered else self._take_back(pending)
+        if pending.is_answered:
             self._save_reply(pending, finish.value)
         if pending.spans:
             told = {message: counts for message, counts in pending.statuses().items() if message != ANSWER}
             self._save_last_turn(pending.conversation, told)
+        return not_sent
+
+    def _take_back(self, pending: ActiveTurn) -> NotSent | None:
+        """Shows the open conversation as the file has it without an answer to this question.
+
+        Returns the question; None where it was answered before, or where a part of this answer is saved.
+        """
+        if pending.reply is not None:
+            return None
+        here = self.current.id == pending.conversation
+        shown = (
+            self.current.messages
+            if here
+            else self._store_of(pending.conversation).path(pending.conversation, pending.asked)
+        )
+        asked = next((m for m in shown if m.id == pending.asked), None)
+        before = pending.before
+        if here and before:
+            self.current = replace(
+                self.current, messages=before.messages, evicted_messages=before.evicted_messages
+            )
+        elif here:
+            messages = tuple(replace(m, not_sent=m.not_sent or m.id == pending.asked) for m in shown)
+            self.current = replace(self.current, messages=messages)
+        again = (
+            before is not None and pending.edited is None and before.head and before.head.role == "assistant"
+        )
+        return None if again or not asked else NotSent(pending.conversation, asked.text, pending.edited)
 
     def _save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
         self._store_of(conversation).save_last_turn(conversation, statuses)
@@ -546,7 +618,8 @@ class Session:
         """Saves what there is of the answer, as a child of the message it answers."""
         reply = pending.answer(finish)
         if pending.reply is None:
-            reply = self._store_of(pending.conversation).add_message(pending.conversation, reply)
+            store = self._store_of(pending.conversation)
+            reply = store.add_message(pending.conversation, reply, evicted_messages=pending.evicted_messages)
         else:
             self._store_of(pending.conversation).update_message(reply)
         pending.reply = reply

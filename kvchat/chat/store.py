@@ -44,7 +44,7 @@ shown(id, parent_id) as (
     select m.id, m.parent_id from shown join messages m on m.id = shown.parent_id
 )
 select m.conversation, c.title, m.id as message, m.role, m.text, m.created_at,
-    m.id not in (select id from shown) as other_branch
+    m.id not in (select id from shown) as other_branch, m.not_sent
 from messages m join conversations c on c.id = m.conversation where m.id in (select id from found)
 order by m.created_at desc, m.id desc limit {limit}
 """
@@ -143,6 +143,11 @@ class Store:
         messages = {each.id: each for each in self._messages(conversation)}
         return path_to(messages, newest_leaf(messages, message)) if message in messages else ()
 
+    def path(self, conversation: str, message: int) -> tuple[Message, ...]:
+        """The messages from the first one down to this one; none where it is gone."""
+        messages = {each.id: each for each in self._messages(conversation)}
+        return path_to(messages, message) if message in messages else ()
+
     def find(self, prefix: str) -> str:
         """The id that starts with `prefix`.
 
@@ -216,13 +221,14 @@ class Store:
             found = indexed.removesuffix(" intersect ")
         titles = self._db.query(
             "select id as conversation, title, null as message, '' as role, title as text, created_at, "
-            f"false as other_branch from conversations where {_all_like('title', likes)} "
+            f"false as other_branch, false as not_sent from conversations where {_all_like('title', likes)} "
             f"order by updated_at desc limit {limit}",
             likes,
         )
         messages = self._db.query(SEARCH.format(found=found, limit=limit), likes | match)
         rows = [*titles, *messages][:limit]
-        return [Hit(**{**row, "other_branch": bool(row["other_branch"])}) for row in rows]
+        flags = ("other_branch", "not_sent")
+        return [Hit(**{**row, **{flag: bool(row[flag]) for flag in flags}}) for row in rows]
 
     def presets(self) -> list[Preset]:
         """The named ways of answering, by name."""
@@ -278,8 +284,12 @@ class Store:
         with self._writing() as db:
             _set_head(db, conversation, head)
 
-    def add_message(self, conversation: str, message: Message) -> Message:
-        """Saves a message under its parent and makes it the head; returns it with its id.
+    def add_message(
+        self, conversation: str, message: Message, *, shown: bool = True, evicted_messages: int | None = None
+    ) -> Message:
+        """Saves a message under its parent and, with `shown`, makes it the head; returns it with its id.
+
+        A question that gets an answer was sent. `left_out` is saved with the conversation where it is given.
 
         Raises:
             KvchatError: the conversation was deleted meanwhile, perhaps by another process.
@@ -290,7 +300,14 @@ class Store:
             if not self.exists(conversation):
                 raise KvchatError(f"The conversation {conversation!r} was deleted.")
             number = cast(int, db.table("messages").insert(row).last_pk)
-            _set_head(db, conversation, number)
+            if message.role == "assistant":
+                db.execute("update messages set not_sent = 0 where id = ?", [message.parent_id])
+            if shown:
+                _set_head(db, conversation, number)
+            if evicted_messages is not None:
+                db.execute(
+                    "update conversations set left_out = ? where id = ?", [evicted_messages, conversation]
+                )
         return self._message(number)
 
     def update_message(self, message: Message) -> None:
@@ -373,6 +390,7 @@ def _message_row(message: Message) -> dict[str, Any]:
         "token_ids": json.dumps(message.token_ids),
         "tokenizer": message.tokenizer,
         "finish_reason": message.finish_reason,
+        "not_sent": int(message.not_sent),
     }
 
 
@@ -388,6 +406,7 @@ def _message(row: Mapping[str, Any]) -> Message:
         finish_reason=row["finish_reason"],
         stats=_stats(row) if row["turn"] is not None else None,
         thinking=row["thinking"],
+        not_sent=bool(row["not_sent"]),
     )
 
 

@@ -291,7 +291,7 @@ def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
 
     store = Store(paths.database)
     saved = store.load(store.find(conversation))
-    questions = [m.text for m in saved.messages if m.role == "user"]
+    questions = [m.text for m in saved.sent if m.role == "user"]
     if len(questions) < 2:
         raise KvchatError("This conversation has fewer than two questions; there is nothing to keep yet.")
     return saved.model or DEFAULT_MODEL, questions

@@ -9,7 +9,16 @@ from dataclasses import asdict
 from types import FrameType
 
 from kvchat.chat.session import Session
-from kvchat.contract import Engine, FinishReason, Tokens, TurnFailed, TurnFinished, TurnRequest, TurnStats
+from kvchat.contract import (
+    Engine,
+    FinishReason,
+    Tokens,
+    TurnFailed,
+    TurnFinished,
+    TurnRequest,
+    TurnStarted,
+    TurnStats,
+)
 from kvchat.errors import INTERRUPTED, KvchatError
 from kvchat.text import clean, megabytes
 
@@ -18,7 +27,7 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
     """Sends the prompts as turns of the open conversation; returns the exit code.
 
     Raises:
-        KvchatError: a turn failed; what was answered before it is saved.
+        KvchatError: a turn failed; what was answered before it is saved, and no later turn has its prompt.
     """
     for prompt in prompts:
         finished = _run_turn(session, engine, session.begin_turn(prompt), echo=not as_json)
@@ -41,7 +50,9 @@ def _run_turn(session: Session, engine: Engine, request: TurnRequest, *, echo: b
     try:
         with _stopping_on_interrupt(engine, request.turn):
             for event in engine.turn(request):
-                if isinstance(event, Tokens):
+                if isinstance(event, TurnStarted):
+                    session.note_started(event)
+                elif isinstance(event, Tokens):
                     session.keep_partial(event)
                     if echo:
                         print(clean(event.text), end="", flush=True)  # noqa: T201

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kvchat.cache.disk.writer import SaveResult
+from kvchat.cache.eviction import POLICIES
 from kvchat.contract import (
     CacheCommand,
     CacheEventKind,
@@ -36,6 +37,7 @@ from kvchat.engine.model.fingerprint import identify
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.planner import Planner, Rate, SharedPrefix, TurnPlan
 from kvchat.engine.prompt import Renderer
+from kvchat.engine.sampler import NotANumberError
 from kvchat.engine.speculative import Drafter, PromptLookup
 from kvchat.engine.token_spans import spans_at_end, spans_at_start
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
@@ -101,9 +103,11 @@ class LocalEngine:
             with self._loaded.stopping(lambda: self._is_stopped(request.turn)):
                 yield from self._answer(request, meter)
         except KvchatError as error:
+            self._discard_what_failed(request, meter, error)
             yield TurnFailed(request.turn, str(error))
         except Exception as error:  # the engine outlives whatever a model or the memory does to one turn
             traceback.print_exc()
+            self._discard_what_failed(request, meter, error)
             yield TurnFailed(request.turn, f"The engine failed: {type(error).__name__}: {error}")
 
     def stop(self, turn: str) -> None:
@@ -177,6 +181,15 @@ class LocalEngine:
         turn = Turn(self._tools, request, plan, kept, meter)
         yield from turn.run()
         yield self._finish(turn, plan)
+
+    def _discard_what_failed(self, request: TurnRequest, meter: TurnTimer, error: Exception) -> None:
+        """Frees a cache that later turns must not use; what was saved after an earlier turn stays on disk."""
+        leaves_gap = POLICIES[request.policy.value].leaves_gap
+        if isinstance(error, NotANumberError):
+            self.caches.discard(request.conversation, miss_reason.NOT_A_NUMBER)
+        elif leaves_gap and meter.evicted_tokens and not meter.generated:
+            # no answer came of it: later turns don't lose rows for a message that they don't see
+            self.caches.discard(request.conversation, miss_reason.FAILED_AFTER_EVICTION)
 
     def _finish(self, turn: Turn, planned: TurnPlan) -> TurnFinished:
         request, kept, answer, plan = turn.request, turn.kept, turn.answer, turn.plan

@@ -21,6 +21,8 @@ REASONING_DROPPED = "the chat template dropped the reasoning of an earlier answe
 ANOTHER_TOKENIZER = "the model changed: its tokenizer reads the conversation as other tokens"
 TURNS_LEFT_OUT = "older turns were left out because the context was full"
 BEFORE_A_GAP = "tokens were evicted around there: what follows is read again"
+NOT_A_NUMBER = "what the last turn read held values that are no numbers"
+FAILED_AFTER_EVICTION = "the last turn failed after it had evicted tokens"
 BEFORE_A_CHECKPOINT = "recurrent layers go back to the last turn's end only"
 
 WHEN_DISCARDED = {CacheMode.OFF: CACHE_WAS_OFF, CacheMode.TURN: CACHE_WAS_PER_TURN}

@@ -10,9 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from kvchat.contract import Sampling
+from kvchat.errors import KvchatError
 
 CANDIDATES = 256
 """Tokens that are looked at first; all of them only where these don't suffice."""
+
+
+class NotANumberError(KvchatError):
+    """The model computed NaN: neither its logits nor what it cached meanwhile can be used."""
 
 
 class Sampler:
@@ -29,8 +34,17 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def choose(self, logits: torch.Tensor, context: Sequence[int]) -> int:
-        """The next id from logits `[1, vocabulary]`; `context` may be empty unless `reads_context`."""
+        """The next id from logits `[1, vocabulary]`; `context` may be empty unless `reads_context`.
+
+        Raises:
+            NotANumberError: a logit is NaN.
+        """
         scores = logits[0].float().cpu()
+        if scores.max().isnan():  # the maximum of numbers and NaN is NaN
+            raise NotANumberError(
+                "The model computed values that are no numbers, so there is no answer. "
+                "Try another --precision, or another model."
+            )
         if self.reads_context and context:
             scores = penalised(scores, context, self._sampling.repeat_penalty)
         if self._sampling.temperature <= 0:

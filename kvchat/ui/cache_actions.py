@@ -232,7 +232,7 @@ class CacheDesk:
         self.command(SetPrecision(self._session.current.id, kv))
 
     def _next(self, **changes: object) -> TurnRequest | None:
-        return self._session.request_as_if(**changes) if self._session.current.messages else None
+        return self._session.request_as_if(**changes) if self._session.current.sent else None
 
 
 def choice(what: str, now: str, command: str, names: Iterable[str], given: str) -> str:

@@ -44,7 +44,7 @@ class Views:
         """The cache of the open conversation, token by token."""
         from kvchat.ui.screens.cache_map import MapScreen
 
-        request = self._session.request_as_if() if self._session.current.messages else None
+        request = self._session.request_as_if() if self._session.current.sent else None
         self._app.push_screen(
             MapScreen(request, lambda asked: self._desk.command(Inspect(asked)), self._title)
         )

@@ -3,9 +3,10 @@
 It knows the session, the bridge and the widgets that show a turn; it refuses to know keys and commands.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from kvchat.chat.active_turn import ActiveTurn
+from kvchat.chat.active_turn import ActiveTurn, NotSent
 from kvchat.chat.conversation import Message
 from kvchat.chat.session import Session
 from kvchat.contract import (
@@ -38,10 +39,19 @@ GAVE_UP = f"\nIt ended {RESTARTS} times in a row before it was ready: it is not 
 class Turns:
     """The turns of this run of the program."""
 
-    def __init__(self, session: Session, bridge: EngineBridge, transcript: Transcript, who: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        bridge: EngineBridge,
+        transcript: Transcript,
+        who: str,
+        give_back: Callable[[NotSent], None],
+    ) -> None:
+        """`give_back` takes a question of the open conversation that was not sent, to be sent again."""
         self._session = session
         self._bridge = bridge
         self._transcript = transcript
+        self._give_back = give_back
         self.who = who
         """What the model that answers is called."""
         self.figures = Figures()
@@ -109,7 +119,7 @@ class Turns:
             KvchatError: that answer has ended, or another is under way.
         """
         request = self._session.continue_answer()
-        await self._transcript.drop_answers_after_last_question()
+        await self._transcript.drop_answers_after_last_question(self._session.current.messages)
         await self._run(request)
         self._append(self._session.pending.text if self._session.pending else "")
 
@@ -145,15 +155,16 @@ class Turns:
             raise KvchatError("Which question? The transcript numbers them: 2 is the second one.")
         return found
 
-    async def regenerate(self) -> None:
-        """Asks for the last answer again.
+    async def regenerate(self) -> TurnRequest:
+        """Asks for the last answer again, or sends the last message that was not sent; returns the request.
 
         Raises:
             KvchatError: there is none, or another answer is under way.
         """
         request = self._session.regenerate()
-        await self._transcript.drop_answers_after_last_question()
+        await self._transcript.drop_answers_after_last_question(self._session.current.messages)
         await self._run(request)
+        return request
 
     async def _run(self, request: TurnRequest) -> None:
         self._evicted.clear()
@@ -204,7 +215,7 @@ class Turns:
             case TurnFinished():
                 await self._finish(event, pending, here=here)
             case TurnFailed():
-                await self._fail(event, here=here)
+                await self._fail(event, pending, here=here)
 
     async def on_status(self, status: Status) -> None:
         """Notes how the engine is."""
@@ -250,22 +261,33 @@ class Turns:
                 self._transcript.streaming = None
                 await self._transcript.settle(self._session.current.messages)
 
-    async def _fail(self, event: TurnFailed, *, here: bool) -> None:
-        text = self.answering.text if self.answering else ""
+    async def _fail(self, event: TurnFailed, pending: ActiveTurn, *, here: bool) -> None:
+        not_sent = None
         try:
-            self._session.fail_turn(event.turn)
+            not_sent = self._session.fail_turn(event.turn)
         finally:
             if here:
-                await self._show_failure(text, event.reason)
+                await self._show_failure(pending, event.reason)
+        if not_sent and here:
+            self._give_back(not_sent)
+        elif not_sent:
+            self._session.keep_for_later(not_sent)
 
-    async def _show_failure(self, text: str, reason: str) -> None:
+    async def _show_failure(self, pending: ActiveTurn, reason: str) -> None:
         streaming, self._transcript.streaming = self._transcript.streaming, None
         if streaming is None:
             return
-        if text:
-            streaming.finish(text, answer_note(None, "error"))
+        if pending.text:
+            streaming.finish(pending.text, answer_note(None, "error"))
         else:
             await self._transcript.drop(streaming)
+        if not pending.is_answered:
+            current = self._session.current
+            self.figures.opened(current, self.warm.get(current.id))
+        if self._evicted or (pending.before and not pending.is_answered):
+            editing = self.editing
+            await self.show_conversation()
+            self.editing = editing
         await self._transcript.settle(self._session.current.messages)
         await self._transcript.notice(reason, error=True)
 

@@ -10,6 +10,7 @@ from kvchat.chat.attachments import (
     LARGEST_BYTES,
     Attachment,
     compose,
+    joined,
     mentions,
     parse_attachments,
     path_completions,
@@ -99,3 +100,32 @@ def test_paths_are_completed(tmp_path: Path) -> None:
     assert path_completions(".h", tmp_path) == [".hidden"]
     assert path_completions(f"{tmp_path}/x", Path("/")) == [f"{tmp_path}/x.txt"]
     assert path_completions("none/", tmp_path) == path_completions("a\0b", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("Question", "", "Question"),
+        ("Question", "more", "Question\nmore"),
+        ("Question", " and more", "Question and more"),
+        ("Question", "Question, again", "Question, again"),
+        ("", "more", "more"),
+    ],
+)
+def test_two_messages_become_one(first: str, second: str, both: str) -> None:
+    assert joined(first, second) == both
+
+
+def test_files_of_one_name_in_two_messages_both_stay() -> None:
+    first = compose("See @pasted-1", [Attachment("pasted-1", "one")])
+    second = compose(
+        "And @pasted-1, @pasted-10", [Attachment("pasted-1", "two"), Attachment("pasted-10", "x")]
+    )
+    written, files = parse_attachments(joined(first, second))
+    assert written == "See @pasted-1\nAnd @pasted-1-2, @pasted-10"
+    assert {each.name: each.text for each in files} == {
+        "pasted-1": "one",
+        "pasted-1-2": "two",
+        "pasted-10": "x",
+    }
+    assert joined(first, first) == first

@@ -1,5 +1,7 @@
 """Messages, the path through their tree, what an engine gets to read, and titles."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvchat.chat.conversation import TITLE_LENGTH, Conversation, Message, newest_leaf, path_to, title_from
@@ -110,3 +112,15 @@ def test_a_title_is_the_first_line_cut_at_a_word(text: str, title: str) -> None:
 @pytest.mark.parametrize("text", ["word " * 30, "山" * 90, "a" * 49, "a " + "b" * 90, "é" * 200])
 def test_a_title_is_never_longer_than_a_list_can_show(text: str) -> None:
     assert 1 < len(title_from(text)) <= TITLE_LENGTH + 1
+
+
+def test_what_was_not_sent_is_in_no_prompt_and_has_no_number() -> None:
+    lost = Message(3, 2, "user", "Lost", "", not_sent=True)
+    messages = (message(1, None), message(2, 1, "assistant"), lost, message(4, 3), message(5, 4, "assistant"))
+    talk = Conversation("a", system_prompt="Be brief.", messages=messages)
+    assert talk.places == ((), (1,), (2,), (4,), (5,))
+    assert len(talk.prompt()) == len(talk.places)
+    assert talk.question("2") == talk.question("") == messages[3]
+    assert talk.answer_to(lost) == lost
+    assert [replace(talk, evicted_messages=count).unseen for count in (0, 1, 2, 3)] == [0, 1, 3, 4]
+    assert Conversation("a", messages=(lost,)).unseen == 0

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import zipfile
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -102,6 +103,41 @@ def test_json_has_all_branches_and_an_import_brings_them_back(tmp_path: Path) ->
     assert {m.id for m in whole.messages}.isdisjoint(m.id for m in BRANCHED.messages)
     (again,) = read_conversations(export(whole, "again.json", tmp_path))
     assert again == back
+
+
+LOST = Message(3, 2, "user", "Too long", "2026-05-17T20:15:03+00:00", not_sent=True)
+
+
+@pytest.mark.parametrize("ending", ["json", "md"])
+def test_what_was_not_sent_stays_so_in_a_file_and_back(tmp_path: Path, ending: str) -> None:
+    talk = replace(TALK, messages=(*TALK.messages, LOST))
+    (back,) = read_conversations(export(talk, f"talk.{ending}", tmp_path))
+    assert [m.not_sent for m in back.messages] == [False, False, True]
+    assert back.messages[-1] == LOST
+    store = Store(None)
+    assert [m.text for m in store.add(back).prompt()[1:]] == [m.raw for m in TALK.messages]
+
+
+def test_what_was_not_sent_on_another_branch_stays_so(tmp_path: Path) -> None:
+    talk = replace(BRANCHED, other_branches=(*BRANCHED.other_branches, replace(LOST, id=6, parent_id=2)))
+    (back,) = read_conversations(export(talk, "talk.json", tmp_path))
+    assert replace(back, id=TALK.id) == talk
+
+
+def test_a_mark_that_an_answer_contradicts_is_not_believed(tmp_path: Path) -> None:
+    given = json.loads(to_json(TALK))
+    for message in given["conversations"][0]["messages"]:
+        message["not_sent"] = True
+    (back,) = read_conversations(written(tmp_path, "talk.json", json.dumps(given)))
+    assert [m.not_sent for m in back.messages] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("write", "words"), [(to_html, "you · not sent"), (to_markdown, "### You (not sent)")]
+)
+def test_what_is_read_says_what_was_not_sent(write: Callable[[Conversation], str], words: str) -> None:
+    assert words not in write(TALK)
+    assert write(replace(TALK, messages=(*TALK.messages, LOST))).count(words) == 1
 
 
 def test_a_json_export_from_before_branches_is_read_as_it_was(tmp_path: Path) -> None:

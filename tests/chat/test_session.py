@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvchat.chat import session as session_module
+from kvchat.chat.active_turn import NotSent
 from kvchat.chat.conversation import Conversation, Message
 from kvchat.chat.session import PARTIAL_EVERY_S, ConversationDefaults, Session
 from kvchat.chat.store import Store
@@ -114,6 +115,15 @@ def answered(
     )
     assert message
     return message
+
+
+def unanswered(session: Session, question: str) -> None:
+    """A question that is read together with the next one, as in a file from before questions were marked."""
+    head = session.current.head
+    if head is None:
+        session._here.create(session.current)
+    session._here.add_message(session.current.id, Message(0, head.id if head else None, "user", question, ""))
+    session.open(session.current.id)
 
 
 def asked(request: TurnRequest) -> list[str]:
@@ -258,12 +268,15 @@ def test_a_turn_that_failed_in_mid_answer_keeps_its_text(session: Session, path:
     assert session.pending is None
 
 
-def test_a_turn_that_failed_at_once_leaves_the_question(session: Session, path: Path) -> None:
+def test_a_turn_that_failed_at_once_leaves_the_question_and_no_later_prompt_has_it(
+    session: Session, path: Path
+) -> None:
     request = session.begin_turn(FIRST)
-    session.fail_turn(request.turn)
-    assert talk(on_disk(path, request.conversation).messages) == [("user", FIRST, None)]
+    assert session.fail_turn(request.turn) == NotSent(request.conversation, FIRST)
+    (question,) = on_disk(path, request.conversation).messages
+    assert (question.text, question.not_sent, session.current.messages) == (FIRST, True, (question,))
     again = session.begin_turn(SECOND)
-    assert again.messages[1:] == (PromptMessage("user", f"{FIRST}\n\n{SECOND}"),)
+    assert again.messages[1:] == (PromptMessage("user", SECOND),)
 
 
 def test_abandoning_keeps_what_was_written(session: Session, path: Path) -> None:
@@ -515,7 +528,8 @@ def test_regenerating_starts_a_branch_and_keeps_the_old_one(session: Session, pa
     before = session.current.messages[0]
     request = session.regenerate()
     assert request.messages[1:] == (PromptMessage("user", FIRST),)
-    assert talk(on_disk(path, request.conversation).messages) == [("user", FIRST, None)]
+    assert talk(session.current.messages) == [("user", FIRST, None)]
+    assert on_disk(path, request.conversation).messages == (before, first)
     second = session.finish_turn(finished(request.turn, "The Gotthard.", 3))
     assert second
     assert (second.parent_id, second.id != first.id) == (first.parent_id, True)
@@ -828,7 +842,9 @@ def undo_twice(session: Session) -> None:
 
 
 def edit_the_second(session: Session) -> None:
-    session.edit(session.current.messages[2].id, "Edited")
+    turn = session.edit(session.current.messages[2].id, "Edited").turn
+    session.keep_partial(piece(turn, "Now", 1))
+    session.abandon_turn()
 
 
 def fork_at_the_first(session: Session) -> None:
@@ -849,8 +865,7 @@ def test_going_back_before_what_was_left_out_leaves_nothing_out(
     assert on_disk(path, session.current.id).evicted_messages == 0
     if session.current.id != before.id:
         assert on_disk(path, before.id) == before
-    if session.pending is None:
-        assert session.begin_turn("And now?").evicted_messages == 0
+    assert session.begin_turn("And now?").evicted_messages == 0
 
 
 def test_going_back_after_what_was_left_out_leaves_it_out(session: Session, path: Path) -> None:
@@ -864,7 +879,7 @@ def test_going_back_after_what_was_left_out_leaves_it_out(session: Session, path
 
 def test_questions_without_an_answer_count_as_the_one_message_they_are_read_as(session: Session) -> None:
     for question in ("One", "Two", "Three"):
-        session.fail_turn(session.begin_turn(question).turn)
+        unanswered(session, question)
     answered(session, "Four")
     answered(session, SECOND, evicted_messages=2)
     session.undo()
@@ -1061,8 +1076,8 @@ def test_a_message_is_opened_on_its_newest_branch_and_that_is_the_shown_one_from
     answered(session, SECOND, "Two hours.")
     session.undo()
     answered(session, "And back?", "Three.")
-    session.edit(session.current.messages[0].id, "Which lake?")
-    session.abandon_turn()
+    turn = session.edit(session.current.messages[0].id, "Which lake?").turn
+    session.finish_turn(finished(turn, "Garda.", 1))
     left, shown = session.current.id, session.current.messages[-1].id
     session.new()
     assert not session.open_at(left, shown)
@@ -1075,8 +1090,7 @@ def test_a_message_is_opened_on_its_newest_branch_and_that_is_the_shown_one_from
 
 def test_an_evicted_branch_is_read_whole_where_it_is_shorter_than_what_was_left_out(session: Session) -> None:
     first = answered(session, FIRST)
-    session.regenerate()
-    session.abandon_turn()
+    session.finish_turn(finished(session.regenerate().turn, "Another.", 1))
     for n in range(3):
         answered(session, f"Question {n}", evicted_messages=3)
     assert session.current.evicted_messages == 3
@@ -1118,3 +1132,206 @@ def test_open_takes_the_beginning_of_an_id_and_stays_where_it_is_otherwise(sessi
 def test_new_conversations_have_ids_of_their_own(session: Session) -> None:
     ids = {session.new().id for _ in range(100)}
     assert len(ids) == 100
+
+
+# turns that brought no answer
+
+
+End = Callable[[Session], NotSent | None]
+
+
+def fail(session: Session) -> NotSent | None:
+    assert session.pending
+    return session.fail_turn(session.pending.turn)
+
+
+ENDS: list[End] = [fail, Session.abandon_turn]
+
+
+def told(session: Session) -> list[tuple[str, bool]]:
+    """What is shown, and whether it was not sent."""
+    return [(m.text, m.not_sent) for m in session.current.messages]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_was_not_sent_is_in_no_later_prompt_not_after_a_restart_either(
+    session: Session, path: Path, end: End
+) -> None:
+    answered(session, FIRST)
+    session.begin_turn("Too long")
+    end(session)
+    session.begin_turn("Too long again")
+    end(session)
+    shown = [(FIRST, False), ("The Brenner.", False), ("Too long", True), ("Too long again", True)]
+    assert told(session) == shown
+    assert on_disk(path, session.current.id) == session.current
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        later.open_latest()
+        assert asked(later.request_as_if()) == [FIRST, "The Brenner."]
+        assert asked(later.begin_turn(SECOND)) == [FIRST, "The Brenner.", SECOND]
+
+
+def test_a_question_whose_answer_had_not_begun_at_a_crash_was_not_sent(session: Session, path: Path) -> None:
+    session.begin_turn(FIRST)
+    with closing(Store(path)) as store:
+        later = Session(store, DEFAULTS)
+        later.open_latest()
+        assert told(later) == [(FIRST, True)]
+        assert asked(later.begin_turn(SECOND)) == [SECOND]
+
+
+def test_the_first_saved_token_makes_a_question_a_sent_one(
+    session: Session, path: Path, clock: Clock
+) -> None:
+    request = session.begin_turn(FIRST)
+    assert [m.not_sent for m in on_disk(path, request.conversation).messages] == [True]
+    clock.now += PARTIAL_EVERY_S
+    session.keep_partial(piece(request.turn, "The", 1))
+    assert [m.not_sent for m in on_disk(path, request.conversation).messages] == [False, False]
+
+
+def test_an_answer_of_tokens_without_text_is_an_answer(session: Session, path: Path) -> None:
+    request = session.begin_turn(FIRST)
+    session.keep_partial(piece(request.turn, "", 1))
+    assert session.fail_turn(request.turn) is None
+    saved = on_disk(path, request.conversation)
+    assert talk(saved.messages) == [("user", FIRST, None), ("assistant", "", "error")]
+    assert told(session) == [(FIRST, False), ("", False)]
+
+
+def test_a_stop_before_the_first_token_leaves_a_question_with_an_empty_answer(session: Session) -> None:
+    request = session.begin_turn(FIRST)
+    session.finish_turn(finished(request.turn, "", finish="cancelled"))
+    assert told(session) == [(FIRST, False), ("", False)]
+    assert [(m.role, m.text) for m in session.begin_turn(SECOND).messages[1:]] == [
+        ("user", FIRST),
+        ("assistant", ""),
+        ("user", SECOND),
+    ]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_edit_that_failed_leaves_the_old_question_and_its_answer(
+    session: Session, path: Path, end: End, elsewhere: bool
+) -> None:
+    before = shortened(session)
+    session.edit(before.messages[0].id, "Edited")
+    assert told(session) == [("Edited", False)]
+    if elsewhere:
+        session.new()
+        end(session)
+        session.open(before.id)
+    else:
+        end(session)
+    assert session.current == on_disk(path, before.id) == before
+    assert asked(session.begin_turn("And?")) == [*[m.text for m in before.messages], "And?"]
+
+
+def test_an_edit_that_failed_is_given_back_with_the_question_that_it_replaces(session: Session) -> None:
+    answered(session, FIRST)
+    question = session.current.messages[0].id
+    turn = session.edit(question, "Edited").turn
+    assert session.fail_turn(turn) == NotSent(session.current.id, "Edited", question)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_answer_that_could_not_be_written_again_stays(session: Session, path: Path, end: End) -> None:
+    before = shortened(session)
+    session.regenerate()
+    assert end(session) is None
+    assert session.current == on_disk(path, before.id) == before
+
+
+def test_coming_back_to_an_edit_that_is_answered_shows_its_branch(session: Session) -> None:
+    answered(session, FIRST)
+    left, turn = session.current.id, session.edit(session.current.messages[0].id, "Edited").turn
+    session.new()
+    session.open(left)
+    assert told(session) == [("Edited", False)]
+    session.finish_turn(finished(turn, "Yes.", 1))
+    assert told(session) == [("Edited", False), ("Yes.", False)]
+
+
+def test_regenerating_sends_what_was_not_sent(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    fail_turn = session.begin_turn(SECOND).turn
+    session.fail_turn(fail_turn)
+    request = session.regenerate()
+    assert asked(request) == [FIRST, "The Brenner.", SECOND]
+    session.fail_turn(request.turn)
+    assert told(session)[-1] == (SECOND, True)
+    request = session.regenerate()
+    session.finish_turn(finished(request.turn, "Three hours.", 3))
+    assert told(session)[2:] == [(SECOND, False), ("Three hours.", False)]
+    assert on_disk(path, session.current.id) == session.current
+
+
+def test_going_on_with_an_answer_leaves_what_was_not_sent_after_it(session: Session) -> None:
+    answered(session, FIRST, "The Bren", finish="length")
+    session.fail_turn(session.begin_turn(SECOND).turn)
+    request = session.continue_answer()
+    assert asked(request) == [FIRST, "The Bren"]
+    session.finish_turn(finished(request.turn, "ner.", 3))
+    assert told(session) == [(FIRST, False), ("The Brenner.", False)]
+
+
+def test_undo_takes_what_was_not_sent_back_first(session: Session) -> None:
+    answered(session, FIRST)
+    session.fail_turn(session.begin_turn(SECOND).turn)
+    assert session.undo() == SECOND
+    assert session.undo() == FIRST
+
+
+def test_a_fork_keeps_the_mark(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    session.fail_turn(session.begin_turn(SECOND).turn)
+    copy = session.fork()
+    assert told(session)[-1] == (SECOND, True)
+    assert on_disk(path, copy.id) == copy
+    assert asked(session.begin_turn("Why?")) == [FIRST, "The Brenner.", "Why?"]
+
+
+def test_a_title_comes_from_the_first_question_that_was_sent(session: Session, path: Path) -> None:
+    session.fail_turn(session.begin_turn("Too long").turn)
+    assert session.current.title == "Too long"
+    answered(session, FIRST)
+    answered(session, SECOND)
+    assert session.current.title == on_disk(path, session.current.id).title == FIRST
+
+
+def test_a_title_that_was_given_stays(session: Session) -> None:
+    session.fail_turn(session.begin_turn("Too long").turn)
+    session.rename(session.current.id, "Alps")
+    answered(session, FIRST)
+    assert session.current.title == "Alps"
+
+
+def test_a_question_whose_answer_cannot_be_saved_is_in_no_later_prompt(
+    session: Session, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_given: object, **_named: object) -> None:
+        raise KvchatError("The disk is full.")
+
+    request = session.begin_turn(FIRST)
+    with monkeypatch.context() as broken:
+        broken.setattr(session._store, "add_message", full)
+        with pytest.raises(KvchatError, match="full"):
+            session.finish_turn(finished(request.turn, "The Brenner.", 1, evicted_messages=2))
+    assert on_disk(path, request.conversation) == session.current
+    assert (asked(session.begin_turn(SECOND)), session.current.evicted_messages) == ([SECOND], 0)
+
+
+def test_a_question_of_another_conversation_comes_before_its_draft(session: Session) -> None:
+    turn = session.begin_turn(FIRST).turn
+    left = session.current.id
+    session.save_draft("typed meanwhile")
+    session.new()
+    not_sent = session.fail_turn(turn)
+    assert not_sent
+    session.keep_for_later(not_sent)
+    session.keep_for_later(not_sent)
+    assert session.draft() == ""
+    session.open(left)
+    assert session.draft() == f"{FIRST}\ntyped meanwhile"

@@ -61,6 +61,7 @@ MIGRATIONS = [
     "m004_search_and_presets",
     "m005_drafting",
     "m006_last_turn",
+    "m007_not_sent",
 ]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
@@ -631,3 +632,46 @@ def test_token_ids_are_plain_json_in_the_file(store: Store, path: Path) -> None:
     ask(store)
     ((ids,),) = rows(path, "select token_ids from messages where role = 'assistant'")
     assert json.loads(str(ids)) == [1, 2]
+
+
+UNANSWERED = """
+insert into messages
+    (id, conversation, parent_id, role, text, thinking, token_ids, tokenizer, finish_reason, created_at)
+values
+    (3, 'abcd1234', 2, 'user', 'Too long', '', '[]', '', null, '2026-01-04'),
+    (4, 'abcd1234', 3, 'user', 'Refused too', '', '[]', '', null, '2026-01-05');
+update conversations set head = 4;
+"""
+JOINED = """
+insert into messages
+    (id, conversation, parent_id, role, text, thinking, token_ids, tokenizer, finish_reason, created_at)
+values
+    (5, 'abcd1234', 4, 'user', 'Both, please', '', '[]', '', null, '2026-01-06'),
+    (6, 'abcd1234', 5, 'assistant', 'Here.', '', '[3]', '', 'stop', '2026-01-07');
+update conversations set head = 6;
+"""
+
+
+@pytest.mark.parametrize(
+    ("later", "texts"),
+    [
+        (UNANSWERED, ["Which pass?", "The Brenner."]),
+        (
+            UNANSWERED + JOINED,
+            ["Which pass?", "The Brenner.", "Too long\n\nRefused too\n\nBoth, please", "Here."],
+        ),
+        ("update conversations set head = 1;", ["Which pass?", "The Brenner."]),
+    ],
+    ids=["no answer follows", "read together with an answered one", "an answer that was not written again"],
+)
+def test_questions_of_an_older_file_that_nobody_answered_were_not_sent(
+    path: Path, later: str, texts: list[str]
+) -> None:
+    with closing(old_file(path, "m007_not_sent")) as old:
+        old.executescript(later)
+    with closing(Store(path)) as store:
+        loaded = store.load(TALK.id)
+        assert [m.text for m in loaded.prompt() if m.role != "system"] == texts
+        assert [m.text for m in loaded.messages if m.not_sent] == (
+            ["Too long", "Refused too"] if later == UNANSWERED else []
+        )

@@ -19,6 +19,8 @@ from kvchat.contract import (
     CacheEventKind,
     PoolState,
     PrefillProgress,
+    TokenSpan,
+    TokenStatus,
     TurnEvent,
     TurnFailed,
     TurnFinished,
@@ -207,3 +209,22 @@ def test_the_interrupt_handler_is_back_after_a_failure(session: Session) -> None
     with pytest.raises(KvchatError):
         run_turns(session, PlayedEngine((TurnFailed("", "No."),)), ["Which pass?"], as_json=False)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_failed_turn_did_is_known(session: Session) -> None:
+    spans = (TokenSpan(0, TokenStatus.READ, 6),)
+    engine = PlayedEngine((replace(STARTED, spans=spans), TurnFailed("", "No memory left.")))
+    with pytest.raises(KvchatError):
+        run_turns(session, engine, ["Which pass?"], as_json=False)
+    question = reloaded(session).messages[0]
+    assert question.not_sent
+    assert session.last_turn == {question.id: {TokenStatus.READ: 6}}
+
+
+def test_a_conversation_goes_on_without_the_prompt_that_failed(session: Session) -> None:
+    engine = PlayedEngine(ANSWER, (TurnFailed("", "Too long."),), ANSWER)
+    with pytest.raises(KvchatError, match="Too long"):
+        run_turns(session, engine, ["Which pass?", "All of it"], as_json=False)
+    reloaded(session)
+    assert run_turns(session, engine, ["And now?"], as_json=False) == 0
+    assert [m.text for m in engine.requests[-1].messages] == ["Which pass?", "The Brenner.", "And now?"]

@@ -358,3 +358,22 @@ def test_the_sentence_says_how_an_answer_ended(finish: FinishReason) -> None:
     assert said.startswith("Reused 1 token, read 4, wrote 2; ")
     assert ". Edited." in said
     assert ("The answer was" in said) is (finish is not FinishReason.STOP)
+
+
+def test_a_message_that_was_not_sent_is_in_no_later_prompt_and_can_be_sent_again() -> None:
+    engine = ScriptedEngine().answers("One.").answers(Fails("Too long.")).answers("Two.").answers("Three.")
+    said, session, _ = talk("First", "A long one", "Second", engine=engine)
+    assert "Too long.\nNot sent: A long one\n/regen sends it again" in said
+    assert [m.text for m in engine.requests[2].messages] == ["First", "One.", "Second"]
+    assert [m.text for m in session.current.messages if m.not_sent] == ["A long one"]
+    engine = ScriptedEngine().answers(Fails("Too long.")).answers("Two.")
+    talk("A long one", "/regen", engine=engine)
+    assert [m.text for m in engine.requests[1].messages] == ["A long one"]
+
+
+def test_an_edit_that_was_not_sent_is_asked_in_the_same_place_with_the_next_line() -> None:
+    engine = ScriptedEngine().answers("One.").answers(Fails("Too long.")).answers("Two.")
+    said, session, _ = talk("First", "/edit 1", "A long one", "A short one", engine=engine)
+    assert "The old question stays." in said
+    assert [m.text for m in engine.requests[2].messages] == ["A short one"]
+    assert [m.text for m in session.current.messages] == ["A short one", "Two."]

@@ -11,6 +11,7 @@ from kvchat.chat.store import Store
 from kvchat.text import excerpt
 from kvchat.ui.screens.search import SearchScreen
 from kvchat.ui.widgets.message import MessageBlock
+from tests.support.samples import finished
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
 from tests.support.scripted_engine import ScriptedEngine
 from tests.ui.test_hostile import WORST, assert_harmless, segments
@@ -21,7 +22,8 @@ BREAD = (("user", "How long does bread rise?"), ("assistant", "An hour; 漢字�
 
 def found(store: Store, words: str) -> list[str]:
     """The role, or `title`, of every hit; with a star, of one on a branch that is not shown."""
-    return [(hit.role or "title") + "*" * hit.other_branch for hit in store.search(words.split(), 100)]
+    hits = store.search(words.split(), 100)
+    return [(h.role or "title") + "*" * h.other_branch + " not sent" * h.not_sent for h in hits]
 
 
 def hits(chat: Chat) -> list[str]:
@@ -69,7 +71,10 @@ def test_what_is_searched_follows_edits_deletions_forks_and_branches(tmp_path: P
     assert found(store, "Brenner") == ["assistant"]
     session.fork()
     assert found(store, "Brenner") == ["assistant", "assistant"]
-    session.edit(session.current.messages[0].id, "Which lake?")
+    turn = session.edit(session.current.messages[0].id, "Which lake?").turn
+    assert found(store, "Brenner") == ["assistant", "assistant"]
+    assert found(store, "lake") == ["user* not sent"]
+    session.finish_turn(finished(turn, "Garda.", 1))
     assert found(store, "Brenner") == ["assistant*", "assistant"]
     assert found(store, "lake") == ["user"]
     session.clear()
@@ -119,8 +124,8 @@ async def test_a_hit_on_another_branch_says_so_and_opens_that_branch() -> None:
     async with running(engine, session) as chat:
         await chat.ask("Which?")
         await chat.ask("And then?")
-        chat.session.edit(chat.session.current.messages[0].id, "Where?")
-        chat.session.abandon_turn()
+        turn = chat.session.edit(chat.session.current.messages[0].id, "Where?").turn
+        chat.session.finish_turn(finished(turn, "There.", 1))
         await chat.screen._opened()
         assert chat.questions() == ["Where?"]
         await search(chat, "needle", 1)

@@ -274,7 +274,7 @@ async def test_regenerating_nothing_says_so() -> None:
 FULL = "The conversations can't be saved: the disk is full."
 
 
-def full(*_given: object) -> None:
+def full(*_given: object, **_named: object) -> None:
     raise KvchatError(FULL)
 
 

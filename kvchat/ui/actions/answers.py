@@ -17,9 +17,10 @@ class AnswerActions(ActionBase):
         self._prompt.focus()
 
     async def action_regenerate(self) -> None:
-        """Asks for the last answer again."""
+        """Asks for the last answer again, or sends what was not sent."""
         with self._telling():
-            await self._turns.regenerate()
+            request = await self._turns.regenerate()
+            self._prompt.drop(request.messages[-1].text)
         self._refresh_all()
 
     async def action_undo(self) -> None:

@@ -303,7 +303,8 @@ class PlainActs:
         if switched:
             self._say(SWITCHED)
         found = next(m for m in self._session.current.messages if m.id == int(message))
-        self._say(f"{'You' if found.role == 'user' else 'The answer'}: {found.text}")
+        you = "You, not sent" if found.not_sent else "You"
+        self._say(f"{you if found.role == 'user' else 'The answer'}: {found.text}")
 
     def _search(self, given: str) -> None:
         words = given.split()
@@ -334,6 +335,6 @@ def hit_line(hit: Hit, words: list[str]) -> str:
     if hit.message is None:
         return f"{hit.conversation}: the title “{one_line(hit.title)}”"
     who = "you" if hit.role == "user" else "the answer"
-    branch = ", on another branch" * hit.other_branch
+    branch = ", not sent" * hit.not_sent + ", on another branch" * hit.other_branch
     title = one_line(hit.title)
     return f"{hit.conversation}/{hit.message}: “{title}”{branch}, {who}: {excerpt(hit.text, words)}"

@@ -40,12 +40,14 @@ from kvchat.ui.commands import parse_slash
 from kvchat.ui.formatting import sentence, tokens
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.model_switch import ModelDesk, ModelShelf
-from kvchat.ui.plain.commands import PlainActs
+from kvchat.ui.plain.commands import PlainActs, short
 from kvchat.ui.prompt_cost import Reckoner, Reckoning
 from kvchat.ui.turn_thread import EngineBridge, EngineFactory
 from kvchat.ui.widgets.message import ENDINGS
 
 PROMPT = "you: "
+SEND_AGAIN = "/regen sends it again; later answers don't see it."
+ASK_AGAIN = "The old question stays. The next line is asked in its place."
 SETTLE_S = 0.3
 """A price comes at once or with the next line."""
 COUNT_S = 20.0
@@ -202,8 +204,12 @@ class PlainChat:
                 self._session.finish_turn(event)
                 self.say(f"\n{turn_sentence(event.stats)}")
             case TurnFailed():
-                self._session.fail_turn(event.turn)
+                not_sent = self._session.fail_turn(event.turn)
                 self.say(f"\n{one_line(event.reason)}")
+                if not_sent:
+                    self._acts.editing = not_sent.edited
+                    how = ASK_AGAIN if not_sent.edited else SEND_AGAIN
+                    self.say(f"Not sent: {short(not_sent.text)}\n{how}")
 
     def _on_status(self, status: Status) -> None:
         if self._reckoner.on_status(status):

@@ -11,6 +11,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Static, TextArea
 
+from kvchat.chat.active_turn import NotSent
 from kvchat.contract import Ready
 from kvchat.errors import KvchatError
 from kvchat.ui.actions.answers import AnswerActions
@@ -23,7 +24,7 @@ from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.key_hints import KeyLine
-from kvchat.ui.widgets.message import MessageBlock
+from kvchat.ui.widgets.message import MessageBlock, UserMessage
 from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.prompt_cost import ReckoningLine
@@ -115,7 +116,8 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
         from kvchat.ui.prompt_cost import Reckoner
         from kvchat.ui.turn_presenter import Turns
 
-        self._turns = Turns(self._session, self._bridge, self.query_one(Transcript), self._model)
+        transcript = self.query_one(Transcript)
+        self._turns = Turns(self._session, self._bridge, transcript, self._model, self._give_back)
         self._desk = CacheDesk(
             self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
         )
@@ -139,8 +141,20 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
             self._save_draft()
             with self._telling():
                 self._views.end_tour()
-                self._session.abandon_turn()
+                if not_sent := self._session.abandon_turn():
+                    self._session.keep_for_later(not_sent)
         self._bridge.close()
+
+    def _give_back(self, question: NotSent) -> None:
+        """Takes a question that was not sent into the prompt, before what was typed meanwhile."""
+        if self._turns.editing is None and not self._prompt.message.strip():
+            self._turns.editing = question.edited
+        self._prompt.give_back(question.text)
+
+    @on(UserMessage.TakenBack)
+    def _taken_back(self, message: UserMessage.TakenBack) -> None:
+        self._prompt.give_back(message.text)
+        self._prompt.focus()
 
     @on(EngineStatus)
     async def _engine_status(self, message: EngineStatus) -> None:

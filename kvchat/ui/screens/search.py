@@ -28,6 +28,7 @@ def hit_label(hit: Hit, words: Sequence[str]) -> Content:
     head = Content.assemble(
         (one_line(hit.title) or "untitled", "bold"),
         (f" · {who}", "$text-muted"),
+        (" · not sent" if hit.not_sent else "", "$text-warning"),
         (" · other branch" if hit.other_branch else "", "$text-warning"),
         (f" · {hit.created_at[:10]}", "$text-muted"),
     )

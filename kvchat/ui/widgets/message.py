@@ -31,6 +31,8 @@ ENDINGS = {
     FinishReason.CONTEXT: "cut where the context is full",
     FinishReason.ERROR: "cut off by an error",
 }
+NOT_SENT = "not sent"
+"""In the place of a number: no prompt has this message."""
 FOLDED_CHARACTERS, FOLDED_LINES = 8_000, 100
 """A question longer than this shows its beginning until it is unfolded: a pasted file costs layout time."""
 SHOWN_CHARACTERS, SHOWN_LINES = 1_500, 20
@@ -163,9 +165,18 @@ MESSAGE_KEYS = {
 class UserMessage(MessageBlock):
     """What the user wrote, as it was written; attached files are folded into a line each."""
 
-    def __init__(self, text: str, number: int, place: int = 0) -> None:
-        """`number` counts the questions of the conversation from 1."""
+    class TakenBack(Event):
+        """The user wants to write a message that was not sent again."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.text = text
+
+    def __init__(self, text: str, number: int, place: int = 0, *, not_sent: bool = False) -> None:
+        """`number` counts the questions of the conversation that were sent, from 1."""
         super().__init__(place, number, "user")
+        self._who = Static(classes="who", markup=False)
+        self.mark(number, not_sent=not_sent)
         self._raw = text
         self._written, self._attached = parse_attachments(text)
         self._unfolded = False
@@ -173,10 +184,22 @@ class UserMessage(MessageBlock):
         self._show()
 
     def compose(self) -> ComposeResult:
-        yield Static(f"you · {self.number}", classes="who", markup=False)
+        yield self._who
         yield self._body
         if self._rest():
             yield self._more
+
+    def mark(self, number: int, *, not_sent: bool) -> None:
+        """Shows its number, or that it was not sent: such a message has none."""
+        self.number, self._not_sent = number, not_sent
+        self._who.update(f"you · {NOT_SENT if not_sent else number}")
+
+    async def action_edit(self) -> None:
+        """Takes the question into the prompt; one that was not sent replaces none."""
+        if self._not_sent:
+            self.post_message(self.TakenBack(self._raw))
+        else:
+            await super().action_edit()
 
     @property
     def text(self) -> str:

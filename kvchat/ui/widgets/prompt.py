@@ -7,7 +7,7 @@ from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
 
-from kvchat.chat.attachments import Attachment, compose, mention, mentions, parse_attachments
+from kvchat.chat.attachments import Attachment, compose, joined, mention, mentions, parse_attachments
 from kvchat.chat.session import HISTORY_LENGTH
 from kvchat.text import clean
 from kvchat.ui.widgets.completions import Completions
@@ -83,13 +83,20 @@ class Prompt(TextArea):
         return compose(self.text, [self._held[name] for name in mentions(self.text) if name in self._held])
 
     def give_back(self, text: str) -> None:
-        """Text that could not be sent comes back, before what was typed meanwhile."""
-        typed, held = self.text, self._held
-        self.text = text
-        self._held = held | self._held
+        """Text that could not be sent comes back, on the lines before what was typed meanwhile.
+
+        While another text is shown instead of the user's own draft, it comes back into that draft.
+        """
+        if self._recalled:
+            self._own = joined(text, self._own)
+            return
+        self.text = joined(text, self.message)
         self.move_cursor(self.document.end)
-        self.insert(typed)
-        self.move_cursor(self.document.end)
+
+    def drop(self, text: str) -> None:
+        """This was sent: where it is all that stands here, nothing does."""
+        if self.message == text:
+            self.text = ""
 
     def show_instead(self, text: str) -> None:
         """Shows another text until it is sent, or until `recall(0)` brings the user's own draft back."""

@@ -90,7 +90,8 @@ class Transcript(VerticalScroll, can_focus=False):
         super().__init__(id="transcript")
         self._messages: list[Message] = []
         self._numbers: list[int] = []
-        """For each message, the number of the question that it is or answers."""
+        """For each message, the number of the question that it is or answers; questions that were not sent
+        have the number of the one before."""
         self._window = range(0)
         """Places of the mounted messages; the streaming answer comes after the last one."""
         self._left_out = 0
@@ -128,6 +129,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self._learn(messages)
         if at_end:
             self._window = range(min(self._window.start, len(messages)), len(messages))
+        self._mark_questions()
         self._count()
 
     @one_at_a_time
@@ -239,17 +241,18 @@ class Transcript(VerticalScroll, can_focus=False):
         self.anchor()
 
     @one_at_a_time
-    async def drop_answers_after_last_question(self) -> None:
-        """Takes the last answer away before another one is written in its place."""
+    async def drop_answers_after_last_question(self, messages: Sequence[Message]) -> None:
+        """Takes what comes after the last question of these away, before an answer is written there."""
         await self.show_end()
-        last = max((place for place, m in enumerate(self._messages) if m.role == "user"), default=-1)
-        self._learn(self._messages[: last + 1])
+        last = max((place for place, m in enumerate(messages) if m.role == "user"), default=-1)
+        self._learn(messages[: last + 1])
         self._window = range(min(self._window.start, last + 1), last + 1)
         for child in reversed(list(self.children)):
-            if isinstance(child, UserMessage):
-                return
-            if isinstance(child, AnswerMessage | Notice):
+            if isinstance(child, UserMessage) and child.place <= last:
+                break
+            if isinstance(child, MessageBlock | Notice):
                 await child.remove()
+        self._mark_questions()
 
     @one_at_a_time
     async def drop(self, block: AnswerMessage) -> None:
@@ -335,8 +338,14 @@ class Transcript(VerticalScroll, can_focus=False):
         self._messages = list(messages)
         self._numbers, number = [], 0
         for message in messages:
-            number += message.role == "user"
+            number += message.role == "user" and not message.not_sent
             self._numbers.append(number)
+
+    def _mark_questions(self) -> None:
+        """Shows at the mounted questions whether they were sent."""
+        for block in self._blocks():
+            if isinstance(block, UserMessage) and block.place < len(self._messages):
+                block.mark(self._numbers[block.place], not_sent=self._messages[block.place].not_sent)
 
     def _blocks(self) -> list[MessageBlock]:
         return [child for child in self.children if isinstance(child, MessageBlock)]
@@ -345,7 +354,7 @@ class Transcript(VerticalScroll, can_focus=False):
         message, number = self._messages[place], self._numbers[place]
         block: MessageBlock
         if message.role == "user":
-            block = UserMessage(message.text, number, place)
+            block = UserMessage(message.text, number, place, not_sent=message.not_sent)
         else:
             block = AnswerMessage.of(message, self._who, place, number, unfolded=self.unfolded)
         return block.set_class(place < self._left_out, "left-out")
