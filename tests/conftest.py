@@ -69,7 +69,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         from kvchat.config.paths import find_paths
         from kvchat.engine.setup.prepare import prepare
 
-        prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
+        paths = find_paths()
+        prepare("smollm2-135m-instruct", paths.models, lambda _progress: None, paths.compiled)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,8 @@ def smollm2() -> LoadedModel:
     from kvchat.errors import KvchatError
 
     try:
-        folder = prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
+        paths = find_paths()
+        folder = prepare("smollm2-135m-instruct", paths.models, lambda _progress: None, paths.compiled)
     except KvchatError as error:
         if os.environ.get(REQUIRE_MODEL) == "1":
             pytest.fail(f"{REQUIRE_MODEL}=1, and SmolLM2 can't be had: {error}")

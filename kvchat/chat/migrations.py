@@ -13,6 +13,7 @@ from filelock import FileLock
 from sqlite_utils import Database, Migrations
 
 from kvchat.errors import KvchatError
+from kvchat.system.ownership import make_private
 
 BUSY_S = 30.0
 """How long a write waits for another process."""
@@ -171,7 +172,7 @@ def open_database(path: Path | None) -> Database:
         db = _Readable(memory=True)
         migrations.apply(db)
         return db
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(path.parent)
     with FileLock(f"{path}.lock"):
         path.touch(mode=0o600)
         db = _Readable(sqlite3.connect(path, timeout=BUSY_S))

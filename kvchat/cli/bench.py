@@ -120,16 +120,16 @@ def weighed(
     Raises:
         KvchatError: it is not compiled in one of them: asked for before a measurement that takes minutes.
     """
-    from kvchat.engine.compiled.package import is_decided, package_folder, refusal_of
+    from kvchat.engine.compiled.package import find_package, refusal_of
 
     folder = is_prepared(name, paths.models)
     assert folder is not None
     for precision in precisions:
-        if not is_decided(folder, precision):
+        if not find_package(paths.compiled, folder, precision):
+            if reason := refusal_of(paths.compiled, folder, precision):
+                raise KvchatError(reason)
             command = f"`kvchat models prepare {name} --precision {precision}`"
             raise KvchatError(f"{name} is not compiled with weights in {precision}. {command} does that.")
-        if reason := refusal_of(package_folder(folder, precision)):
-            raise KvchatError(reason)
     return {each: partial(load_ready, name, paths, {**given, "precision": each}) for each in precisions}
 
 

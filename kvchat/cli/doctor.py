@@ -82,6 +82,7 @@ def examine(paths: Paths, model: str) -> Iterator[Finding]:
     yield compiler()
     yield libraries()
     yield weights(paths, model)
+    yield compiled(paths, model)
     yield disk(paths)
     yield folders(paths)
     yield terminal(os.environ, shutil.get_terminal_size((0, 0)))
@@ -175,9 +176,25 @@ def weights(paths: Paths, model: str) -> Finding:
         fetched = f", {megabytes(size)}" if size else ""
         means = f"the first start fetches it{fetched}; after that everything works offline."
         return Finding("model", f"{model} is not here yet", means, Verdict.SLOW)
-    size = next((m.bytes for m in installed(paths.models) if m.path == folder), 0)
+    size = next((m.bytes for m in installed(paths.models, paths.compiled) if m.path == folder), 0)
     found = f"{model}, {megabytes(size)}" if size else model
     return Finding("model", found, "it is here: kvchat works offline.")
+
+
+def compiled(paths: Paths, model: str) -> Finding:
+    """Whether the model has compiled code that may be loaded."""
+    from kvchat.engine.compiled.package import trusted_package
+    from kvchat.engine.model.dtypes import weights_of
+
+    again = f"`kvchat models prepare {model}` compiles it, and makes it several times faster."
+    try:
+        folder = is_prepared(model, paths.models)
+        package = trusted_package(paths.compiled, folder, weights_of(folder, "auto")) if folder else None
+    except KvchatError as error:
+        return Finding("compiled", "can't be used", one_line(str(error)), Verdict.SLOW)
+    if package is None:
+        return Finding("compiled", "not yet", again, Verdict.SLOW)
+    return Finding("compiled", package.name, "the model runs compiled for this processor.")
 
 
 def disk(paths: Paths) -> Finding:
@@ -192,7 +209,7 @@ def disk(paths: Paths) -> Finding:
 
 def folders(paths: Paths) -> Finding:
     """Whether what has to be kept can be written, by trying."""
-    for place in dict.fromkeys((paths.database.parent, paths.models, paths.kv, paths.logs)):
+    for place in dict.fromkeys((paths.database.parent, paths.models, paths.compiled, paths.kv, paths.logs)):
         existing = next(folder for folder in (place, *place.parents) if folder.exists())
         try:
             with TemporaryFile(dir=existing):

@@ -25,7 +25,7 @@ def load_ready(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedMode
     from kvchat.engine.setup.prepare import prepare
 
     with reported(name) as report:
-        folder = prepare(name, paths.models, report)
+        folder = prepare(name, paths.models, report, paths.compiled)
     return load_model(
         folder,
         name,
@@ -33,4 +33,5 @@ def load_ready(name: str, paths: Paths, given: Mapping[str, Any]) -> "LoadedMode
         threads=given["threads"],
         context=given["context"],
         device=given["device"],
+        compiled=paths.compiled,
     )

@@ -26,6 +26,7 @@ from kvchat.config.paths import Paths, find_paths
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL, find_card
+from kvchat.system.children import protect_children
 
 if TYPE_CHECKING:
     from kvchat.chat.session import Session
@@ -118,7 +119,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
     resumes = given["resume"] or given["resume_latest"]
     name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
     folder = is_prepared(name, paths.models)
-    if folder is None or (given["precision"] == "auto" and lacks_step(folder)):
+    if folder is None or (given["precision"] == "auto" and lacks_step(folder, paths)):
         from kvchat.cli.models import pull_as_child
 
         if code := pull_as_child(name, given["data_dir"]):
@@ -141,6 +142,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
         given["draft"],
         draft_folder(given["draft"], paths),
         60 * given["unload_after"],
+        paths.compiled,
     )
 
     def engine_of(folder: Path, name: str) -> "EngineFactory":
@@ -156,7 +158,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
         gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
     from kvchat.ui.model_switch import ModelShelf
 
-    shelf = ModelShelf(paths.models, engine_of, fetching)
+    shelf = ModelShelf(paths.models, engine_of, fetching, paths.compiled)
     if plain:
         from kvchat.ui.plain.loop import talk
 
@@ -225,7 +227,7 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     from kvchat.engine.factory import load_draft, open_engine
 
     folder = None if given["private"] else paths.kv
-    draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"])
+    draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"], paths.compiled)
     engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"], draft=draft)
     try:
         code = run_turns(session, engine, prompts, as_json=as_json)
@@ -372,11 +374,11 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
     return session
 
 
-def lacks_step(folder: Path) -> bool:
+def lacks_step(folder: Path, paths: Paths) -> bool:
     """Whether a model that is here waits to be compiled, perhaps again."""
     from kvchat.engine.compiled.package import wants_step
 
-    return wants_step(folder)
+    return wants_step(paths.compiled, folder)
 
 
 def draft_folder(draft: str, paths: Paths) -> Path | None:
@@ -427,6 +429,7 @@ def show_paths(data_dir: Path | None) -> None:
 
 def main() -> None:
     """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
+    protect_children()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others

@@ -30,8 +30,9 @@ def list_models(data_dir: Path | None) -> None:
     """The models that have a card, and those that are here."""
     from kvchat.models.resolve import installed, is_prepared
 
-    models_dir = find_paths(data_dir).models
-    sizes = {model.path: model.bytes for model in installed(models_dir)}
+    paths = find_paths(data_dir)
+    models_dir, here_now = paths.models, installed(paths.models, paths.compiled)
+    sizes = {model.path: model.bytes for model in here_now}
     for card in load_cards():
         folder = is_prepared(card.name, models_dir)
         here = (
@@ -47,7 +48,7 @@ def list_models(data_dir: Path | None) -> None:
         click.echo(f"{card.name:<24}{card.parameters / 1e6:>7,.0f}M  {' · '.join(notes)}")
         click.echo(f"{'':<34}{card.summary}")
     names = {card.name for card in load_cards()}
-    for model in installed(models_dir):
+    for model in here_now:
         if model.name not in names:
             click.echo(f"{model.name:<34}here, {megabytes(model.bytes)}")
 
@@ -59,13 +60,15 @@ def list_models(data_dir: Path | None) -> None:
 def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
     """Fetch a model and make it ready; does nothing if it is."""
     from kvchat.cli.progress import reported
-    from kvchat.engine.compiled.package import package_folder, refusal_of
+    from kvchat.engine.compiled.package import refusal_of
     from kvchat.engine.model.dtypes import weights_of
     from kvchat.engine.setup.prepare import prepare
 
+    paths, reasons = find_paths(data_dir), list[str]()
     with _cleaning_up(), reported(name, as_json=progress_json) as report:
-        folder = prepare(name, find_paths(data_dir).models, report)
-    if reason := refusal_of(package_folder(folder, weights_of(folder, "auto"))):
+        folder = prepare(name, paths.models, report, paths.compiled, reasons.append)
+    reasons = reasons or [refusal_of(paths.compiled, folder, weights_of(folder, "auto"))]
+    if reason := reasons[0]:
         click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
     click.echo(f"{name} is ready in {folder}", err=True)
 
@@ -73,8 +76,9 @@ def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
 @click.option("--precision", type=click.Choice(settings.PRECISIONS), default="auto", show_default=True)
+@click.option("--force", is_flag=True, help="Compile again, also what was refused before.")
 @data_dir
-def prepare(name: str, precision: str, data_dir: Path | None) -> None:
+def prepare(name: str, precision: str, force: bool, data_dir: Path | None) -> None:
     """Compile a model for this CPU; fetches it first if it isn't here.
 
     `auto` keeps the precision of the source. `int8` and `int4` round the weights; what that costs in quality
@@ -86,9 +90,11 @@ def prepare(name: str, precision: str, data_dir: Path | None) -> None:
     from kvchat.engine.model.dtypes import weights_of
     from kvchat.engine.setup.prepare import prepare
 
+    paths = find_paths(data_dir)
     with reported(name) as report:
-        folder = prepare(name, find_paths(data_dir).models, report)
-        made = Description.load(prepare_step(folder, weights_of(folder, precision), report))
+        folder = prepare(name, paths.models, report)
+        weights = weights_of(folder, precision)
+        made = Description.load(prepare_step(paths.compiled, folder, weights, report, force=force))
     cost = made.cost
     click.echo(
         f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
@@ -102,26 +108,52 @@ def prepare(name: str, precision: str, data_dir: Path | None) -> None:
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
+@click.option("--compiled", is_flag=True, help="The folder of what was compiled of it.")
 @data_dir
-def path(name: str, data_dir: Path | None) -> None:
+def path(name: str, compiled: bool, data_dir: Path | None) -> None:
     """Print the folder of a model that is ready."""
-    from kvchat.models.resolve import is_prepared
+    from kvchat.models.resolve import compiled_folder, is_prepared
 
-    folder = is_prepared(name, find_paths(data_dir).models)
+    paths = find_paths(data_dir)
+    folder = is_prepared(name, paths.models)
     if folder is None:
         raise KvchatError(f"{name} is not here yet. `kvchat models pull {name}` fetches it.")
-    click.echo(str(folder))
+    found = compiled_folder(paths.compiled, folder) if compiled else folder
+    if not found.is_dir():
+        raise KvchatError(f"{name} is not compiled. `kvchat models prepare {name}` does that.")
+    click.echo(str(found))
 
 
 @models.command()
 @click.argument("name")
 @data_dir
 def rm(name: str, data_dir: Path | None) -> None:
-    """Delete a fetched or converted model."""
-    from kvchat.models.resolve import remove_installed
+    """Delete a fetched or converted model and what was compiled of it.
 
-    freed = remove_installed(name, find_paths(data_dir).models)
+    Of a model in a folder of your own, or in the hub's cache, only what was compiled is deleted.
+    """
+    from kvchat.models.resolve import remove_compiled, remove_installed
+
+    paths = find_paths(data_dir)
+    if (folder := _lying_elsewhere(name, paths.models)) and (
+        freed := remove_compiled(paths.compiled, folder)
+    ):
+        click.echo(f"What was compiled of {name} is gone; {megabytes(freed)} are free again.", err=True)
+        click.echo(f"The model itself stays in {folder}.", err=True)
+        return
+    freed = remove_installed(name, paths.models, paths.compiled)
     click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
+
+
+def _lying_elsewhere(name: str, models_dir: Path) -> Path | None:
+    """The folder of a model outside of kvchat's own; None where there is none."""
+    from kvchat.models.resolve import is_prepared
+
+    try:
+        folder = is_prepared(name, models_dir)
+    except KvchatError:
+        return None
+    return folder if folder and folder.parent != models_dir else None
 
 
 def pull_as_child(name: str, data_dir: Path | None) -> int:

@@ -21,6 +21,8 @@ class Paths:
     """Conversations and figures (SQLite)."""
     models: Path
     """Fetched and converted models, one folder each."""
+    compiled: Path
+    """Compiled code, one folder for each model. Nobody else may write to it, or to the folder around it."""
     kv: Path
     """Saved KV caches, one folder per conversation."""
     logs: Path
@@ -32,6 +34,7 @@ class Paths:
             "config": self.config_file,
             "database": self.database,
             "models": self.models,
+            "compiled": self.compiled,
             "kv": self.kv,
             "logs": self.logs,
         }
@@ -42,7 +45,9 @@ def find_paths(data_dir: Path | None = None) -> Paths:
     config_file = platformdirs.user_config_path(APP) / "config.toml"
     if data_dir is not None:
         root = data_dir.expanduser().absolute()
-        return Paths(config_file, root / "kvchat.db", root / "models", root / "kv", root / "log")
-    data = platformdirs.user_data_path(APP)
-    logs = platformdirs.user_log_path(APP)
-    return Paths(config_file, data / "kvchat.db", data / "models", data / "kv", logs)
+        return _inside(root, config_file, root / "log")
+    return _inside(platformdirs.user_data_path(APP), config_file, platformdirs.user_log_path(APP))
+
+
+def _inside(data: Path, config_file: Path, logs: Path) -> Paths:
+    return Paths(config_file, data / "kvchat.db", data / "models", data / "compiled", data / "kv", logs)

@@ -52,9 +52,11 @@ def open_engine(
     return engine
 
 
-def load_draft(draft: str, folder: Path | None, threads: int | None) -> LoadedModel | str:
+def load_draft(
+    draft: str, folder: Path | None, threads: int | None, compiled: Path | None = None
+) -> LoadedModel | str:
     """What `open_engine` takes: the words as they are, or the model in `folder`."""
-    return draft if folder is None else load_model(folder, draft, threads=threads)
+    return draft if folder is None else load_model(folder, draft, threads=threads, compiled=compiled)
 
 
 def _drafters(draft: object) -> Callable[[], Drafter | None]:

@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from kvchat.system.ownership import make_private
+
 
 def report_on_signal(folder: Path) -> None:
     """Installs the handler; does nothing where the system has no SIGUSR1. Call from the main thread."""
@@ -17,7 +19,7 @@ def report_on_signal(folder: Path) -> None:
         return
 
     def write(_signal: int, _frame: FrameType | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         partial = folder / f"report-{os.getpid()}.partial"
         partial.write_text(_report(), encoding="utf-8")
         partial.rename(partial.with_suffix(".txt"))

@@ -20,6 +20,7 @@ from kvchat.contract import CacheCommand, Died, Loading, Ready, Refused, Tokens,
 from kvchat.engine_process.diagnostics import report_on_signal
 from kvchat.engine_process.openmp import wait_politely
 from kvchat.errors import KvchatError
+from kvchat.system.ownership import make_private
 
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
@@ -49,6 +50,8 @@ class EngineOptions:
     """Of the model that guesses ahead, if one does."""
     unload_after: float = 0
     """Idle seconds after which the weights leave memory; 0 keeps them."""
+    compiled: Path | None = None
+    """Where compiled code is loaded from; None loads none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +117,9 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         threads=options.threads,
         context=options.context,
         device=options.device,
+        compiled=options.compiled,
     )
-    draft = load_draft(options.draft, options.draft_folder, options.threads)
+    draft = load_draft(options.draft, options.draft_folder, options.threads, options.compiled)
     kv = options.kv_budget, options.kv_folder, options.kv_disk
     engine = open_engine(loaded, *kv, pipe.send, draft)
     requests: SimpleQueue[TurnRequest | Forget | CacheCommand | None] = SimpleQueue()
@@ -159,7 +163,7 @@ def _next(requests: "SimpleQueue[Any]", patience: float, unload: Callable[[], No
 
 def _redirect_output(log_file: Path) -> None:
     """Points file descriptors 1 and 2 at the log: whatever prints would paint over the screen."""
-    log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(log_file.parent)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ GGUF_LINK = "model.gguf"
 """In the folder of a converted model: the file it came from, or a link to it."""
 MARKER = "kvchat.json"
 """Says where a prepared folder came from."""
+MODEL_PATH = "model.txt"
+"""In a model's folder of compiled code: where the model lies."""
 STAGING_PREFIX = ".incoming-"
 """Folders of unfinished work in the models folder."""
 
@@ -161,9 +164,9 @@ def has_weights(folder: Path) -> bool:
         return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all(shard.endswith(".safetensors") and (folder / shard).is_file() for shard in shards)
     except (OSError, ValueError, KeyError, AttributeError):
         return False
-    return all((folder / shard).is_file() for shard in shards)
 
 
 def refuse_unusable_folder(folder: Path) -> None:
@@ -188,21 +191,65 @@ def refuse_unusable_folder(folder: Path) -> None:
     raise KvchatError(f"{folder} is not a model folder: it needs config.json and *.safetensors.")
 
 
-def installed(models_dir: Path) -> list[Installed]:
-    """The prepared models in `models_dir`, by name, with their bytes. The hub's cache is not counted."""
+def installed(models_dir: Path, compiled: Path | None = None) -> list[Installed]:
+    """The prepared models in `models_dir`, by name, with their bytes. The hub's cache is not counted.
+
+    With kvchat's folder of compiled code, the bytes include what was compiled of each model.
+    """
     folders = sorted(marker.parent for marker in models_dir.glob(f"[!.]*/{MARKER}"))
-    return [Installed(folder.name, folder, _size(folder)) for folder in folders]
+    sizes = [_size(compiled_folder(compiled, folder)) if compiled else 0 for folder in folders]
+    return [Installed(f.name, f, _size(f) + size) for f, size in zip(folders, sizes, strict=True)]
 
 
-def remove_installed(name: str, models_dir: Path) -> int:
-    """Deletes one prepared model and returns the bytes that were freed.
+def compiled_folder(root: Path, folder: Path) -> Path:
+    """What holds the packages compiled of the model in `folder`, there or not.
+
+    Args:
+        root: kvchat's folder of compiled code.
+        folder: of the model.
+    """
+    place = folder.resolve()
+    return root / f"{place.name[:80]}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:12]}"
+
+
+def remove_compiled(root: Path, folder: Path) -> int:
+    """Deletes what was compiled of the model in `folder`; returns the bytes that were freed.
+
+    Raises:
+        KvchatError: it cannot be deleted.
+    """
+    found = compiled_folder(root, folder)
+    freed = _size(found)
+    try:
+        shutil.rmtree(found)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise KvchatError(f"{found} cannot be deleted: {error.strerror or error}.") from error
+    return freed
+
+
+def remove_orphaned(root: Path) -> None:
+    """Deletes what was compiled of models that are gone; the drive of a model may only be missing."""
+    for note in root.glob(f"*/{MODEL_PATH}"):
+        with suppress(OSError, ValueError):
+            model = Path(note.read_text(encoding="utf-8"))
+            here = model.parent.is_dir() or (hub_cache() in model.parents and hub_cache().is_dir())
+            if here and not model.is_dir() and note.parent == compiled_folder(root, model):
+                shutil.rmtree(note.parent)
+
+
+def remove_installed(name: str, models_dir: Path, compiled: Path | None = None) -> int:
+    """Deletes one prepared model and what was compiled of it; returns the bytes that were freed.
 
     Raises:
         KvchatError: there is none of that name, or it cannot be deleted.
     """
-    found = next((model for model in installed(models_dir) if model.name == name), None)
+    found = next((model for model in installed(models_dir, compiled) if model.name == name), None)
     if found is None:
         raise KvchatError(f"There is no prepared model {name!r} in {models_dir}.")
+    if compiled:
+        remove_compiled(compiled, found.path)
     try:
         # renamed first: a folder that exists under its own name is complete
         doomed = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=models_dir))

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvchat.errors import KvchatError
 from kvchat.models.resolve import STAGING_PREFIX
+from kvchat.system.ownership import make_private
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def staging(models_dir: Path, report: Report) -> Iterator[Path]:
         KvchatError: the folder cannot be written, or the disk filled up while it was used.
     """
     with _explained(models_dir):
-        models_dir.mkdir(parents=True, exist_ok=True)
+        make_private(models_dir)
         with _locked(models_dir, report):
             _remove_stale(models_dir)
             folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=models_dir))

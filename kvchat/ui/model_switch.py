@@ -53,10 +53,12 @@ class ModelShelf:
     """Of a prepared folder and the model's name."""
     pull: Callable[[str], Sequence[str]]
     """The command that fetches a model and prints its progress, an object a line."""
+    compiled: Path | None = None
+    """Where compiled code is kept; it counts as part of a model's bytes."""
 
     def choices(self) -> list[ModelChoice]:
         """Every card, the smallest first, then what else is here."""
-        sizes = {model.name: model.bytes for model in installed(self.folder)}
+        sizes = {model.name: model.bytes for model in installed(self.folder, self.compiled)}
         cards = load_cards()
         own = sorted(set(sizes) - {card.name for card in cards})
         others = [ModelChoice(name, name, here=True, bytes=sizes[name]) for name in own]

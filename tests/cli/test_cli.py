@@ -24,7 +24,7 @@ from kvchat.cli.main import main
 from kvchat.config.paths import find_paths
 from kvchat.contract import CacheEvent, CacheEventKind, CacheMode, EvictionPolicy, KVPrecision
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.models.resolve import is_prepared
+from kvchat.models.resolve import compiled_folder, is_prepared
 
 STATS = {
     "cache_mode",
@@ -802,6 +802,7 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
         "config": config,
         "database": str(own / "kvchat.db"),
         "models": str(own / "models"),
+        "compiled": str(own / "compiled"),
         "kv": str(own / "kv"),
         "logs": str(own / "log"),
     }
@@ -810,6 +811,7 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
         "config": config,
         "database": str(home / "data" / "kvchat" / "kvchat.db"),
         "models": str(home / "data" / "kvchat" / "models"),
+        "compiled": str(home / "data" / "kvchat" / "compiled"),
         "kv": str(home / "data" / "kvchat" / "kv"),
         "logs": str(home / "state" / "kvchat" / "log"),
     }
@@ -898,6 +900,37 @@ def test_models_are_listed_found_and_removed(kvchat: Shell) -> None:
     assert "not here" in next(
         line for line in kvchat("models", "list").out.splitlines() if line.startswith(name)
     )
+
+
+def compiled_of(kvchat: Shell, folder: Path) -> Path:
+    """A folder that passes for what was compiled of a model."""
+    made = compiled_folder(kvchat.data / "compiled", folder)
+    (made / "fp32-some").mkdir(parents=True)
+    (made / "fp32-some" / "weights.safetensors").write_bytes(b"\0" * 1_000_000)
+    return made
+
+
+def test_what_was_compiled_counts_and_goes_with_its_model(kvchat: Shell) -> None:
+    name = "smollm2-135m-instruct"
+    folder = install(kvchat.data / "models", name)
+    assert "not compiled" in kvchat("models", "path", "--compiled").complaint
+    made, other = compiled_of(kvchat, folder), compiled_of(kvchat, kvchat.home)
+    assert kvchat("models", "path", "--compiled").out == f"{made}\n"
+    assert "here, 3.0 MB" in kvchat("models", "list").out
+    assert "3.0 MB are free again" in kvchat("models", "rm", name).err
+    assert (made.exists(), other.exists()) == (False, True)
+
+
+def test_of_a_folder_of_the_users_own_only_what_was_compiled_is_removed(kvchat: Shell) -> None:
+    folder = install(kvchat.home, "own")
+    made = compiled_of(kvchat, folder)
+    removed = kvchat("models", "rm", folder)
+    assert removed.code == 0
+    assert "1.0 MB are free again" in removed.err
+    assert f"stays in {folder}" in removed.err
+    assert (made.exists(), folder.exists()) == (False, True)
+    assert "no prepared model" in kvchat("models", "rm", folder).complaint
+    assert folder.exists()
 
 
 def test_the_configured_folder_is_the_one_of_the_models_commands_too(

@@ -8,9 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from kvchat.cli import doctor
-from kvchat.cli.doctor import Verdict, compiler, disk, folders, processor, terminal, weights
+from kvchat.cli.doctor import Verdict, compiled, compiler, disk, folders, processor, terminal, weights
 from kvchat.cli.main import cli
 from kvchat.config.paths import find_paths
+from kvchat.engine.compiled.package import make_model_folder, package_folder, refuse
+from kvchat.engine.model.dtypes import weights_of
 from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.models.resolve import MARKER
 
@@ -18,7 +20,8 @@ from kvchat.models.resolve import MARKER
 def test_it_looks_at_everything_and_says_what_it_means(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["doctor", "--json", "--data-dir", str(tmp_path)])
     found = {finding["name"]: finding for finding in json.loads(result.stdout)}
-    names = ["processor", "cores", "memory", "compiler", "libraries", "model", "disk", "folders", "terminal"]
+    names = ["processor", "cores", "memory", "compiler", "libraries", "model"]
+    names += ["compiled", "disk", "folders", "terminal"]
     assert list(found) == names
     assert all(finding["means"].endswith(".") and finding["found"] for finding in found.values())
     assert result.exit_code == 0
@@ -65,6 +68,27 @@ def test_the_model_here_and_not_here(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / MARKER).write_text("{}")
     assert weights(paths, DEFAULT_MODEL).verdict is Verdict.GOOD
+
+
+def test_what_was_compiled_and_may_be_loaded(tmp_path: Path) -> None:
+    paths = find_paths(tmp_path / "data")
+    assert compiled(paths, DEFAULT_MODEL).found == "not yet"
+    folder = paths.models / DEFAULT_MODEL
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("{}")
+    assert compiled(paths, DEFAULT_MODEL).found == "not yet"
+    weights = weights_of(folder, "auto")
+    made = make_model_folder(paths.compiled, folder)
+    package_folder(paths.compiled, folder, weights).mkdir()
+    finding = compiled(paths, DEFAULT_MODEL)
+    assert (finding.verdict, finding.found.startswith(f"{weights}-")) == (Verdict.GOOD, True)
+    made.chmod(0o777)
+    finding = compiled(paths, DEFAULT_MODEL)
+    assert (finding.verdict, finding.found) == (Verdict.SLOW, "can't be used")
+    assert "can be written by other users" in finding.means
+    made.chmod(0o700)
+    refuse(package_folder(paths.compiled, folder, weights), "It has states.")
+    assert compiled(paths, DEFAULT_MODEL).means == "It has states."
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

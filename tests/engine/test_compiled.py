@@ -4,6 +4,7 @@ Two packages are built once, by the process that users start: a Llama in fp32, w
 what is right of, and a model with sliding windows and a softcap in int8.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -12,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -24,15 +26,15 @@ from transformers import Gemma2Config
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import DenseLayer, Memory
 from kvchat.config.paths import find_paths
-from kvchat.contract import CacheMode, KVPrecision, Sampling
+from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling, Status
 from kvchat.engine.compiled import build as building
 from kvchat.engine.compiled.package import (
     LIBRARIES,
-    REFUSAL,
+    compiler,
     fingerprint,
     installed_version,
     package_folder,
-    remove_stale,
+    record_digests,
 )
 from kvchat.engine.compiled.runner import (
     CompiledReader,
@@ -47,7 +49,10 @@ from kvchat.engine.model.forward import CachedReader
 from kvchat.engine.model.loader import LoadedModel, load_model
 from kvchat.engine.setup.prepare import prepare
 from kvchat.engine.speculative import Drafter, PromptLookup
+from kvchat.engine_process.client import LinkedEngine
+from kvchat.engine_process.server import EngineOptions
 from kvchat.errors import KvchatError
+from kvchat.models.resolve import compiled_folder
 from kvchat.models.staging import Progress
 from tests.engine.conftest import need_compiler
 from tests.support.engine_driver import TOLERANCE, Chat, sentences, uncached_logits, user
@@ -63,6 +68,8 @@ CUTS = {
 GREEDY = Sampling(temperature=0, max_tokens=40)
 CLEAR = 0.25
 """Nats between the two best tokens that no rounding bridges."""
+PARTS = ("step.so", "step.json", "kernels.so", "weights.safetensors", "package.json", "tokenizer.json")
+"""Files of a package."""
 PRECISIONS = [("llama", "auto"), ("gemma", "auto"), ("gemma", "int8"), ("gemma", "int4")]
 """Models, and precisions of their caches: rounding in fp32 may become a step of a quantised number."""
 each_precision = pytest.mark.parametrize(("built", "kv"), PRECISIONS, indirect=["built"])
@@ -70,8 +77,9 @@ each_precision = pytest.mark.parametrize(("built", "kv"), PRECISIONS, indirect=[
 
 @dataclass(frozen=True)
 class Built:
-    """A model folder, its package, and what was reported while that was made."""
+    """A model folder, the folder of compiled code, and what was reported while its package was made."""
 
+    root: Path
     folder: Path
     weights: str
     progress: list[Progress]
@@ -81,7 +89,7 @@ class Built:
 
     @property
     def package(self) -> Path:
-        return package_folder(self.folder, self.weights)
+        return package_folder(self.root, self.folder, self.weights)
 
     @property
     def step(self) -> CompiledStep:
@@ -101,8 +109,14 @@ class Built:
             for a, b in zip(mine.read(), theirs.read(), strict=True):
                 self.assert_same(a, b)
 
-    def load(self, folder: Path | None = None) -> LoadedModel:
-        return load_model(folder or self.folder, "tiny", precision=self.weights, threads=2)
+    def load(self, root: Path | None = None) -> LoadedModel:
+        root = root or self.root
+        return load_model(self.folder, "tiny", precision=self.weights, threads=2, compiled=root)
+
+    def copy_packages(self, data: Path) -> tuple[Path, Path]:
+        """Another data folder with the same packages: (folder of compiled code, package)."""
+        shutil.copytree(self.root, data / "compiled")
+        return data / "compiled", data / "compiled" / self.package.relative_to(self.root)
 
     def read(self, kv: ConversationKV, cuts: Sequence[int], start: int = 0) -> torch.Tensor:
         """Reads `IDS` from `start` on in chunks of those sizes; logits after each token."""
@@ -115,9 +129,11 @@ class Built:
 def build(folder: Path, weights: str) -> Built:
     need_compiler()
     progress: list[Progress] = []
-    building.prepare_step(folder, weights, progress.append)
-    exact = load_model(folder, "tiny", precision="fp32", threads=2, compiled=False)
-    return Built(folder, weights, progress, load_model(folder, "tiny", precision=weights, threads=2), exact)
+    root = folder.with_name("data") / "compiled"
+    building.prepare_step(root, folder, weights, progress.append)
+    exact = load_model(folder, "tiny", precision="fp32", threads=2)
+    loaded = load_model(folder, "tiny", precision=weights, threads=2, compiled=root)
+    return Built(root, folder, weights, progress, loaded, exact)
 
 
 @pytest.fixture(scope="module")
@@ -442,16 +458,16 @@ def test_building_tells_its_progress_and_leaves_nothing_but_the_package(built: B
     done = [progress.done for progress in built.progress if progress.stage == "compile"]
     assert (done[0], done[-1]) == (0, building.DONE)
     assert done == sorted(done)
-    assert {path.name for path in built.package.parent.iterdir()} <= {built.package.name, ".lock"}
-    assert {path.name for path in built.package.iterdir()} == {
-        *("step.so", "step.json", "kernels.so", "weights.safetensors", "package.json", "tokenizer.json")
-    }
+    beside = {".lock", "model.txt", "files.json"}
+    assert {path.name for path in built.package.parent.iterdir()} <= {built.package.name, *beside}
+    assert {path.name for path in built.package.iterdir()} == {*PARTS, "digests.json"}
+    assert not (built.folder / "compiled").exists()
     assert built.step.description.weights == built.weights
 
 
 def test_a_package_that_is_there_is_not_made_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_make", None)
-    assert building.prepare_step(built.folder, built.weights, lambda _: None) == built.package
+    assert building.prepare_step(built.root, built.folder, built.weights, lambda _: None) == built.package
 
 
 def test_a_package_loads_without_compiler_model_code_and_temporary_files(
@@ -460,7 +476,8 @@ def test_a_package_loads_without_compiler_model_code_and_temporary_files(
     """Ended by force, as a kill would: nothing that it wrote could be cleaned up."""
     script = (
         "import os, sys, pathlib; from kvchat.engine.model.loader import load_model\n"
-        f"loaded = load_model(pathlib.Path({str(llama.folder)!r}), 'tiny', precision='fp32', threads=1)\n"
+        f"root, folder = pathlib.Path({str(llama.root)!r}), pathlib.Path({str(llama.folder)!r})\n"
+        "loaded = load_model(folder, 'tiny', precision='fp32', threads=1, compiled=root)\n"
         "loaded.reader(loaded.new_kv()).read([5, 6, 7]); assert loaded.step\n"
         "unwanted = ('torch._inductor', 'torch._dynamo', 'transformers.modeling_utils')\n"
         "print([name for name in unwanted if name in sys.modules], flush=True); os._exit(9)"
@@ -473,46 +490,174 @@ def test_a_package_loads_without_compiler_model_code_and_temporary_files(
     assert list(tmp_path.iterdir()) == []
 
 
-def without_packages(built: Built, target: Path) -> Path:
-    return Path(shutil.copytree(built.folder, target, ignore=shutil.ignore_patterns("compiled")))
-
-
 def test_a_package_belongs_to_its_model_precision_and_machine(
     llama: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = without_packages(llama, tmp_path / "other")
-    mine = fingerprint(other, "fp32")
-    assert mine == fingerprint(llama.folder, "fp32")
-    assert find_step(other, "fp32") is None
-    assert fingerprint(other, "bf16") != mine
+    other, root = tmp_path / "other", llama.root
+    shutil.copytree(llama.folder, other)
+    mine = fingerprint(root, other, "fp32")
+    assert mine == fingerprint(root, llama.folder, "fp32")
+    assert find_step(root, other, "fp32") is None
+    assert fingerprint(root, other, "bf16") != mine
     for name in ("cpu_features", "installed_version"):
         with monkeypatch.context() as patch:
             patch.setattr(f"kvchat.engine.compiled.package.{name}", lambda *_: "another")
-            assert fingerprint(other, "fp32") != mine
+            assert fingerprint(root, other, "fp32") != mine
     seen = {mine}
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
         with (other / name).open("r+b") as file:
             file.seek(100)
             file.write(b"x")
-        seen.add(fingerprint(other, "fp32"))
+        seen.add(fingerprint(root, other, "fp32"))
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("name", ["step.so", "weights.safetensors", "package.json", "tokenizer.json"])
+def test_kernels_of_another_layout_are_refused(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("abi.ABI", 2), ("abi.TILE", 16), ("abi.GROUP", 64), ("compiled.BLOCK", 32)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvchat.engine.{name}", value)
+            with pytest.raises(KvchatError, match="lay out memory in another way"):
+                CompiledStep(llama.package)
+    swapped = (Memory._fields[1], Memory._fields[0], *Memory._fields[2:])
+    monkeypatch.setattr(Memory, "_fields", swapped)
+    with pytest.raises(KvchatError, match="lay out memory in another way"):
+        CompiledStep(llama.package)
+
+
+# ---- only code of the user's own is loaded -----------------------------------------------------------------
+
+
+def native_code(folder: Path, ran: Path) -> Path:
+    """A shared library that makes the file `ran` when it is loaded."""
+    source, library = folder / "hostile.c", folder / "hostile.so"
+    source.write_text(
+        "#include <stdio.h>\n"
+        f'__attribute__((constructor)) static void run(void) {{ fclose(fopen("{ran}", "w")); }}\n'
+    )
+    subprocess.run([compiler() or "g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+def test_native_code_in_a_models_folder_is_never_loaded(llama: Built, tmp_path: Path) -> None:
+    """Under the names of this version and of earlier ones, in a process that has no kernels yet."""
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(llama.folder, model)
+    library = native_code(tmp_path, ran)
+    name = llama.package.name
+    for place in (name, name.rpartition("-")[0], f"{llama.package.parent.name}/{name}"):
+        package = model / "compiled" / place
+        shutil.copytree(llama.package, package)
+        for code in ("kernels.so", "step.so"):
+            shutil.copy(library, package / code)
+        record_digests(package)
+    script = (
+        "import pathlib, sys; from kvchat.engine.model.loader import load_model\n"
+        "folder, root = map(pathlib.Path, sys.argv[1:])\n"
+        "loaded = load_model(folder, 'tiny', precision='fp32', threads=1, compiled=root)\n"
+        "print(loaded.step, loaded.facts.notes[-1])"
+    )
+    command = [sys.executable, "-c", script, str(model), str(tmp_path / "data" / "compiled")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("None it is not compiled: kvchat models prepare"), done.stdout
+    assert not ran.exists()
+    ctypes.CDLL(str(library))
+    assert ran.exists()  # it would have run
+
+
+def test_native_code_that_was_put_into_a_package_is_not_loaded(llama: Built, tmp_path: Path) -> None:
+    root, package = llama.copy_packages(tmp_path / "data")
+    ran = tmp_path / "ran"
+    shutil.copy(native_code(tmp_path, ran), package / "step.so")
+    loaded = llama.load(root)
+    assert loaded.step is None
+    assert "step.so is not what was built" in loaded.facts.notes[-1]
+    step = CompiledStep(llama.package)
+    step.unload()
+    step.folder = package  # as if it had been swapped while the weights were not in memory
+    with pytest.raises(KvchatError, match=r"step\.so is not what was built"):
+        step.run([5], 0, 0, memories_of(llama), 1)
+    assert not ran.exists()
+
+
+def test_the_engine_in_a_child_process_loads_the_step_of_its_data_folder(
+    llama: Built, tmp_path: Path
+) -> None:
+    statuses = SimpleQueue[Status]()
+    options = EngineOptions(llama.folder, "tiny", tmp_path / "log", "fp32", 1, compiled=llama.root)
+    engine = LinkedEngine(options, statuses.put)
+    engine.start()
+    try:
+        found = next(each for each in iter(statuses.get, None) if isinstance(each, Ready | Died))
+    finally:
+        engine.close()
+    assert isinstance(found, Ready), found
+    assert found.model.path == "compiled fp32"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="access lists in place of modes")
+def test_what_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> None:
+    root, package = llama.copy_packages(tmp_path / "data")
+    assert llama.load(root).step
+    places = [*package.iterdir(), package, package.parent, root, root.parent]
+    for place, mode in zip(places, cycle([0o020, 0o002]), strict=False):
+        before = place.stat().st_mode
+        place.chmod(before | mode)
+        loaded = llama.load(root)
+        assert loaded.step is None, place
+        assert f"{place} can be written by other users" in loaded.facts.notes[-1]
+        place.chmod(before)
+    assert llama.load(root).step
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no user ids")
+def test_what_belongs_to_another_user_is_not_loaded(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: llama.package.stat().st_uid + 1)
+    loaded = llama.load()
+    assert loaded.step is None
+    assert "belongs to another user" in loaded.facts.notes[-1]
+
+
+@pytest.mark.parametrize("what", ["step.so", "package", "model", "root"])
+def test_links_to_code_are_not_followed(llama: Built, tmp_path: Path, what: str) -> None:
+    root, package = llama.copy_packages(tmp_path / "data")
+    places = {"package": package, "model": package.parent, "root": root}
+    place = places.get(what, package / what)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    loaded = llama.load(root)
+    assert loaded.step is None
+    assert "neither a file nor a folder" in loaded.facts.notes[-1]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}"], ids=["gone", "empty", "list", "nothing"])
+def test_without_its_digests_a_package_is_not_loaded(llama: Built, tmp_path: Path, text: str | None) -> None:
+    root, package = llama.copy_packages(tmp_path / "data")
+    (package / "digests.json").unlink()
+    if text is not None:
+        (package / "digests.json").write_text(text)
+    loaded = llama.load(root)
+    assert loaded.step is None
+    assert "is damaged" in loaded.facts.notes[-1]
+    record_digests(package)
+    (package / "more.so").touch()
+    assert "more.so is not what was built" in llama.load(root).facts.notes[-1]
+
+
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("damage", [b"", b"{}", None], ids=["empty", "other", "gone"])
 def test_a_damaged_package_is_told_and_the_model_reads_itself(
     llama: Built, tmp_path: Path, name: str, damage: bytes | None
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(llama.folder, folder)
-    damaged = package_folder(folder, "fp32") / name
+    root, package = llama.copy_packages(tmp_path / "data")
+    damaged = package / name
     damaged.unlink()
     if damage is not None:
         damaged.write_bytes(damage)
-    loaded = llama.load(folder)
+    loaded = llama.load(root)
     assert loaded.step is None
     assert loaded.facts.path == "eager fp32"
     assert "it is not compiled: The compiled step in" in loaded.facts.notes[-1]
+    assert f"is damaged: {name} is not what was built" in loaded.facts.notes[-1]
 
 
 def test_a_damaged_description_is_refused_by_a_sentence(llama: Built, tmp_path: Path) -> None:
@@ -535,48 +680,21 @@ def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch
         installed_version("no-such-package")
 
 
-def test_packages_for_other_versions_of_the_same_precision_are_removed(tmp_path: Path) -> None:
-    current = package_folder(tmp_path, "int8")
-    for path in (current, *(current.with_name(name) for name in ("int8-old", "fp32-old"))):
-        path.mkdir(parents=True)
-    remove_stale(tmp_path, "int8")
-    assert {path.name for path in current.parent.iterdir()} == {current.name, "fp32-old"}
-
-
 def test_without_a_compiler_a_sentence_says_what_is_lost(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(KvchatError, match=r"no C\+\+ compiler .* several times slower"):
-        building.prepare_step(tiny_folder, "fp32", lambda _: None)
-    assert not (tiny_folder / "compiled").exists()
-
-
-def test_a_model_that_cannot_be_compiled_is_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(KvchatError, match=r"can't be compiled: .*tokenizer") as first:
-        building.prepare_step(tmp_path, "fp32", lambda _: None)
-    package = package_folder(tmp_path, "fp32")
-    assert [path.name for path in package.iterdir()] == [REFUSAL]
-    assert {path.name for path in package.parent.iterdir()} <= {package.name, ".lock"}
-    monkeypatch.setattr(building, "_make", None)
-    for again in (
-        lambda: building.prepare_step(tmp_path, "fp32", print),
-        lambda: find_step(tmp_path, "fp32"),
-    ):
-        with pytest.raises(KvchatError) as second:
-            again()
-        assert str(second.value) == str(first.value)
+        building.prepare_step(tmp_path / "compiled", tiny_folder, "fp32", lambda _: None)
+    assert not (tmp_path / "compiled").exists()
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "broken off"])
 def test_a_build_that_does_not_come_to_its_end_leaves_nothing(
     tiny_folder: Path, tmp_path: Path, killed: bool
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_folder, other, ignore=shutil.ignore_patterns("compiled"))
+    other, root = tmp_path / "other", tmp_path / "data" / "compiled"
+    shutil.copytree(tiny_folder, other)
 
     def builds(process: psutil.Process) -> bool:
         try:
@@ -594,10 +712,11 @@ def test_a_build_that_does_not_come_to_its_end_leaves_nothing(
             process.kill()
 
     with pytest.raises(KvchatError if killed else KeyboardInterrupt, match="SIGKILL" if killed else None):
-        building.prepare_step(other, "fp32", end)
-    assert {path.name for path in (other / "compiled").iterdir()} <= {".lock"}
+        building.prepare_step(root, other, "fp32", end)
+    left = {path.name for path in compiled_folder(root, other).iterdir()}
+    assert left <= {".lock", "model.txt", "files.json"}
     assert builders() == []
-    assert find_step(other, "fp32") is None
+    assert find_step(root, other, "fp32") is None
 
 
 def test_models_with_states_are_refused(llama: Built) -> None:
@@ -631,8 +750,9 @@ def replace_dim(head: Any, dim: int) -> Any:  # noqa: ANN401
 @pytest.fixture(scope="module")
 def real(smollm2: LoadedModel) -> LoadedModel:
     """SmolLM2 as a chat loads it: by the step that was made when it was prepared."""
-    folder = prepare("smollm2-135m-instruct", find_paths().models, lambda _progress: None)
-    loaded = load_model(folder, smollm2.facts.name, threads=2)
+    paths = find_paths()
+    folder = prepare("smollm2-135m-instruct", paths.models, lambda _progress: None, paths.compiled)
+    loaded = load_model(folder, smollm2.facts.name, threads=2, compiled=paths.compiled)
     assert loaded.step, loaded.facts.notes
     return loaded
 
@@ -656,7 +776,7 @@ def test_a_real_models_step_says_what_the_model_says(
 def test_a_real_chat_is_the_same_kept_restored_forked_and_cold(
     real: LoadedModel, tmp_path: Path, kv: str
 ) -> None:
-    built = Built(Path(), "gguf", [], real, real)
+    built = Built(Path(), Path(), "gguf", [], real, real)
     kept, live = chatted(real, kv=kv)
     restored, other = chatted(real, folder=tmp_path, kv=kv)
     assert restored == kept == chatted(real, kv=kv, new_drafter=PromptLookup)[0]

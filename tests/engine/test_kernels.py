@@ -13,7 +13,8 @@ import torch
 
 from kvchat.cache.layer import AddressedLayer, DenseLayer, HeadShape
 from kvchat.cache.quantized_layer import QuantizedLayer
-from kvchat.engine.compiled.quantized_linear import GROUP, TILE, Blocks, pack, round_to_blocks
+from kvchat.engine.compiled.abi import GROUP, TILE
+from kvchat.engine.compiled.quantized_linear import Blocks, pack, round_to_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -28,6 +28,7 @@ from kvchat.models.resolve import (
     GgufModel,
     HubModel,
     WheelModel,
+    compiled_folder,
     hub_cache,
     installed,
     is_prepared,
@@ -271,15 +272,63 @@ def test_what_is_converted_is_compiled_where_that_is_possible(
 ) -> None:
     asked: list[tuple[Path, str]] = []
 
-    def refuse(folder: Path, weights: str, _report: object) -> None:
+    def refuse(_root: Path, folder: Path, weights: str, _report: object) -> None:
         asked.append((folder, weights))
         raise KvchatError("It can't be compiled.")
 
     monkeypatch.setattr("kvchat.engine.compiled.package.compiler", lambda: "g++")
     monkeypatch.setattr("kvchat.engine.compiled.build.prepare_step", refuse)
-    folder = prepare(str(tiny), tmp_path, ignore)
+    models, reasons = tmp_path / "models", list[str]()
+    folder = prepare(str(tiny), models, ignore, tmp_path / "compiled", reasons.append)
     assert asked == [(folder, "gguf")]
-    assert is_prepared(str(tiny), tmp_path) == folder
+    assert reasons == ["It can't be compiled."]
+    assert is_prepared(str(tiny), models) == folder
+    prepare(str(tiny), models, ignore)
+    assert len(asked) == 1
+
+
+def test_code_of_an_earlier_version_is_removed_from_kvchats_own_folders_alone(
+    tiny: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, own = tmp_path / "models", tmp_path / "own"
+    folder = prepare(str(tiny), models, ignore)
+    shutil.copytree(converted, own)
+    shutil.copy(folder / "kvchat.json", own)  # it says so, and is none
+    for model in (folder, own):
+        (model / "compiled" / "gguf-some").mkdir(parents=True)
+        (model / "compiled" / "gguf-some" / "kernels.so").touch()
+    with caplog.at_level("INFO"):
+        prepare(str(tiny), models, ignore)
+        prepare(str(own), models, ignore)
+    assert not (folder / "compiled").exists()
+    assert (own / "compiled" / "gguf-some" / "kernels.so").exists()
+    assert [f"{folder / 'compiled'} was removed" in message for message in caplog.messages] == [True]
+    (folder / "compiled").symlink_to(own)
+    prepare(str(tiny), models, ignore)
+    assert (own / "config.json").exists()
+
+
+def test_nothing_that_lies_beside_a_gguf_file_is_read_or_run(tiny: Path, tmp_path: Path) -> None:
+    downloads, ran = tmp_path / "downloads", tmp_path / "ran"
+    (downloads / "custom_generate").mkdir(parents=True)
+    shutil.copy(tiny, downloads / "tiny.gguf")
+    code = f"open({str(ran)!r}, 'w')\n"
+    for name in ("modeling_tiny.py", "configuration_tiny.py", "custom_generate/generate.py"):
+        (downloads / name).write_text(code)
+    auto = {"AutoConfig": "configuration_tiny.C", "AutoModelForCausalLM": "modeling_tiny.M"}
+    (downloads / "config.json").write_text(json.dumps({"model_type": "tiny", "auto_map": auto}))
+    (downloads / "chat_template.jinja").write_text("another template")
+    (downloads / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (downloads / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["configuration_tiny.T", None]}, "eos_token": "hi"})
+    )
+    expected = tmp_path / "expected"
+    for file, target in ((downloads / "tiny.gguf", tmp_path / "converted"), (tiny, expected)):
+        target.mkdir()
+        convert_gguf(file, target, ignore)
+    assert not ran.exists()
+    for path in expected.iterdir():
+        assert (tmp_path / "converted" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_an_interrupted_conversion_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -424,7 +473,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The models that a step is made of, on a machine with a compiler."""
     asked: list[Path] = []
     monkeypatch.setattr("kvchat.engine.compiled.package.compiler", lambda: "g++")
-    monkeypatch.setattr("kvchat.engine.compiled.build.prepare_step", lambda folder, *_: asked.append(folder))
+    monkeypatch.setattr(
+        "kvchat.engine.compiled.build.prepare_step", lambda _, folder, *__: asked.append(folder)
+    )
     return asked
 
 
@@ -437,7 +488,7 @@ def test_a_hub_model_is_compiled_when_it_is_fetched(
         return snapshot
 
     monkeypatch.setattr("kvchat.engine.setup.prepare.fetch_hub", fetch)
-    fetched = prepare("maker/tiny", tmp_path, ignore)
+    fetched = prepare("maker/tiny", tmp_path / "models", ignore, tmp_path / "compiled")
     assert compiled == [fetched]
 
 
@@ -446,10 +497,10 @@ def test_a_hub_model_that_was_here_is_compiled_again_only_where_it_was_before(
 ) -> None:
     snapshot = cached_snapshot("maker/tiny")
     (snapshot / "model.safetensors").touch()
-    prepare("maker/tiny", tmp_path, ignore)
+    prepare("maker/tiny", tmp_path / "models", ignore, tmp_path / "compiled")
     assert compiled == []
-    (snapshot / "compiled" / "fp32-of-another-torch").mkdir(parents=True)
-    prepare("maker/tiny", tmp_path, ignore)
+    (compiled_folder(tmp_path / "compiled", snapshot) / "fp32-of-another-torch").mkdir(parents=True)
+    prepare("maker/tiny", tmp_path / "models", ignore, tmp_path / "compiled")
     assert compiled == [snapshot]
 
 
@@ -459,8 +510,10 @@ def test_nothing_is_written_unasked_into_a_folder_of_the_users_own(
     own = tmp_path / "own"
     shutil.copytree(converted, own)
     (own / "kvchat.json").unlink(missing_ok=True)
-    assert prepare(str(own), tmp_path / "models", ignore) == own
+    before = sorted(own.rglob("*"))
+    assert prepare(str(own), tmp_path / "models", ignore, tmp_path / "compiled") == own
     assert compiled == []
+    assert sorted(own.rglob("*")) == before
 
 
 def test_a_hub_model_is_complete_with_its_last_shard(tmp_path: Path) -> None:
@@ -473,6 +526,10 @@ def test_a_hub_model_is_complete_with_its_last_shard(tmp_path: Path) -> None:
     assert is_prepared("maker/tiny", tmp_path) is None
     (snapshot / shards[1]).touch()
     assert is_prepared("maker/tiny", tmp_path) == snapshot
+    (snapshot / "pytorch_model.bin").touch()
+    index["weight_map"]["b"] = "pytorch_model.bin"  # a pickle among them
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert is_prepared("maker/tiny", tmp_path) is None
 
 
 def test_offline_a_hub_model_that_is_not_cached_is_told_so(

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.quantized_linear import (
-    GROUP,
-    TILE,
     Blocks,
     PackedEmbedding,
     PackedLinear,

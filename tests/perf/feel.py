@@ -11,6 +11,7 @@ costs the decode: tokens a second with it against `kvchat run` without. Medians 
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -125,6 +126,9 @@ def main() -> None:
     if folder is None:
         raise SystemExit("The model is not here yet: kvchat models pull")
     os.environ["KVCHAT_MODEL"] = str(folder)
+    compiled = Path(data_dir) / "compiled"
+    if find_paths().compiled.is_dir() and not compiled.is_dir():  # code is loaded from the data folder alone
+        shutil.copytree(find_paths().compiled, compiled)
     if sys.argv[2:] == ["decode"]:
         report_decode(data_dir)
         return

@@ -45,7 +45,9 @@ async def main() -> None:
         raise SystemExit("The model is not here yet: kvchat models pull")
     allow_spawning()
     with tempfile.TemporaryDirectory() as temporary:
-        options = EngineOptions(folder, DEFAULT_MODEL, Path(temporary) / "engine.log")
+        options = EngineOptions(
+            folder, DEFAULT_MODEL, Path(temporary) / "engine.log", compiled=find_paths().compiled
+        )
         session = Session(Store(None), ConversationDefaults(DEFAULT_MODEL, sampling=Sampling(max_tokens=160)))
         app = ChatApp(lambda: session, lambda report: LinkedEngine(options, report), model=card.title)
         async with app.run_test(size=SIZE) as pilot:

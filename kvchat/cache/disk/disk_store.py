@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from kvchat.cache.disk.segment import Header, Segment, SnapshotRefused, read_segment, refusal, segment_number
 from kvchat.errors import KvchatError
+from kvchat.system.ownership import make_private
 
 LOCK_S = 20.0
 """Seconds to wait for another process that writes to the same shelf; 100 MB take it about 0.1 s."""
@@ -185,7 +186,7 @@ class DiskStore:
         Raises:
             KvchatError: another process holds the shelf for longer than `LOCK_S`.
         """
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.root)
         try:
             self._lock.acquire()
         except Timeout as error:

@@ -29,24 +29,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvchat.cache.layer import Memory
+from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.package import (
-    FOLDER,
     compiler,
-    fingerprint,
+    find_package,
+    make_model_folder,
     package_folder,
+    record_digests,
     refusal_of,
     refuse,
     remove_stale,
 )
-from kvchat.engine.compiled.quantized_linear import (
-    GROUP,
-    TILE,
-    blocks_of,
-    head_of,
-    quantise,
-    rounded_blocks,
-    rounded_head,
-)
+from kvchat.engine.compiled.quantized_linear import blocks_of, head_of, quantise, rounded_blocks, rounded_head
 from kvchat.engine.compiled.runner import (
     KERNELS,
     LIBRARY,
@@ -64,7 +58,9 @@ from kvchat.engine.model.forward import forward_pass
 from kvchat.engine.model.layout import DTYPES, ModelShape, new_kv
 from kvchat.engine.model.transformers_model import Eager, load_eager, weights_bytes
 from kvchat.errors import KvchatError
+from kvchat.models.resolve import remove_orphaned
 from kvchat.models.staging import Progress, Report, staging
+from kvchat.system.children import protect_children
 
 LOADED, KERNELS_MADE, QUANTISED, EXPORTED, COMPILED, DONE = 5, 15, 25, 35, 95, 100
 """Per cent of the time that have passed after each step."""
@@ -96,8 +92,12 @@ SPECIAL = ("position_bias", "head_mask")
 config_of_export: Any = _export_config  # its `patch` is made at run time
 
 
-class KilledError(KvchatError):
-    """Somebody ended the process that compiled: the user, or a system without memory."""
+class RefusedError(KvchatError):
+    """This model can't be compiled by this code and compiler, however often it is tried."""
+
+
+REFUSED = 3
+"""Exit code of the process that compiles for a `RefusedError`; any other failure may pass."""
 
 
 Done = Callable[[int], None]
@@ -107,45 +107,74 @@ Done = Callable[[int], None]
 # ---- asking for a package -------------------------------------------------------------------------------
 
 
-def prepare_step(folder: Path, weights: str, report: Report) -> Path:
+def prepare_step(root: Path, folder: Path, weights: str, report: Report, *, force: bool = False) -> Path:
     """The folder of the compiled step of the model in `folder`; makes it first where it is not there.
 
     What was made for other versions of the model, of torch or of the CPU is removed.
 
     Args:
-        folder: a prepared model; the package is kept in it.
+        root: kvchat's folder of compiled code.
+        folder: a prepared model; nothing is written into it.
         weights: `gguf` (as the file has them), `int8`, `int4`, `fp32` or `bf16`.
         report: called with the progress; what it raises stops the work and cleans up.
+        force: compile again what is there, and what was refused.
 
     Raises:
-        KvchatError: there is no compiler, or this model can't be compiled; the sentence says why. It is
-            remembered, but for a missing compiler and a process that was killed.
+        KvchatError: there is no compiler, or compiling failed, or others can write to the data folder; the
+            sentence says why. Only a `RefusedError` is remembered.
     """
-    target = package_folder(folder, weights)
-    if reason := refusal_of(target):
-        raise KvchatError(reason)
-    if target.is_dir():
-        return target
+    if not force and (made := _decided(root, folder, weights)):
+        return made
     if not compiler():
         raise KvchatError(NO_COMPILER)
-    with staging(folder / FOLDER, report) as work:
-        if not target.is_dir():  # another process may have made it while this one waited
-            try:
-                _make(folder, weights, work, report)
-            except KilledError:  # says nothing about the model
-                raise
-            except KvchatError as error:
-                refuse(folder, weights, str(error))
-                raise
-            remove_stale(folder, weights)
-            (work / "made").rename(target)
+    with staging(_model_folder(root, folder), report) as work:
+        # another process may have made it while this one waited
+        if not force and (made := _decided(root, folder, weights)):
+            return made
+        target = package_folder(root, folder, weights)
+        try:
+            _make(folder, weights, work, target.name, report)
+        except RefusedError as error:
+            shutil.rmtree(target, ignore_errors=True)
+            refuse(target, str(error))
+            raise
+        if package_folder(root, folder, weights) != target:
+            raise KvchatError(
+                f"The model in {folder}, or kvchat, was changed while it was compiled. Try again."
+            )
+        remove_stale(target, weights)
+        shutil.rmtree(target, ignore_errors=True)
+        (work / "made").rename(target)
+    remove_orphaned(root)
     return target
 
 
-def _make(folder: Path, weights: str, work: Path, report: Report) -> None:
-    """Runs this module in a process of its own, whose temporary files all lie in `work`."""
+def _decided(root: Path, folder: Path, weights: str) -> Path | None:
+    """The package that is there; None where it has to be made.
+
+    Raises:
+        KvchatError: the model can't be compiled.
+    """
+    if not (made := find_package(root, folder, weights)) and (reason := refusal_of(root, folder, weights)):
+        raise KvchatError(reason)
+    return made
+
+
+def _model_folder(root: Path, folder: Path) -> Path:
+    try:
+        return make_model_folder(root, folder)
+    except OSError as error:
+        raise KvchatError(f"Compiled code can't be kept in {root}: {error.strerror or error}.") from error
+
+
+def _make(folder: Path, weights: str, work: Path, identity: str, report: Report) -> None:
+    """Runs this module in a process of its own, whose temporary files all lie in `work`.
+
+    So do torch's caches, which hold pickles and code; by default they lie in /tmp.
+    """
     places = {"TMPDIR": str(work), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
-    command = [sys.executable, "-m", __name__, str(folder), weights, str(work / "made")]
+    protect_children()
+    command = [sys.executable, "-P", "-m", __name__, str(folder), weights, str(work / "made"), identity]
     with (
         (work / "log").open("w+", encoding="utf-8") as log,
         subprocess.Popen(
@@ -165,14 +194,15 @@ def _make(folder: Path, weights: str, work: Path, report: Report) -> None:
             raise
         if code := process.wait():
             if code < 0:
-                raise KilledError(
+                raise KvchatError(
                     f"The model isn't compiled: the compiler was ended by {signal.Signals(-code).name}. "
                     "Is there too little memory?"
                 )
             log.seek(0)
             lines = log.read().strip().splitlines()
             reason = lines[-1] if lines else f"the compiler ended with {code}"
-            raise KvchatError(f"The model can't be compiled: {reason}")
+            kind = RefusedError if code == REFUSED else KvchatError
+            raise kind(f"The model can't be compiled: {reason}")
 
 
 def _follow(process: "subprocess.Popen[str]", report: Report) -> None:
@@ -211,15 +241,16 @@ def make_package(
 
     Args:
         weights: as for `prepare_step`.
-        identity: the package's fingerprint.
+        identity: the package's name.
         file: the GGUF file that the model came from, if any.
 
     Raises:
-        KvchatError: the model can't be compiled, or what was compiled does not say what the model says.
+        RefusedError: the model can't be compiled, or what was compiled does not say what the model says.
+        KvchatError: something failed that another try may not meet.
     """
     model, shape = eager.model, eager.shape
     if reason := refusal(shape):
-        raise KvchatError(reason)
+        raise RefusedError(reason)
     target.mkdir(parents=True)
     compile_kernels(target / KERNELS)
     load_kernels(target)
@@ -247,13 +278,15 @@ def make_package(
     )
     description.save(target)
     (target / TOKENIZER).write_text(eager.tokenizer.to_str(), encoding="utf-8")
+    record_digests(target)
     done(COMPILED)
     kv = new_kv(shape, "auto", DTYPES[description.kv_dtype])
     found = CompiledReader(kv, CompiledStep(target)).read(judged, keep=len(judged)).log_softmax(-1)
     cost = judge(expected, found)
     if not cost.kl < WORST_KL:
-        raise KvchatError(f"what was compiled does not say what the model says ({cost.kl:.2f} nats off)")
+        raise RefusedError(f"what was compiled does not say what the model says ({cost.kl:.2f} nats off)")
     replace(description, cost=cost).save(target)
+    record_digests(target)
     done(DONE)
 
 
@@ -287,7 +320,7 @@ def export_step(model: PreTrainedModel, layers: int) -> torch.export.ExportedPro
     The model's attention is another one afterwards. The kernels have to be loaded.
 
     Raises:
-        KvchatError: transformers' code for this model can't be recorded.
+        RefusedError: transformers' code for this model can't be recorded.
     """
     tokens = torch.export.Dim("tokens", min=1, max=LONGEST)
     kept = torch.export.Dim("kept", min=1, max=LONGEST)
@@ -302,9 +335,11 @@ def export_step(model: PreTrainedModel, layers: int) -> torch.export.ExportedPro
         # a single token is a number of tokens like any other, not a graph of its own
         with torch.no_grad(), config_of_export.patch(backed_size_oblivious=True):
             return torch.export.export(Step(model, layers), inputs, dynamic_shapes=shapes)
+    except (OSError, MemoryError):  # says nothing about the model
+        raise
     except Exception as error:  # whatever a model does that can't be recorded
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise KvchatError(f"torch.export refuses it ({type(error).__name__}: {reason})") from error
+        raise RefusedError(f"torch.export refuses it ({type(error).__name__}: {reason})") from error
 
 
 def compile_program(program: torch.export.ExportedProgram, target: Path) -> None:
@@ -535,11 +570,11 @@ def _name(dtype: torch.dtype) -> str:
 # ---- the process ----------------------------------------------------------------------------------------
 
 
-def main(folder: Path, weights: str, target: Path) -> None:
-    """Loads a model and makes its package, telling the per cent that are done, a line each."""
+def main(folder: Path, weights: str, target: Path, identity: str) -> None:
+    """Loads a model and makes its package, printing the per cent that are done, a line each."""
     eager = load_eager(folder, folder.name, DTYPES.get(weights, torch.float32), "cpu")
     _tell(LOADED)
-    make_package(eager, target, _tell, weights, fingerprint(folder, weights), gguf_of(folder))
+    make_package(eager, target, _tell, weights, identity, gguf_of(folder))
 
 
 def _tell(done: int) -> None:
@@ -559,6 +594,9 @@ def _leave_with_parent() -> None:
 if __name__ == "__main__":
     _leave_with_parent()
     try:
-        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    except RefusedError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(REFUSED)
     except KvchatError as error:
         sys.exit(str(error))

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
 
 #ifdef __AVX2__
@@ -954,9 +955,22 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   return out;
 }
 
+// What Python must agree on; `abi.py` makes the same text of its own constants and of the fields of `Memory`. The
+// number goes up with every change of the operators, of `Layer` or of packed blocks.
+constexpr int64_t kAbi = 1;
+constexpr const char* kFieldNames =
+    "width first room bits slots starts heads key_dim value_dim keys values key_head_step value_head_step "
+    "key_row_step value_row_step key_codes value_codes key_scales value_scales key_zeros value_zeros";
+
+std::string layout() {
+  return "abi " + std::to_string(kAbi) + ", tile " + std::to_string(kTile) + ", group " + std::to_string(kGroup) +
+         ", block " + std::to_string(kSlot) + ": " + kFieldNames;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(kvchat, library) {
+  library.def("layout() -> str", layout);
   library.def("product(Tensor states, Tensor blocks) -> Tensor");
   library.def("lookup(Tensor ids, Tensor blocks) -> Tensor");
   library.def(

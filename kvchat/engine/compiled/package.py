@@ -1,47 +1,149 @@
 """Where a model's compiled packages lie, and whether there is one that fits. Imports no torch.
 
-A package belongs to one model, one torch, one kind of CPU and one version of the code that makes and feeds
-it: its name carries a fingerprint of all of these. Where a model can't be compiled, the reason lies there
-instead.
+Packages lie in kvchat's own data folder, never in the model's: they are code. A package belongs to one
+content of the model, one torch, one kind of CPU and one version of the sources that make and feed it: its
+name carries a fingerprint of all of these, and one of the C++ compiler. Where a model can't be compiled, the
+reason lies there instead.
+
+    <data>/compiled/<model's folder>-<12 hex of its path>/
+        model.txt       path of the model's folder
+        files.json      digests of the model's files, with what `stat` said of them
+        <weights>-<fingerprint>-<compiler>/
+            digests.json and the files whose SHA-256 it holds, or refused.txt
 """
 
 import hashlib
+import json
+import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import xxhash
-
+from kvchat.config.paths import find_paths
 from kvchat.engine.model.dtypes import weights_of
-from kvchat.models.resolve import MARKER
+from kvchat.errors import KvchatError
+from kvchat.errors import reason as reason_of
+from kvchat.models.resolve import MARKER, MODEL_PATH, compiled_folder
+from kvchat.system.ownership import close_to_others, digest_of, files_in, make_private, require_own
 
-FOLDER = "compiled"
-"""Beside the weights; one package each."""
-SOURCES = ("kernels.cpp", "build.py", "quantized_linear.py")
-"""What a package is made by."""
-FILES = ("*.json", "*.jinja", "*.safetensors", "*.gguf")
+OLD_FOLDER = "compiled"
+"""In a model's folder: earlier versions kept packages there. Nothing is loaded from it."""
+SOURCES = (
+    *(
+        "kvchat.engine.compiled.build",
+        "kvchat.engine.compiled.quantized_linear",
+        "kvchat.engine.compiled.abi",
+    ),  # make a package
+    *(
+        "kvchat.engine.compiled.runner",
+        "kvchat.engine.model.layout",
+        "kvchat.engine.chat_template",
+    ),  # describe it
+    *(
+        "kvchat.cache.layer",
+        "kvchat.cache.quantized_layer",
+        "kvchat.cache.quant_codec",
+    ),  # lay out the memory it reads
+)
+"""Modules on which a package depends, beside the kernels."""
+KERNEL_SOURCES = ("*.cpp", "*.h", "*.hpp", "*.inc")
+FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.gguf")
 """Configs, tokenizer and chat template go into a package as well as weights."""
 LIBRARIES = ("torch", "transformers")
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""What of each weights file goes into the fingerprint."""
-REFUSAL = "refused.txt"
+REFUSAL, DIGESTS, MODEL_DIGESTS = "refused.txt", "digests.json", "files.json"
+
+logger = logging.getLogger(__name__)
 
 
-def fingerprint(folder: Path, weights: str) -> str:
-    """16 hex digits over all that a package depends on: model files, this code, libraries, CPU, precision."""
+# ---- what a package depends on --------------------------------------------------------------------------
+
+
+def fingerprint(root: Path, folder: Path, weights: str) -> str:
+    """16 hex digits over all that a package depends on: model files, this code, libraries, CPU, precision.
+
+    The content of every file counts. It is read again only where `stat` says that a file is another one.
+    """
     digest = hashlib.sha256()
     facts = ([installed_version(name) for name in LIBRARIES], cpu_features(), weights)
     digest.update(repr(facts).encode())
-    for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    files = [path for pattern in FILES for path in folder.glob(pattern)]
-    for path in sorted(path for path in files if path.is_file()):  # a link may point to what is gone
-        digest.update(f"{path.name}{path.stat().st_size}".encode())
-        digest.update(_sampled(path))
+    for source in (*kernel_sources(), *module_sources()):
+        digest.update(source.read_bytes())
+    digest.update(repr(sorted(model_digests(root, folder).items())).encode())
     return digest.hexdigest()[:16]
+
+
+def kernel_sources() -> list[Path]:
+    """Every C++ source and header of the kernels, by name: all of them define what the kernels read."""
+    here = Path(__file__).parent
+    return sorted(path for pattern in KERNEL_SOURCES for path in here.rglob(pattern))
+
+
+def module_sources() -> list[Path]:
+    """The files of `SOURCES`; the modules are not imported."""
+    specs = [find_spec(name) for name in SOURCES]
+    return [Path(spec.origin) for spec in specs if spec and spec.origin]
+
+
+def model_digests(root: Path, folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of each file in a model's folder that goes into a package.
+
+    What `stat` says is remembered with the digest, in the model's folder of packages where there is one.
+    """
+    memory = compiled_folder(root, folder) / MODEL_DIGESTS
+    known = _read_json(memory)
+    paths = {path for pattern in FILES for path in folder.glob(pattern)}
+    found: dict[str, list[str]] = {}
+    for path in sorted(path for path in paths if path.is_file()):  # a link may point to what is gone
+        seen = _identity(path)
+        before, digest = known.get(path.name, ("", ""))
+        found[path.name] = [seen, digest if before == seen else _digest_if_readable(path)]
+    if found != known:
+        with suppress(OSError):  # then they are computed again
+            _write_json(memory, found)
+    return {name: digest for name, (_, digest) in found.items()}
+
+
+def _digest_if_readable(path: Path) -> str:
+    """Whoever loads the model says what is wrong with a file that can't be read."""
+    try:
+        return digest_of(path)
+    except OSError as error:
+        return str(error)
+
+
+def _identity(path: Path) -> str:
+    """Changes with every write to the file: no program can set its ctime back."""
+    facts = path.stat()
+    return f"{facts.st_dev} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+
+
+def _read_json(file: Path) -> dict[str, list[str]]:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    pairs = read.items() if isinstance(read, dict) else ()
+    return {name: pair for name, pair in pairs if isinstance(pair, list) and len(pair) == 2}
+
+
+def _write_json(file: Path, content: object) -> None:
+    """In one step, for other processes read it. Nothing is made where the folder is not there."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as half:
+            json.dump(content, half)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def installed_version(name: str) -> str:
@@ -55,48 +157,6 @@ def installed_version(name: str) -> str:
     from importlib.metadata import version
 
     return version(name)
-
-
-def package_folder(folder: Path, weights: str) -> Path:
-    """Where the package of the model in `folder` lies, if it was made; `weights` is a precision or `gguf`."""
-    return folder / FOLDER / f"{weights}-{fingerprint(folder, weights)}"
-
-
-def is_decided(folder: Path, weights: str) -> bool:
-    """Whether a package was made for just this, or can't be."""
-    return package_folder(folder, weights).is_dir()
-
-
-def wants_step(folder: Path, *, fetched: bool = False) -> bool:
-    """Whether a compiled step should be made for a model.
-
-    That is one that was fetched or converted just now, or that had a step before something changed.
-    """
-    wanted = fetched or (folder / MARKER).is_file() or (folder / FOLDER).is_dir()
-    return wanted and bool(compiler()) and not is_decided(folder, weights_of(folder, "auto"))
-
-
-def refusal_of(package: Path) -> str:
-    """Why there is no step in this folder; empty where there is one."""
-    try:
-        return (package / REFUSAL).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def refuse(folder: Path, weights: str, reason: str) -> None:
-    """Remembers that a model can't be compiled, so that nobody tries again until something changes."""
-    package = package_folder(folder, weights)
-    package.mkdir(parents=True, exist_ok=True)
-    (package / REFUSAL).write_text(reason, encoding="utf-8")
-
-
-def remove_stale(folder: Path, weights: str) -> None:
-    """Removes what was made for other versions in the same precision."""
-    keep = package_folder(folder, weights)
-    for path in (folder / FOLDER).glob(f"{weights}-*"):
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def cpu_features() -> str:
@@ -113,17 +173,179 @@ def _first_of_each(lines: Iterator[str], names: tuple[str, ...]) -> list[str]:
     return sorted({line for line in lines if line.startswith(names)})
 
 
-def _sampled(path: Path) -> bytes:
-    """A checksum over pieces of a file, from its first to its last bytes."""
-    size, digest = path.stat().st_size, xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.digest()
-
-
 def compiler() -> str | None:
     """Where the C++ compiler is that AOTInductor would call."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     return shutil.which(os.environ.get("CXX", default))
+
+
+def compiler_version() -> str:
+    """The first line that the C++ compiler says of itself; empty where there is none, or it says nothing."""
+    path = compiler()
+    return _version_of(path) if path else ""
+
+
+@lru_cache
+def _version_of(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0]
+
+
+# ---- where it lies --------------------------------------------------------------------------------------
+
+
+def package_folder(root: Path, folder: Path, weights: str) -> Path:
+    """Where the package lies that this machine's compiler makes of the model in `folder`, made or not.
+
+    Args:
+        root: kvchat's folder of compiled code.
+        folder: of the model.
+        weights: a precision or `gguf`.
+    """
+    key = fingerprint(root, folder, weights)
+    return compiled_folder(root, folder) / f"{weights}-{key}-{_compiler_key()}"
+
+
+def _compiler_key() -> str:
+    return hashlib.sha256(compiler_version().encode()).hexdigest()[:8]
+
+
+def find_package(root: Path, folder: Path, weights: str) -> Path | None:
+    """The package that fits the model in `folder`, or None.
+
+    Made by this machine's compiler if there is one, else by another compiler: that one may be gone. Which
+    compiler there is takes a process to find out, so it is only asked where there are several packages.
+    """
+    place = compiled_folder(root, folder)
+    if not place.is_dir():
+        return None
+    fitting = sorted(place.glob(f"{weights}-{fingerprint(root, folder, weights)}-*"))
+    made = [path for path in fitting if path.is_dir() and not _reason_in(path)]
+    if len(made) < 2:
+        return next(iter(made), None)
+    return next((path for path in made if path.name.endswith(f"-{_compiler_key()}")), made[0])
+
+
+def refusal_of(root: Path, folder: Path, weights: str) -> str:
+    """Why the model in `folder` can't be compiled; empty where it is not known that it can't be."""
+    if not any(compiled_folder(root, folder).glob(f"{weights}-*/{REFUSAL}")):
+        return ""
+    return _reason_in(package_folder(root, folder, weights))
+
+
+def _reason_in(package: Path) -> str:
+    try:
+        return (package / REFUSAL).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def is_decided(root: Path, folder: Path, weights: str) -> bool:
+    """Whether there is a package for just this, or there can't be one."""
+    return bool(find_package(root, folder, weights) or refusal_of(root, folder, weights))
+
+
+def wants_step(root: Path, folder: Path, *, fetched: bool = False) -> bool:
+    """Whether a compiled step should be made for a model.
+
+    That is one that was fetched or converted just now, or that had a step before something changed.
+    """
+    wanted = fetched or (folder / MARKER).is_file() or compiled_folder(root, folder).is_dir()
+    return wanted and bool(compiler()) and not is_decided(root, folder, weights_of(folder, "auto"))
+
+
+def make_model_folder(root: Path, folder: Path) -> Path:
+    """Makes the folder that holds the packages of the model in `folder`; only the user can write to it.
+
+    Raises:
+        KvchatError: somebody else can write to the data folder.
+        OSError: it can't be made.
+    """
+    made = compiled_folder(root, folder)
+    make_private(made)
+    if root == find_paths().compiled:  # another data folder may serve others too: the user closes it
+        close_to_others(root.parent)
+    for each in (root, made):
+        close_to_others(each)
+    require_own(made, root.parent)
+    (made / MODEL_PATH).write_text(str(folder.resolve()), encoding="utf-8")
+    close_to_others(made / MODEL_PATH)
+    return made
+
+
+def refuse(package: Path, reason: str) -> None:
+    """Remembers that a model can't be compiled, so that nobody tries again until something changes."""
+    make_private(package)
+    (package / REFUSAL).write_text(reason, encoding="utf-8")
+    close_to_others(package / REFUSAL)
+
+
+def remove_stale(package: Path, weights: str) -> None:
+    """Removes what was made for other versions of the model in the same precision."""
+    for path in package.parent.glob(f"{weights}-*"):
+        if path != package:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_old_packages(folder: Path) -> None:
+    """Removes what an earlier version compiled into a model's folder of kvchat's own."""
+    old = folder / OLD_FOLDER
+    if old.is_symlink() or not old.is_dir():
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    logger.info("%s was removed: compiled code lies in kvchat's data folder now", old)
+
+
+# ---- whether it may be loaded ---------------------------------------------------------------------------
+
+
+def record_digests(package: Path) -> None:
+    """Writes down the SHA-256 of each file of a package that was just made, and closes them to others."""
+    (package / DIGESTS).unlink(missing_ok=True)
+    digests = {path.name: digest_of(path) for path in files_in(package)}
+    (package / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    for path in (package, *package.iterdir()):
+        close_to_others(path)
+
+
+def require_intact(package: Path) -> None:
+    """Passes a package whose files are those that were built.
+
+    Raises:
+        KvchatError: one is another, is missing, or came in later.
+    """
+    try:
+        recorded = json.loads((package / DIGESTS).read_text(encoding="utf-8"))
+        found = {path.name: digest_of(path) for path in files_in(package) if path.name != DIGESTS}
+    except (OSError, ValueError) as error:
+        raise KvchatError(f"The compiled step in {package} is damaged: {error}") from error
+    if not isinstance(recorded, dict) or found != recorded:
+        names = {*found, *recorded} if isinstance(recorded, dict) else {DIGESTS}
+        wrong = sorted(name for name in names if name == DIGESTS or found.get(name) != recorded.get(name))
+        raise KvchatError(
+            f"The compiled step in {package} is damaged: {wrong[0]} is not what was built. "
+            "`kvchat models prepare MODEL --force` builds it again."
+        )
+
+
+def trusted_package(root: Path, folder: Path, weights: str) -> Path | None:
+    """The package to load for the model in `folder`; None where none was made.
+
+    Raises:
+        KvchatError: others can write to it or to a folder that it lies in, or the model can't be compiled.
+    """
+    if not compiled_folder(root, folder).is_dir():
+        return None
+    try:
+        require_own(compiled_folder(root, folder), root.parent)
+        package = find_package(root, folder, weights)
+        if package:
+            require_own(package, root.parent)
+    except OSError as error:
+        raise KvchatError(f"Compiled code in {root} can't be read: {reason_of(error)}.") from error
+    if package is None and (reason := refusal_of(root, folder, weights)):
+        raise KvchatError(reason)
+    return package

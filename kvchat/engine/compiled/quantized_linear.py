@@ -13,10 +13,8 @@ import gguf
 import torch
 from torch import nn
 
-GROUP = 32
-"""Numbers of a block."""
-TILE = 8
-"""Rows that lie together."""
+from kvchat.engine.compiled.abi import GROUP, TILE
+
 LARGEST = {4: 15, 8: 127}
 """Quants of 4 bits go from 0 on, those of 8 bits from -127 on."""
 UNQUANTISED = {"F32", "F16", "BF16"}

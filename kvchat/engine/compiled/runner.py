@@ -21,8 +21,10 @@ from tokenizers import Tokenizer
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import AddressedLayer, HeadShape, Memory
+from kvchat.cache.quant_codec import BLOCK
 from kvchat.engine.chat_template import ChatTemplate
-from kvchat.engine.compiled.package import package_folder, refusal_of
+from kvchat.engine.compiled.abi import layout
+from kvchat.engine.compiled.package import require_intact, trusted_package
 from kvchat.engine.compiled.thread_tuner import ThreadTuner
 from kvchat.engine.model.forward import Stopped
 from kvchat.engine.model.layout import ModelShape
@@ -93,13 +95,20 @@ def load_kernels(folder: Path) -> None:
     """Makes the operators of `kernels.cpp` known to torch; once they are, does nothing.
 
     Raises:
-        KvchatError: they can't be loaded.
+        KvchatError: they can't be loaded, or lay out memory in another way than this code.
     """
     if not hasattr(torch.ops.kvchat, "attend"):
         try:
             torch.ops.load_library(folder / KERNELS)  # type: ignore[no-untyped-call]
         except OSError as error:
             raise KvchatError(f"The compiled step in {folder} can't be loaded: {error}") from error
+    expected = layout(Memory._fields, BLOCK)
+    found = torch.ops.kvchat.layout() if hasattr(torch.ops.kvchat, "layout") else "none"
+    if found != expected:
+        raise KvchatError(
+            f"The kernels in {folder} lay out memory in another way ({found}) than kvchat ({expected}). "
+            "`kvchat models prepare MODEL --force` builds them again."
+        )
 
 
 def load_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -134,12 +143,15 @@ class CompiledStep:
     """Tokens through the whole model, over keys and values that lie in the caller's memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Loads the package in `folder`: a tenth of a second, and nothing is unpacked anywhere.
+        """Loads the package in `folder`: some tenths of a second, and nothing is unpacked anywhere.
+
+        Whose folder it is, the caller has looked at: `find_step` does.
 
         Raises:
             KvchatError: it is damaged.
         """
         self.folder = folder
+        require_intact(folder)  # before anything of it is loaded
         self.description = Description.load(folder)
         load_kernels(folder)
         self._runner: Any = None
@@ -192,6 +204,7 @@ class CompiledStep:
                 nothing: it would read and write what belongs to others.
         """
         if self._runner is None:
+            require_intact(self.folder)
             self._load()
         if memories != self._memories:
             self._check(memories)
@@ -274,13 +287,17 @@ def addressed(kv: ConversationKV) -> list[AddressedLayer]:
     return [layer for layer in kv.layers if isinstance(layer, AddressedLayer)]
 
 
-def find_step(folder: Path, weights: str) -> CompiledStep | None:
+def find_step(root: Path, folder: Path, weights: str) -> CompiledStep | None:
     """The compiled step of the model in `folder`; None where none was made, or for other versions.
 
+    Args:
+        root: kvchat's folder of compiled code: nothing is loaded from anywhere else.
+        folder: of the model.
+        weights: a precision or `gguf`.
+
     Raises:
-        KvchatError: it is damaged, or the model can't be compiled; the sentence says why.
+        KvchatError: it is damaged, others can write to it, or the model can't be compiled; the sentence
+            says why.
     """
-    package = package_folder(folder, weights)
-    if reason := refusal_of(package):
-        raise KvchatError(reason)
-    return CompiledStep(package) if package.is_dir() else None
+    package = trusted_package(root, folder, weights)
+    return CompiledStep(package) if package else None

@@ -150,7 +150,7 @@ def load_model(
     threads: int | None = None,
     context: int | None = None,
     device: str = "auto",
-    compiled: bool = True,
+    compiled: Path | None = None,
 ) -> LoadedModel:
     """Loads what is needed of the prepared model in `folder`.
 
@@ -158,7 +158,8 @@ def load_model(
         precision: of the weights: `auto`, `fp32`, `bf16`, `int8` or `int4`.
         threads: for torch; None takes every physical core.
         context: tokens at most; None takes what the model was made for.
-        compiled: whether to read by the compiled step, where `kvchat models prepare` made one.
+        compiled: kvchat's folder of compiled code; the step that `kvchat models prepare` made of the model
+            is looked for there. With None, or without one, transformers computes.
 
     Raises:
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
@@ -169,7 +170,7 @@ def load_model(
     note = ""
     if compiled and device == "cpu":
         try:
-            if step := find_step(folder, weights_of(folder, precision)):
+            if step := find_step(compiled, folder, weights_of(folder, precision)):
                 return _with_step(step, folder, name, precision, context)
             note = NOT_COMPILED
         except KvchatError as error:  # one that is damaged is left alone

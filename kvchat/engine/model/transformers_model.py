@@ -4,7 +4,9 @@ Knows transformers; refuses remote code and pickled weights. Importing it takes 
 compiled step does so only once something asks for it.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from kvchat.engine.model.layout import ModelShape
 from kvchat.engine.model.probe import measure
 from kvchat.engine.model.sdpa import fold_attention
 from kvchat.errors import KvchatError
+
+OWN_IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
+"""Of attention and experts, in transformers itself; it fetches any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ def load_eager(folder: Path, name: str, dtype: torch.dtype, device: str) -> Eage
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
     """
     quiet()
+    refuse_code(folder, name)
     chat = _load_tokenizer(folder, name)
     return put_together(load_weights(folder, name, dtype, device), chat, name)
 
@@ -84,6 +90,56 @@ def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
     return frozenset(i for i in (*ids, chat.eos_token_id) if i is not None)
 
 
+def refuse_code(folder: Path, name: str) -> None:
+    """Passes a model whose config names no native code of the hub.
+
+    Where the library `kernels` is installed, transformers fetches and runs what a config names as
+    `attn_implementation`: `owner/repository`, or a word that stands for one. It doesn't ask
+    `trust_remote_code`.
+
+    Raises:
+        KvchatError: it names some.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    if named := next(_code_names(config), ""):
+        raise KvchatError(
+            f"{name}: config.json in {folder} names code of the hub to run ({named}). kvchat runs no code "
+            "that a model brings. Remove that line if you trust the rest."
+        )
+
+
+def _code_names(config: object, key: str = "") -> Iterator[str]:
+    """What keys that choose an implementation name, at any depth, beside what torch and transformers have."""
+    match config:
+        case dict():
+            for inner, value in config.items():
+                implements = key.endswith("_implementation") or "_implementation" in inner
+                yield from _code_names(value, "_implementation" if implements else inner)
+        case list():
+            for value in config:
+                yield from _code_names(value, key)
+        case str() if key.endswith("_implementation") and config not in OWN_IMPLEMENTATIONS:
+            yield config
+
+
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """Inside the block torch opens no pickle: an index may name one among the safetensors files."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise KvchatError("some of its weights are pickles, which can run code, and kvchat opens none")
+
+    before = torch.load
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
 def _load_tokenizer(folder: Path, name: str) -> TokenizersBackend:
     try:
         chat = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -101,15 +157,17 @@ def load_weights(folder: Path, name: str, dtype: torch.dtype, device: str) -> Pr
         KvchatError: its weights are damaged or missing.
     """
     quiet()
+    refuse_code(folder, name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with no_pickles():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # damaged files raise whatever the libraries under transformers raise
         raise KvchatError(f"{name}: the weights in {folder} can't be loaded: {_first_line(error)}") from error
     model, report = loaded

@@ -7,6 +7,7 @@ and where the folder will stay.
 import contextlib
 import errno
 import functools
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -74,10 +75,10 @@ def refuse_other_files(gguf: Path) -> None:
 def _convert(gguf: Path, target: Path, report: Report) -> None:
     reader = gguf_library.GGUFReader(gguf)
     require_space(target, _fp32_bytes(reader) + SPARE_BYTES)
-    with _quiet(), _read_once(reader), _counted(report):
-        model = _read_model(gguf)
+    with _quiet(), _read_once(reader), _counted(report), _alone(gguf) as link:
+        model = _read_model(link, gguf)
         report(Progress("convert", WEIGHTS, WRITTEN))
-        tokenizer = _read_tokenizer(gguf, _text_field(reader, "tokenizer.ggml.pre"))
+        tokenizer = _read_tokenizer(link, _text_field(reader, "tokenizer.ggml.pre"))
         tokenizer.model_max_length = model.config.max_position_embeddings
         report(Progress("convert", TOKENIZER, WRITTEN))
         tokenizer.save_pretrained(target)
@@ -85,14 +86,24 @@ def _convert(gguf: Path, target: Path, report: Report) -> None:
     report(Progress("convert", WRITTEN, WRITTEN))
 
 
-def _read_model(gguf: Path) -> PreTrainedModel:
+@contextlib.contextmanager
+def _alone(gguf: Path) -> Iterator[Path]:
+    """A link to the file in a folder of its own: transformers reads configs and code names beside a file."""
+    with tempfile.TemporaryDirectory(prefix="kvchat-gguf-") as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(gguf.resolve())
+        yield link
+
+
+def _read_model(link: Path, gguf: Path) -> PreTrainedModel:
     answer: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
+        link.parent,
+        gguf_file=link.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
         local_files_only=True,
+        trust_remote_code=False,
     )
     model: PreTrainedModel = answer[0]
     loaded: dict[str, Any] = answer[1]
@@ -106,8 +117,10 @@ def _read_model(gguf: Path) -> PreTrainedModel:
     return model
 
 
-def _read_tokenizer(gguf: Path, vocabulary: str) -> TokenizersBackend:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+def _read_tokenizer(link: Path, vocabulary: str) -> TokenizersBackend:
+    tokenizer = AutoTokenizer.from_pretrained(
+        link.parent, gguf_file=link.name, local_files_only=True, trust_remote_code=False
+    )
     assert isinstance(tokenizer, TokenizersBackend), "transformers builds nothing else from a GGUF file"
     # transformers 5.23 splits these as GPT-2 does, which cuts "\n\n1." elsewhere than the model has learned
     if vocabulary in DIGIT_BY_DIGIT:

@@ -6,12 +6,11 @@ Knows the order of the steps and the marker file. How bytes come is `fetch`'s bu
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from kvchat.engine.compiled.package import wants_step
+from kvchat.engine.compiled.package import remove_old_packages, wants_step
 from kvchat.engine.model.dtypes import weights_of
 from kvchat.errors import KvchatError
 from kvchat.models.hub_download import fetch_hub
@@ -35,16 +34,24 @@ __all__ = ["is_prepared", "prepare"]
 CONVERTED_WITH = ("transformers", "gguf", "torch")
 
 
-def prepare(model: str, models_dir: Path, report: Report) -> Path:
+def prepare(
+    model: str,
+    models_dir: Path,
+    report: Report,
+    compiled: Path | None = None,
+    not_compiled: Callable[[str], None] = lambda _reason: None,
+) -> Path:
     """The folder that holds `model` ready to load; does first what is missing for that.
 
     A model that is fetched or converted is also compiled, and compiled again after torch, the CPU or kvchat
-    changed. A folder of the user's own gets nothing written into it unasked.
+    changed. A folder of the user's own gets nothing written into it, and is not compiled unasked.
 
     Args:
         model: the name of a card, a hub id, a folder, or a .gguf file.
         models_dir: where fetched and converted models are kept; made if it is not there.
         report: called with the progress; what it raises stops the work and cleans up.
+        compiled: where compiled code is kept; with None, nothing is compiled.
+        not_compiled: called with the reason where compiling was tried and failed: the model works without.
 
     Raises:
         KvchatError: no such model, or it could not be fetched or converted. Nothing half done stays.
@@ -52,12 +59,16 @@ def prepare(model: str, models_dir: Path, report: Report) -> Path:
     place = recognise(model)
     found = find_prepared(place, models_dir)
     folder = found or _bring(place, models_dir, report)
-    if wants_step(folder, fetched=found is None):
+    if folder.parent == models_dir:
+        remove_old_packages(folder)
+    if compiled and wants_step(compiled, folder, fetched=found is None):
         # torch, for nothing if the model only has to be found
         from kvchat.engine.compiled.build import prepare_step
 
-        with suppress(KvchatError):  # it works without one, and says why there is none
-            prepare_step(folder, weights_of(folder, "auto"), report)
+        try:
+            prepare_step(compiled, folder, weights_of(folder, "auto"), report)
+        except KvchatError as error:
+            not_compiled(str(error))
     return folder
 
 

@@ -1,0 +1,81 @@
+"""Folders and files that nobody but the user can write, and the digests of what is in them.
+
+Code is loaded from nowhere else: whoever can write a shared library runs code as the one who loads it.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from kvchat.errors import KvchatError
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+HAS_OWNERS = os.name != "nt"
+"""Windows has access lists in place of modes; a profile's folders are closed to other users there."""
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder and those around it that are missing, each for the user alone, whatever the umask.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def close_to_others(path: Path) -> None:
+    """Takes the right to write from everybody but the owner.
+
+    Raises:
+        OSError: the user does not own it.
+    """
+    mode = path.stat().st_mode
+    if HAS_OWNERS and mode & OTHERS_WRITE:
+        path.chmod(stat.S_IMODE(mode) & ~OTHERS_WRITE)
+
+
+def require_own(path: Path, top: Path) -> None:
+    """Passes what only the user can write: `path`, what lies directly in it, and the folders up to `top`.
+
+    Raises:
+        KvchatError: somebody else can write one of them, or it is a link.
+        OSError: `path` can't be looked at.
+        ValueError: `path` does not lie in `top`.
+    """
+    inside = path.relative_to(top)
+    # the user may have put the whole data folder elsewhere, by a link of their own
+    _require_own(top, top.stat())
+    for part in (*reversed(inside.parents[:-1]), inside):
+        _require_own(top / part, (top / part).lstat())
+    for each in sorted(path.iterdir()):
+        with suppress(FileNotFoundError):  # another process works in a folder there
+            _require_own(each, each.lstat())
+
+
+def _require_own(path: Path, facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+        raise KvchatError(f"{path} is neither a file nor a folder. Code is not loaded from there.")
+    if not HAS_OWNERS:
+        return
+    if facts.st_uid != os.geteuid():
+        raise KvchatError(f"{path} belongs to another user. Code is not loaded from there.")
+    if facts.st_mode & OTHERS_WRITE:
+        raise KvchatError(
+            f"{path} can be written by other users. Code is not loaded from there: `chmod go-w` closes it."
+        )
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files that lie directly in a folder, by name."""
+    return (path for path in sorted(folder.iterdir()) if path.is_file())
