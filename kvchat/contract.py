@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from kvchat.validation import bounds
+
 
 class CacheMode(StrEnum):
     """What happens to the KV cache of a conversation."""
@@ -60,25 +62,25 @@ class FinishReason(StrEnum):
 class Sampling:
     """How the next token is chosen."""
 
-    temperature: float = 0.0
+    temperature: bounds.Temperature = 0.0
     """0 is greedy: always the most probable token."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: bounds.TopP = 1.0
+    top_k: bounds.TopK = 0
     """0 keeps every token."""
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    seed: int | None = None
+    min_p: bounds.MinP = 0.0
+    repeat_penalty: bounds.RepeatPenalty = 1.0
+    seed: bounds.Seed | None = None
     """None draws a new seed for every turn."""
-    max_tokens: int = 512
+    max_tokens: bounds.MaxTokens = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PromptMessage:
     """One message as the engine reads it."""
 
-    role: str
-    text: str
-    token_ids: tuple[int, ...] = ()
+    role: bounds.PromptRole
+    text: bounds.Text
+    token_ids: tuple[bounds.TokenId, ...] = ()
     """The ids the model generated for this text; empty for typed text."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer that `token_ids` belong to."""
@@ -97,13 +99,13 @@ class TurnRequest:
     sampling: Sampling
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    evicted_messages: int = 0
+    evicted_messages: bounds.LeftOut = 0
     """The oldest messages, system prompt aside, that an earlier eviction left out."""
     today: str = ""
     """The date that templates see, ISO 8601; frozen per conversation, so that midnight costs no cache."""
     persist: bool = True
     """Whether anything of it may be written to disk."""
-    known_prefill_tok_s: float = 0.0
+    known_prefill_tok_s: bounds.Measured = 0.0
     """What earlier turns measured, for prices before this engine measured anything; 0 where none did."""
 
 
@@ -143,44 +145,44 @@ class TurnStats:
     `prompt_tokens == reused_tokens + prefilled_tokens`.
     """
 
-    cache_mode: str
-    prompt_tokens: int
-    reused_tokens: int
-    prefilled_tokens: int
-    generated_tokens: int
+    cache_mode: bounds.Text
+    prompt_tokens: bounds.CountTokens
+    reused_tokens: bounds.CountTokens
+    prefilled_tokens: bounds.CountTokens
+    generated_tokens: bounds.CountTokens
     """The end-of-turn id counts."""
-    evaluated_tokens: int
+    evaluated_tokens: bounds.CountTokens
     """Every token run through the model: the price of `off`."""
-    ttft_s: float
+    ttft_s: bounds.Measured
     """From the request handed to the engine until the first text."""
-    prefill_s: float
-    decode_s: float
-    prefill_tok_s: float
-    decode_tok_s: float
+    prefill_s: bounds.Measured
+    decode_s: bounds.Measured
+    prefill_tok_s: bounds.Measured
+    decode_tok_s: bounds.Measured
     """(generated_tokens - 1) / decode_s."""
-    kv_tokens: int
-    kv_bytes: int
+    kv_tokens: bounds.CountTokens
+    kv_bytes: bounds.CountTokens
     """Storage, with its growth slack."""
-    kv_used_bytes: int
+    kv_used_bytes: bounds.CountTokens
     """The formula times `kv_tokens`."""
-    kv_dtype: str
-    weights_dtype: str
-    weights_bytes: int
-    path: str
-    rss_bytes: int
+    kv_dtype: bounds.Text
+    weights_dtype: bounds.Text
+    weights_bytes: bounds.CountTokens
+    path: bounds.Text
+    rss_bytes: bounds.CountTokens
     """Memory of the engine's process."""
-    context_limit: int
-    finish_reason: str
-    reuse_note: str
+    context_limit: bounds.CountTokens
+    finish_reason: bounds.Finish
+    reuse_note: bounds.Text
     """Why less was reused than the history; empty when everything was."""
-    evicted_tokens: int = 0
+    evicted_tokens: bounds.CountTokens = 0
     """Dropped in this turn because the context was full."""
-    restored_tokens: int = 0
+    restored_tokens: bounds.CountTokens = 0
     """Those of the reused ones that came from disk in this turn."""
-    restore_s: float = 0.0
-    drafted_tokens: int = 0
+    restore_s: bounds.Measured = 0.0
+    drafted_tokens: bounds.CountTokens = 0
     """Guessed ahead of the model, and checked by it."""
-    accepted_tokens: int = 0
+    accepted_tokens: bounds.CountTokens = 0
     """Of the drafted ones, those that the model would have chosen itself."""
 
 
@@ -392,7 +394,7 @@ class TurnFinished:
     stats: TurnStats
     pool: PoolState
     evicted_messages: int = 0
-    """The oldest messages that are left out from now on; `TurnRequest.left_out` of the next turn."""
+    """The oldest messages that are left out from now on; `TurnRequest.evicted_messages` of the next turn."""
     spans: tuple[TokenSpan, ...] = ()
     """What happened to every message, in order."""
 

@@ -4,13 +4,16 @@ Messages form a tree by `parent_id`: regenerating or editing starts a new branch
 conversation's `head` says which leaf is shown. It knows no storage and no engine.
 """
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from kvchat.chat.attachments import parse_attachments
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
+from kvchat.validation import bounds
 
 TITLE_LENGTH = 48
+ID_LENGTH = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +22,17 @@ class Message:
 
     id: int
     parent_id: int | None
-    role: str
-    text: str
+    role: bounds.Role
+    text: bounds.Text
     """Of an answer, what comes after the thinking."""
     created_at: str
     """UTC, ISO 8601."""
-    token_ids: tuple[int, ...] = ()
-    tokenizer: str = ""
-    finish_reason: str | None = None
+    token_ids: tuple[bounds.TokenId, ...] = ()
+    tokenizer: bounds.Text = ""
+    finish_reason: bounds.Finish | None = None
     """Of an answer; None while it is being written, or where writing it was cut off by a crash."""
     stats: TurnStats | None = None
-    thinking: str = ""
+    thinking: bounds.Text = ""
     """What the model thought before it answered, with its tags."""
     not_sent: bool = False
     """Of a question: its turn ended before the first token of an answer, so no later prompt has it."""
@@ -45,14 +48,14 @@ class Conversation:
     """A conversation with the messages on the path to its head, oldest first."""
 
     id: str
-    title: str = ""
-    system_prompt: str = ""
+    title: bounds.Text = ""
+    system_prompt: bounds.Text = ""
     mode: CacheMode = CacheMode.ON
     sampling: Sampling = field(default_factory=Sampling)
-    model: str = ""
+    model: bounds.Text = ""
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    evicted_messages: int = 0
+    evicted_messages: bounds.LeftOut = 0
     """The oldest messages that an eviction left out; they stay in the file and on the screen."""
     created_at: str = ""
     """UTC, ISO 8601; the date that chat templates see."""
@@ -135,7 +138,8 @@ class Conversation:
             if message.role == "user" and prompt and prompt[-1].role == "user":
                 prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
             else:
-                prompt.append(PromptMessage(message.role, message.raw, message.token_ids, message.tokenizer))
+                ids = message.token_ids if message.role == "assistant" else ()
+                prompt.append(PromptMessage(message.role, message.raw, ids, message.tokenizer))
         return tuple(prompt)
 
 
@@ -177,6 +181,11 @@ class Preset:
     sampling: Sampling
 
 
+def new_id() -> str:
+    """An id for a new conversation, in the form that all of them have: 12 hex digits."""
+    return secrets.token_hex(ID_LENGTH // 2)
+
+
 def title_from(text: str) -> str:
     """A title out of the first message: its first line, cut at a word; without words, the attached files."""
     written, attached = parse_attachments(text)
@@ -188,12 +197,12 @@ def title_from(text: str) -> str:
 
 
 def path_to(messages: Mapping[int, Message], head: int | None) -> tuple[Message, ...]:
-    """The messages from the root down to `head`."""
-    path: list[Message] = []
-    while head is not None:
-        path.append(messages[head])
+    """The messages from the root down to `head`; where a parent is gone, or is met again, it begins there."""
+    path: dict[int, Message] = {}
+    while head is not None and head in messages and head not in path:
+        path[head] = messages[head]
         head = messages[head].parent_id
-    return tuple(reversed(path))
+    return tuple(reversed(path.values()))
 
 
 def newest_leaf(messages: Mapping[int, Message], start: int) -> int:

@@ -1,11 +1,10 @@
 """Conversations written for other programs and for people: Markdown, JSON and HTML.
 
-Markdown and JSON can be read back (see `imports`): nothing of a message's text is lost in either, and JSON
+Markdown and JSON can be read back (see `importers`): nothing of a message's text is lost in either, and JSON
 has the figures, the token ids and all branches too. Markdown and HTML have the branch that is shown, and say
 how much is on others. HTML is for reading: whatever a model or a user wrote is escaped in it.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from kvchat.chat.conversation import Conversation, Message
 from kvchat.chat.reasoning import inner_thinking
 from kvchat.errors import KvchatError, reason
 from kvchat.text import clean, one_line
+from kvchat.validation.plain_json import write_json
 
 VERSION = 1
 """Of the JSON; goes up when a reader of the old one would misread the new one."""
@@ -26,6 +26,8 @@ NOT_SENT = "not sent"
 """What is said of a question that no prompt has."""
 MARKER = re.compile(r"<!-- (\\*)kvchat:")
 """What stands before a message in Markdown. Text that has it gets a backslash more, so that it stays text."""
+CLOSED = "<!-- kvchat:closed -->"
+"""Stands after a fence that was closed by the export, and not by the message."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Even a picture that an answer names is not loaded: it would tell somebody that it was read."""
 STYLE = """\
@@ -53,9 +55,8 @@ def evicted_messages(conversation: Conversation) -> str:
 
 def to_json(conversation: Conversation) -> str:
     """One JSON object with everything about a conversation, down to the token ids."""
-    return json.dumps(
-        {"kvchat": VERSION, "conversations": [asdict(conversation)]}, ensure_ascii=False, indent=1
-    )
+    whole = {"kvchat": VERSION, "conversations": [asdict(conversation)]}
+    return write_json(whole, indent=1, readable=True)
 
 
 def to_markdown(conversation: Conversation) -> str:
@@ -71,7 +72,7 @@ def to_markdown(conversation: Conversation) -> str:
         you = f"You ({NOT_SENT})" if message.not_sent else "You"
         who = you if message.role == "user" else one_line(conversation.model) or "Answer"
         text = MARKER.sub(r"<!-- \1\\kvchat:", message.raw)
-        parts.append(f"{_marker(message.role, head)}\n### {who}\n\n{text}\n")
+        parts.append(f"{_marker(message.role, head)}\n### {who}\n\n{text}{_closing(text)}\n")
     return "\n".join(parts)
 
 
@@ -120,7 +121,7 @@ def export(conversation: Conversation, where: str, folder: Path) -> Path:
         path = path.with_stem(f"{file_name(conversation.title)}-{number}")
         number += 1
     try:
-        with path.open("x", encoding="utf-8", errors="surrogatepass", newline="") as file:
+        with path.open("x", encoding="utf-8", errors="replace", newline="") as file:
             file.write(write(conversation))
     except FileExistsError as error:
         raise KvchatError(f"{one_line(str(path))} exists already; choose another name.") from error
@@ -136,8 +137,20 @@ def file_name(title: str) -> str:
 
 def _marker(what: str, about: Mapping[str, Any]) -> str:
     """A comment that names what follows; JSON in it can't end it."""
-    fields = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    fields = write_json(about, readable=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- kvchat:{what} {fields} -->"
+
+
+def _closing(text: str) -> str:
+    """What closes a fence that a message left open: else the rest of the file would be code."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    last = next(iter(MarkdownIt().parse("\n".join(lines))[-1:]), None)
+    if last is None or last.type != "fence" or last.map is None:
+        return ""
+    first, end = last.map
+    closing = rf" {{0,3}}{re.escape(last.markup[0])}{{{len(last.markup)},}}[ \t]*\Z"
+    is_closed = end - first > 1 and re.match(closing, lines[end - 1])
+    return "" if is_closed else f"\n{last.markup}\n{CLOSED}"
 
 
 def _message_html(message: Message, model: str) -> str:

@@ -142,6 +142,11 @@ def m007_not_sent(db: Database) -> None:
     )
 
 
+@migrations()
+def m008_evicted_messages(db: Database) -> None:
+    db.execute("alter table conversations rename column left_out to evicted_messages")
+
+
 class _Readable(Database):
     """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
 

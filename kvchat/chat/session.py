@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvchat.chat.active_turn import ActiveTurn, NotSent
-from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, title_from
+from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, new_id, title_from
 from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import (
     CacheEvent,
@@ -97,8 +98,13 @@ class Session:
         return [hit for store in stores for hit in store.search(words, MOST_HITS)]
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
-        """Saves those that aren't here yet; returns how many."""
+        """Saves those that aren't here yet, all or none; returns how many."""
         return self._store.import_all(conversations)
+
+    @property
+    def file(self) -> Path | None:
+        """The database; None where everything is in memory."""
+        return self._store.file
 
     def presets(self) -> list[Preset]:
         """Named system prompts with their sampling."""
@@ -347,7 +353,7 @@ class Session:
             raise KvchatError("There is nothing to fork there.")
         end = ends[-1]
         title = f"{self.current.title} (fork)"
-        copy = replace(self.current.showing(messages[:end]), id=secrets.token_hex(4), title=title)
+        copy = replace(self.current.showing(messages[:end]), id=new_id(), title=title)
         store = self._here
         if self.current.id in self._private:
             self._private.add(copy.id)
@@ -455,7 +461,7 @@ class Session:
     def _blank(self) -> Conversation:
         given = self.defaults
         return Conversation(
-            secrets.token_hex(4),
+            new_id(),
             "",
             given.system_prompt,
             given.mode,

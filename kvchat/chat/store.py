@@ -5,32 +5,28 @@ a file lock, and every change is one `BEGIN IMMEDIATE` transaction, so that what
 still true. It knows rows and values; it refuses to know engines and screens.
 """
 
-import json
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 from sqlite_utils import Database
 
 from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
 from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
-from kvchat.contract import (
-    CacheEvent,
-    CacheEventKind,
-    CacheMode,
-    EvictionPolicy,
-    KVPrecision,
-    Sampling,
-    TokenStatus,
-    TurnStats,
-)
+from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
 from kvchat.errors import KvchatError, reason
+from kvchat.validation.checks import InvalidError, checked, mended
+from kvchat.validation.plain_json import read_json, write_json
+
+Value = TypeVar("Value")
+FLAGS = [name for name, kind in get_type_hints(Message).items() if kind is bool]
+LastTurn = dict[int, dict[TokenStatus, int]]
 
 TRIGRAM = 3
 """Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
@@ -66,6 +62,7 @@ class Store:
         Raises:
             KvchatError: the file can't be opened, or is no kvchat database.
         """
+        self._path = path
         try:
             self._db = open_database(path)
         except (sqlite3.Error, OSError) as error:
@@ -73,6 +70,11 @@ class Store:
                 f"The conversations in {path} can't be opened: {reason(error)}. "
                 "Free the file, or choose another folder with --data-dir."
             ) from error
+
+    @property
+    def file(self) -> Path | None:
+        """The database; None where everything is in memory."""
+        return self._path
 
     def close(self) -> None:
         """Closes the file."""
@@ -99,7 +101,7 @@ class Store:
             "left join messages m on m.conversation = c.id group by c.id "
             "order by c.updated_at desc, c.rowid desc"
         )
-        return [Summary(**row) for row in rows]
+        return [_summary(row) for row in rows if isinstance(row["id"], str)]
 
     def history(self, limit: int) -> list[str]:
         """What the user sent in all conversations, the latest last; of the same words, the latest alone."""
@@ -111,26 +113,19 @@ class Store:
         return latest[::-1]
 
     def load(self, conversation: str) -> Conversation:
-        """A conversation with the messages up to its head.
+        """A conversation with the messages up to its head; a damaged setting is read as its default.
 
         Raises:
             KvchatError: there is no such conversation.
         """
         row = self._row(conversation)
         messages = {message.id: message for message in self._messages(conversation)}
-        return Conversation(
-            id=row["id"],
-            title=row["title"],
-            system_prompt=row["system_prompt"],
-            mode=CacheMode(row["mode"]),
-            sampling=Sampling(**json.loads(row["sampling"])),
-            model=row["model"],
-            kv=KVPrecision(row["kv"] or KVPrecision.AUTO),
-            policy=EvictionPolicy(row["policy"] or EvictionPolicy.TURNS),
-            evicted_messages=row["left_out"] or 0,
-            created_at=row["created_at"],
-            messages=path_to(messages, row["head"]),
-        )
+        head = row.pop("head")
+        given = {key: value for key, value in row.items() if value is not None}  # older rows have no kv
+        settings, _wrong = mended(Conversation, given | {"sampling": _sampling(row["sampling"])})
+        if head is not None and head not in messages:  # it is damaged: the newest one that can be read
+            head = max(messages, default=None)
+        return replace(settings, messages=path_to(messages, head))
 
     def whole(self, conversation: Conversation) -> Conversation:
         """The conversation with the messages of its other branches too."""
@@ -184,26 +179,19 @@ class Store:
         Returns what is shown of it, with the new ids.
         """
         with self._writing() as db:
-            _insert(db, conversation)
-            numbers: dict[int | None, int | None] = {None: None}
-            # parents first, and younger messages keep the higher numbers
-            for message in sorted((*conversation.messages, *conversation.other_branches), key=lambda m: m.id):
-                row = {**_message_row(message), "conversation": conversation.id}
-                row |= {"role": message.role, "created_at": message.created_at}
-                row["parent_id"] = numbers[message.parent_id]
-                number = cast(int, db.table("messages").insert(row).last_pk)
-                if message.stats:
-                    db.table("turns").insert({"message": number, **asdict(message.stats)})
-                numbers[message.id] = number
-            _set_head(db, conversation.id, numbers[conversation.head.id if conversation.head else None])
+            _insert_whole(db, conversation)
         return self.load(conversation.id)
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
-        """Saves those that aren't here yet, as old as their last message; returns how many."""
-        new = [each for each in conversations if not self.exists(each.id)]
-        for each in new:
-            self.add(each)
-            with self._writing() as db:
+        """Saves those that aren't here yet, as old as their last message; returns how many.
+
+        One transaction: where one of them can't be saved, none is.
+        """
+        with self._writing() as db:
+            here = {row["id"] for row in db.query("select id from conversations")}
+            new = {each.id: each for each in conversations if each.id not in here}
+            for each in new.values():
+                _insert_whole(db, each)
                 last = each.messages[-1].created_at if each.messages else each.created_at
                 db.execute("update conversations set updated_at = ? where id = ?", [last, each.id])
         return len(new)
@@ -233,11 +221,11 @@ class Store:
     def presets(self) -> list[Preset]:
         """The named ways of answering, by name."""
         rows = self._db.query("select * from presets order by name")
-        return [Preset(r["name"], r["system_prompt"], Sampling(**json.loads(r["sampling"]))) for r in rows]
+        return [Preset(r["name"], r["system_prompt"], _sampling(r["sampling"])) for r in rows]
 
     def save_preset(self, preset: Preset) -> None:
         """Saves a preset, in the place of one with the same name."""
-        row = {"system_prompt": preset.system_prompt, "sampling": json.dumps(asdict(preset.sampling))}
+        row = {"system_prompt": preset.system_prompt, "sampling": write_json(asdict(preset.sampling))}
         with self._writing() as db:
             db.table("presets").upsert({"name": preset.name, **row}, pk="name")
 
@@ -261,22 +249,21 @@ class Store:
             "where conversation = ? order by at, id",
             [conversation],
         )
-        return [CacheEvent(**{**row, "kind": CacheEventKind(row["kind"])}) for row in rows]
+        return _valid(CacheEvent, rows)
 
     def last_turn(self, conversation: str) -> TokenStatuses:
         """What the last turn of a conversation did with its messages; nothing where there was none."""
         rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
-        told = json.loads(next((row["last_turn"] for row in rows), "{}"))
-        return {
-            int(message): {TokenStatus(fate): tokens for fate, tokens in counts.items()}
-            for message, counts in told.items()
-        }
+        try:
+            return checked(LastTurn, read_json(next((row["last_turn"] for row in rows), "{}")))
+        except (ValueError, TypeError, RecursionError):  # it only colours the strip
+            return {}
 
     def save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
         """Remembers what a turn did, in the place of the one before."""
         with self._writing() as db:
             db.execute(
-                "update conversations set last_turn = ? where id = ?", [json.dumps(statuses), conversation]
+                "update conversations set last_turn = ? where id = ?", [write_json(statuses), conversation]
             )
 
     def set_head(self, conversation: str, head: int | None) -> None:
@@ -289,7 +276,7 @@ class Store:
     ) -> Message:
         """Saves a message under its parent and, with `shown`, makes it the head; returns it with its id.
 
-        A question that gets an answer was sent. `left_out` is saved with the conversation where it is given.
+        A question that gets an answer was sent. `evicted_messages` is saved with the conversation where it is given.
 
         Raises:
             KvchatError: the conversation was deleted meanwhile, perhaps by another process.
@@ -306,7 +293,8 @@ class Store:
                 _set_head(db, conversation, number)
             if evicted_messages is not None:
                 db.execute(
-                    "update conversations set left_out = ? where id = ?", [evicted_messages, conversation]
+                    "update conversations set evicted_messages = ? where id = ?",
+                    [evicted_messages, conversation],
                 )
         return self._message(number)
 
@@ -349,10 +337,14 @@ class Store:
 
     def _messages(self, conversation: str) -> list[Message]:
         rows = self._db.query(f"{SELECT_MESSAGES} where conversation = ?", [conversation])
-        return [_message(row) for row in rows]
+        return _readable(rows)
 
     def _message(self, number: int) -> Message:
-        return _message(next(iter(self._db.query(f"{SELECT_MESSAGES} where id = ?", [number]))))
+        row = next(iter(self._db.query(f"{SELECT_MESSAGES} where id = ?", [number])))
+        try:
+            return _message(row)
+        except InvalidError as error:
+            raise KvchatError(f"Message {number} in the database is damaged: {error}.") from error
 
 
 def _all_like(column: str, parameters: Iterable[str]) -> str:
@@ -376,10 +368,10 @@ def _settings(conversation: Conversation) -> dict[str, str | int]:
         "system_prompt": conversation.system_prompt,
         "model": conversation.model,
         "mode": conversation.mode.value,
-        "sampling": json.dumps(asdict(conversation.sampling)),
+        "sampling": write_json(asdict(conversation.sampling)),
         "kv": conversation.kv.value,
         "policy": conversation.policy.value,
-        "left_out": conversation.evicted_messages,
+        "evicted_messages": conversation.evicted_messages,
     }
 
 
@@ -387,31 +379,100 @@ def _message_row(message: Message) -> dict[str, Any]:
     return {
         "text": message.text,
         "thinking": message.thinking,
-        "token_ids": json.dumps(message.token_ids),
+        "token_ids": write_json(message.token_ids),
         "tokenizer": message.tokenizer,
         "finish_reason": message.finish_reason,
         "not_sent": int(message.not_sent),
     }
 
 
+def _insert_whole(db: Database, conversation: Conversation) -> None:
+    """Saves a conversation with copies of its messages, other branches too; they get new ids."""
+    _insert(db, conversation)
+    numbers: dict[int | None, int | None] = {None: None}
+    # parents first, and younger messages keep the higher numbers
+    for message in sorted((*conversation.messages, *conversation.other_branches), key=lambda m: m.id):
+        row = {**_message_row(message), "conversation": conversation.id}
+        row |= {"role": message.role, "created_at": message.created_at}
+        row["parent_id"] = numbers[message.parent_id]
+        number = cast(int, db.table("messages").insert(row).last_pk)
+        if message.stats:
+            db.table("turns").insert({"message": number, **asdict(message.stats)})
+        numbers[message.id] = number
+    _set_head(db, conversation.id, numbers[conversation.head.id if conversation.head else None])
+
+
+def import_into(path: Path, conversations: Sequence[Conversation]) -> int:
+    """`Store.import_all` through a connection of its own, so that another thread can do it."""
+    store = Store(path)
+    try:
+        return store.import_all(conversations)
+    finally:
+        store.close()
+
+
+def _readable(rows: Iterable[Mapping[str, Any]]) -> list[Message]:
+    """The messages of these rows; a damaged one is left out, and what followed it follows its parent."""
+    found, parents = list[Message](), dict[int, int | None]()
+    for row in rows:
+        try:
+            found.append(_message(row))
+        except InvalidError:
+            parents[row["id"]] = row["parent_id"]
+    return [_below_readable(message, parents) for message in found] if parents else found
+
+
+def _below_readable(message: Message, damaged: Mapping[int, int | None]) -> Message:
+    parent, seen = message.parent_id, set[int]()
+    while parent is not None and parent in damaged and parent not in seen:
+        seen.add(parent)
+        parent = damaged[parent]
+    return replace(message, parent_id=parent)
+
+
+def _summary(row: Mapping[str, Any]) -> Summary:
+    """A row of the list; a title or a date that is no text is shown as none."""
+    texts = {key: row[key] if isinstance(row[key], str) else "" for key in ("title", "updated_at")}
+    return Summary(**{**row, **texts})
+
+
 def _message(row: Mapping[str, Any]) -> Message:
-    return Message(
-        id=row["id"],
-        parent_id=row["parent_id"],
-        role=row["role"],
-        text=row["text"],
-        created_at=row["created_at"],
-        token_ids=tuple(json.loads(row["token_ids"])),
-        tokenizer=row["tokenizer"],
-        finish_reason=row["finish_reason"],
-        stats=_stats(row) if row["turn"] is not None else None,
-        thinking=row["thinking"],
-        not_sent=bool(row["not_sent"]),
-    )
+    """A message; a damaged field is read as its default.
+
+    Raises:
+        InvalidError: there is none for that field.
+    """
+    given = dict(row)
+    given["token_ids"] = _object(row["token_ids"])
+    given |= {flag: bool(row[flag]) for flag in FLAGS}  # SQLite has numbers for them
+    if row["turn"] is not None:
+        given["stats"] = {field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)}
+    message, _wrong = mended(Message, given)
+    return message
 
 
-def _stats(row: Mapping[str, Any]) -> TurnStats:
-    return TurnStats(**{field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)})
+def _sampling(text: object) -> Sampling:
+    """Saved sampling; a damaged field is read as its default."""
+    given = _object(text)
+    sampling, _wrong = mended(Sampling, given if isinstance(given, dict) else {})
+    return sampling
+
+
+def _object(text: object) -> object:
+    """What a JSON column holds; None where it is damaged."""
+    try:
+        return read_json(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _valid(kind: type[Value], rows: Iterable[Mapping[str, Any]]) -> list[Value]:
+    """Rows as values; damaged ones are left out."""
+    found = list[Value]()
+    for row in rows:
+        with suppress(InvalidError):
+            found.append(checked(kind, row))
+    return found
 
 
 def _now() -> str:

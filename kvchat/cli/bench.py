@@ -1,6 +1,5 @@
 """`kvchat bench`: the flags of a measurement, and where its figures go. Imports torch only to measure."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.models.resolve import is_prepared
 from kvchat.text import megabytes
+from kvchat.validation.plain_json import write_json
 
 if TYPE_CHECKING:
     from kvchat.engine.model.loader import LoadedModel
@@ -84,7 +84,7 @@ def bench(
     measured = run_bench(loaded, plan, Runner(Announcer(plan.cases), row_seconds))
     rows, console = measured["rows"], Console(stderr=as_json)
     if as_json:
-        click.echo(json.dumps(measured, indent=1))
+        click.echo(write_json(measured, indent=1))
     else:
         console.print(report(rows, console.width))
         console.print(

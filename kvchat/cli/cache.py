@@ -1,7 +1,6 @@
 """`kvchat cache`: what lies on disk, without an engine. Imports no torch."""
 
 import csv
-import json
 import sys
 from collections.abc import Mapping, Sized
 from dataclasses import asdict, fields
@@ -16,6 +15,7 @@ from kvchat.config.paths import Paths, find_paths
 from kvchat.contract import CacheEvent
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
+from kvchat.validation.plain_json import write_json
 
 if TYPE_CHECKING:
     from kvchat.cache.disk.disk_store import Chain, DiskStore, Entry
@@ -38,7 +38,7 @@ def ls(as_json: bool, data_dir: Path | None) -> None:
     entries, titles = _shelf(paths).entries(), _titles(paths)
     if as_json:
         rows = [asdict(e) | {"title": titles.get(e.conversation, "")} for e in entries]
-        click.echo(json.dumps(rows))
+        click.echo(write_json(rows))
         return
     for entry in entries:
         click.echo(_line(entry, titles))
@@ -70,7 +70,7 @@ def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) 
         chain, damage = None, str(error)
     if as_json:
         saved = _described(chain) if chain else {"damage": damage}
-        click.echo(json.dumps({"saved": saved, "events": [asdict(e) for e in events]}, indent=1))
+        click.echo(write_json({"saved": saved, "events": [asdict(e) for e in events]}, indent=1))
         return
     if chain:
         _print_chain(chain)

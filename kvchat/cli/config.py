@@ -1,6 +1,5 @@
 """`kvchat config`: the settings from the command line, made from the same table as flags and screen."""
 
-import json
 import os
 
 import click
@@ -8,6 +7,7 @@ import click
 from kvchat.config.file import read_config, write_setting
 from kvchat.config.paths import find_paths
 from kvchat.config.settings import SETTINGS, Setting, effective, find_setting
+from kvchat.validation.plain_json import write_json
 
 NAME_CELLS, VALUE_CELLS = 17, 28
 
@@ -30,7 +30,7 @@ def list_settings(as_json: bool) -> None:
     given = read_config(find_paths().config_file).values
     rows = [(setting, *effective(setting, given, os.environ)) for setting in SETTINGS]
     if as_json:
-        click.echo(json.dumps([_described(*row) for row in rows], indent=1))
+        click.echo(write_json([_described(*row) for row in rows], indent=1))
         return
     group = ""
     for setting, value, source in rows:

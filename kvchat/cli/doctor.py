@@ -1,6 +1,5 @@
 """`kvchat doctor`: what this machine has, and what each of it means for kvchat. Imports no torch."""
 
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from kvchat.errors import KvchatError, reason
 from kvchat.models.cards import DEFAULT_MODEL, WheelSource, find_card
 from kvchat.models.resolve import installed, is_prepared
 from kvchat.text import megabytes, one_line
+from kvchat.validation.plain_json import write_json
 
 FEATURES = {
     "amx_tile": "AMX multiplies whole tiles of bf16: the fastest prefill there is",
@@ -66,7 +66,7 @@ def doctor(as_json: bool, model: str | None, data_dir: Path | None) -> None:
     """Look at this machine, and say what it means for kvchat. Exit code 1 where something is missing."""
     findings = list(examine(find_paths(data_dir), model or DEFAULT_MODEL))
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        click.echo(write_json([asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
             click.echo(f"{MARKS[finding.verdict]} {finding.name:<10} {one_line(finding.found)}")

@@ -54,7 +54,9 @@ def _type_of(declared: Setting) -> dict[str, Any]:
         return {"type": click.Path(path_type=Path)}
     match declared.kind:
         case Kind.WHOLE:
-            return {"type": click.IntRange(None if low is None else int(low))}
+            return {
+                "type": click.IntRange(None if low is None else int(low), None if high is None else int(high))
+            }
         case Kind.NUMBER:
             return {"type": click.FloatRange(low, high, min_open=declared.above)}
         case Kind.SIZE:

@@ -1,6 +1,5 @@
 """Progress of fetching and converting: a bar on stderr with bytes and rate, or lines for programs."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from kvchat.models.staging import BYTES, WORDS, Progress, Report
+from kvchat.validation.plain_json import write_json
 
 
 class _OnlyForBytes(ProgressColumn):
@@ -87,7 +87,7 @@ def _json_lines() -> Report:
         now = time.monotonic()
         if progress.stage != last[0] or now - last[1] >= LINE_EVERY_S:
             last = (progress.stage, now)
-            print(json.dumps(asdict(progress)), flush=True)  # noqa: T201
+            print(write_json(asdict(progress)), flush=True)  # noqa: T201
 
     return report
 

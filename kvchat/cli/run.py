@@ -1,6 +1,5 @@
 """Turns without a screen: the answer goes to stdout, figures go to stderr, or both to stdout as JSON."""
 
-import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from kvchat.contract import (
 )
 from kvchat.errors import INTERRUPTED, KvchatError
 from kvchat.text import clean, megabytes
+from kvchat.validation.plain_json import write_json
 
 
 def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_json: bool) -> int:
@@ -37,7 +37,7 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
                 "conversation": session.current.id,
                 "stats": asdict(finished.stats),
             }
-            print(json.dumps(line), flush=True)  # noqa: T201
+            print(write_json(line), flush=True)  # noqa: T201
         else:
             print(file=sys.stdout, flush=True)  # noqa: T201
             print(f"[{figures(finished.stats)} · {session.current.id}]", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,6 +1,5 @@
 """`kvchat sessions`: list, search, export and import conversations without a screen."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from kvchat.cli.options import data_dir
 from kvchat.config.paths import find_paths
 from kvchat.errors import KvchatError
 from kvchat.text import clean, one_line
+from kvchat.validation.plain_json import write_json
 
 if TYPE_CHECKING:
     from kvchat.chat.store import Store
@@ -36,7 +36,7 @@ def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
     found = open_store(data_dir).summaries()
     if as_json:
         named = [{key: value for key, value in asdict(each).items() if key != "private"} for each in found]
-        click.echo(json.dumps(named))
+        click.echo(write_json(named))
         return
     for each in found:
         click.echo(
@@ -60,7 +60,7 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
         raise KvchatError("Which words? There are none to search for.")
     hits = open_store(data_dir or above).search(each_word, MOST_HITS)
     if as_json:
-        click.echo(json.dumps([asdict(hit) for hit in hits]))
+        click.echo(write_json([asdict(hit) for hit in hits]))
         return
     for hit in hits:
         branch = "(other branch) " if hit.other_branch else ""
@@ -97,11 +97,19 @@ def export(above: Path | None, conversation: str, where: str, ending: str, data_
 @data_dir
 @click.pass_obj
 def import_files(above: Path | None, files: tuple[Path, ...], data_dir: Path | None) -> None:
-    """Read conversations from FILES: kvchat's own, ChatGPT's conversations.json or llm's logs.db."""
-    from kvchat.chat.importers import read_conversations
+    """Read conversations from FILES: kvchat's own, or those of ChatGPT, Claude, Open WebUI, Gemini or llm.
+
+    What can't come in is named with its place, and the rest comes in. Importing a file twice adds nothing.
+    """
+    from kvchat.chat.importers import read_import
 
     store = open_store(data_dir or above)
     for file in files:
-        found = read_conversations(file)
-        new = store.import_all(found)
-        click.echo(f"{file}: {new:,} of {len(found):,} are new.", err=True)
+        found = read_import(file)
+        new = store.import_all(found.conversations)
+        skipped = f" {found.skipped:,} skipped." if found.skipped else ""
+        click.echo(
+            f"{one_line(str(file))}: {new:,} of {len(found.conversations):,} are new.{skipped}", err=True
+        )
+        for problem in found.problems:
+            click.echo(f"  {problem}", err=True)

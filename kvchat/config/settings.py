@@ -12,6 +12,7 @@ from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, Sampling
 from kvchat.errors import KvchatError
 from kvchat.models.cards import ModelCard
 from kvchat.text import parse_size
+from kvchat.validation import bounds
 
 Value = str | int | float | bool
 
@@ -74,9 +75,8 @@ class Setting:
             return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
         if self.lowest is None:
             return self.kind.value
-        if self.highest is not None:
-            return f"{self.kind.value} from {self.lowest:g} to {self.highest:g}"
-        return f"{self.kind.value} {'above' if self.above else 'from'} {self.lowest:g}"
+        least = f"{self.kind.value} {'above' if self.above else 'from'} {self.lowest:,}"
+        return least if self.highest is None else f"{least} to {self.highest:,}"
 
     @property
     def unset(self) -> str:
@@ -146,7 +146,8 @@ SETTINGS = (
         "Processor threads for the model.",
         Kind.WHOLE,
         otherwise="every physical core",
-        lowest=1,
+        lowest=bounds.THREADS.lowest,
+        highest=bounds.THREADS.highest,
     ),
     Setting(
         "context",
@@ -154,7 +155,8 @@ SETTINGS = (
         "Tokens a conversation may hold at most.",
         Kind.WHOLE,
         otherwise="what the model was made for",
-        lowest=16,
+        lowest=bounds.CONTEXT.lowest,
+        highest=bounds.CONTEXT.highest,
     ),
     Setting(
         "device",
@@ -176,7 +178,8 @@ SETTINGS = (
         "Idle minutes after which the weights leave memory until the next turn; 0 keeps them.",
         Kind.NUMBER,
         30,
-        lowest=0,
+        lowest=bounds.UNLOAD_AFTER.lowest,
+        highest=bounds.UNLOAD_AFTER.highest,
     ),
     Setting("system", ANSWERS, "System prompt.", otherwise="the model's own", short="-s", holds=Holds.NEW),
     Setting(
@@ -185,7 +188,8 @@ SETTINGS = (
         "Tokens of an answer at most.",
         Kind.WHOLE,
         otherwise="the model card's",
-        lowest=1,
+        lowest=bounds.MAX_TOKENS.lowest,
+        highest=bounds.MAX_TOKENS.highest,
         holds=Holds.NEW,
     ),
     Setting(
@@ -194,7 +198,8 @@ SETTINGS = (
         "How freely the next token is drawn; 0 always takes the most probable one.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=0,
+        lowest=bounds.TEMPERATURE.lowest,
+        highest=bounds.TEMPERATURE.highest,
         holds=Holds.NEW,
     ),
     Setting(
@@ -203,8 +208,8 @@ SETTINGS = (
         "Draw from the most probable tokens that together have this probability.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=0,
-        highest=1,
+        lowest=bounds.TOP_P.lowest,
+        highest=bounds.TOP_P.highest,
         above=True,
         holds=Holds.NEW,
     ),
@@ -214,7 +219,8 @@ SETTINGS = (
         "Draw from so many of the most probable tokens; 0 from all.",
         Kind.WHOLE,
         otherwise="the model card's",
-        lowest=0,
+        lowest=bounds.TOP_K.lowest,
+        highest=bounds.TOP_K.highest,
         holds=Holds.NEW,
     ),
     Setting(
@@ -223,8 +229,8 @@ SETTINGS = (
         "Never draw a token that is less probable than this share of the best one.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=0,
-        highest=1,
+        lowest=bounds.MIN_P.lowest,
+        highest=bounds.MIN_P.highest,
         holds=Holds.NEW,
     ),
     Setting(
@@ -233,7 +239,8 @@ SETTINGS = (
         "Makes tokens that were said already less probable; 1 is none.",
         Kind.NUMBER,
         otherwise="none",
-        lowest=0,
+        lowest=bounds.REPEAT_PENALTY.lowest,
+        highest=bounds.REPEAT_PENALTY.highest,
         above=True,
         holds=Holds.NEW,
     ),
@@ -243,7 +250,8 @@ SETTINGS = (
         "The same seed gives the same text.",
         Kind.WHOLE,
         otherwise="another one every turn",
-        lowest=0,
+        lowest=bounds.SEED.lowest,
+        highest=bounds.SEED.highest,
         holds=Holds.NEW,
     ),
     Setting(

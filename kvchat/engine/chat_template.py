@@ -18,6 +18,12 @@ class ChatTemplate:
     controls: tuple[str, ...] = ()
     """Texts that the tokenizer takes for control tokens."""
 
+    @property
+    def delimiters(self) -> tuple[str, ...]:
+        """The control tokens that the template writes."""
+        named = {text for name, text in self.names.items() if name in self.text}
+        return tuple(control for control in self.controls if control in self.text or control in named)
+
     def render(self, turns: Sequence[Mapping[str, str]], *, goes_on: bool, text: str = "") -> str:
         """The whole conversation, ending where an answer starts or, with `goes_on`, continues.
 

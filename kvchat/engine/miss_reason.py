@@ -52,7 +52,7 @@ def explain_difference(
     """What changed between the conversation that was read and the one to be read now.
 
     Args:
-        left_out: messages before these, which count too when one is named by its number.
+        evicted_messages: messages before these, which count too when one is named by its number.
     """
     if _system(before) != _system(now):
         return "system prompt edited"

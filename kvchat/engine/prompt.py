@@ -26,6 +26,8 @@ SPLIT = "\ufdd0"
 use inside a program; it never reaches the model."""
 MARK = "\ufdd1"
 """Stands around a message's number where the skeleton of a conversation has that message's text."""
+HALF = "\ufffd"
+"""What the bytes of an incomplete character decode to."""
 DATE = re.compile(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
 """How templates ask for the date: the name is transformers' own."""
 ENCODED_RUNS = 4096
@@ -61,6 +63,9 @@ class Renderer:
         controls = sorted(template.controls, key=len)
         self._control = re.compile("|".join(re.escape(c) for c in reversed(controls)) or r"(?!)")
         self._encode_run = lru_cache(maxsize=ENCODED_RUNS)(self._encode_uncached)
+        self._decode_answer = lru_cache(maxsize=ENCODED_RUNS)(self._decode_uncached)
+        self._vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._delimiters = {tokenizer.token_to_id(control) for control in template.delimiters}
 
     def render(self, messages: Sequence[PromptMessage], today: str = "") -> Rendered:
         """The whole conversation, ending where the answer starts or, if it was begun, goes on.
@@ -99,7 +104,7 @@ class Renderer:
         for span in spans:
             message = messages[span.message]
             whole = rendered[span.start : span.end] == texts[span.message]
-            if whole and message.token_ids and message.tokenizer == self._fingerprint:
+            if whole and self._generated(message):
                 self._add_run(ids, ends, rendered, range(position, span.start), waiting)
                 ids.extend(message.token_ids)
                 ends[span.message] = len(ids)
@@ -111,6 +116,24 @@ class Renderer:
         for index in range(1, len(ends)):
             ends[index] = max(ends[index], ends[index - 1])
         return Rendered(tuple(ids), tuple(ends))
+
+    def _generated(self, message: PromptMessage) -> bool:
+        """Whether the ids of a message can stand for its text.
+
+        Only an answer has generated ids. They come from files too, so they are compared with the
+        vocabulary, and what they decode to with the text: ids of other words would be read unseen. Control
+        tokens have no text; those that the template puts between messages would begin another message.
+        """
+        ids = message.token_ids
+        if message.role != "assistant" or not ids or message.tokenizer != self._fingerprint:
+            return False
+        if min(ids) < 0 or max(ids) >= self._vocabulary or not self._delimiters.isdisjoint(ids):
+            return False
+        # an answer that was cut inside a character has ids of its first bytes, and no text for them
+        return self._decode_answer(ids).rstrip(HALF) == message.text.rstrip(HALF)
+
+    def _decode_uncached(self, ids: tuple[int, ...]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _add_run(
         self, ids: list[int], ends: list[int], rendered: str, run: range, spans: Sequence[TextSpan]

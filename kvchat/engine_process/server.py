@@ -16,11 +16,22 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from kvchat.contract import CacheCommand, Died, Loading, Ready, Refused, Tokens, TurnEvent, TurnRequest
+from kvchat.contract import (
+    CacheCommand,
+    Died,
+    Loading,
+    Ready,
+    Refused,
+    Tokens,
+    TurnEvent,
+    TurnFailed,
+    TurnRequest,
+)
 from kvchat.engine_process.diagnostics import report_on_signal
 from kvchat.engine_process.openmp import wait_politely
 from kvchat.errors import KvchatError
 from kvchat.system.ownership import make_private
+from kvchat.validation.checks import InvalidError, checked
 
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
@@ -138,7 +149,10 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
     pipe.send(Ready(engine.facts, memory_in_use()))
     pipe.send(engine.pool())
     while (request := _next(requests, options.unload_after, loaded.unload)) is not None:
-        if isinstance(request, Forget):
+        if problem := problem_of(request):
+            failed = isinstance(request, TurnRequest)
+            pipe.send(TurnFailed(request.turn, problem) if failed else Refused(problem))
+        elif isinstance(request, Forget):
             try:
                 engine.forget(request.conversation)
             except KvchatError as error:  # another process holds the shelf, or the folder can't be removed
@@ -149,6 +163,15 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         else:
             engine.command(request)
     engine.close()
+
+
+def problem_of(request: Request) -> str:
+    """What is wrong with the values of a request, as a sentence; empty where nothing is."""
+    try:
+        checked(type(request), request)
+    except InvalidError as error:
+        return f"The engine was sent a request with a wrong value: {error}."
+    return ""
 
 
 def _next(requests: "SimpleQueue[Any]", patience: float, unload: Callable[[], None]) -> Any:  # noqa: ANN401

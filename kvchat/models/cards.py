@@ -1,21 +1,29 @@
 """The models kvchat knows by name: one TOML card each.
 
-Knows what a card says and where cards lie. Refuses to know how weights are fetched and whether they are here.
+It knows what a card says and where cards lie, not how weights are fetched or whether they are here.
 """
 
-import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated
+
+import msgspec
 
 from kvchat.errors import KvchatError
+from kvchat.validation import bounds
+from kvchat.validation.bounds import matching
+from kvchat.validation.checks import InvalidError, checked
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-Plain = TypeVar("Plain", str, int, float, bool)
+Size = Annotated[int, msgspec.Meta(ge=1, le=bounds.INT64)]
+Name = Annotated[str, matching(r"\A[a-z0-9][a-z0-9._-]*\Z", "lower-case letters, digits, . _ -")]
+"""It becomes a folder: no separators, no leading dot."""
+Requirement = Annotated[str, matching(r"\A[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+\Z", "name==version")]
+Sha256 = Annotated[str, matching(r"\A[0-9a-f]{64}\Z", "64 hex digits in lower case")]
+Repository = Annotated[str, matching(r"\A[\w.-]+/[\w.-]+\Z", "organisation/name")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,125 +130,73 @@ def read_card(path: Path) -> ModelCard:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise KvchatError(f"The model card {path} cannot be read: {error}") from error
-    return _card(_Table(document, "", path))
+    try:
+        return _card(checked(_CardFile, document), path)
+    except InvalidError as error:
+        raise KvchatError(f"The model card {path} is broken: {error}.") from error
 
 
-class _Table:
-    """A TOML table that is taken apart field by field; what is left over at the end is a mistake."""
-
-    def __init__(self, values: Mapping[str, object], prefix: str, path: Path) -> None:
-        self.values = dict(values)
-        self.prefix = prefix
-        self.path = path
-
-    def broken(self, key: str, why: str) -> KvchatError:
-        return KvchatError(f"The model card {self.path} is broken: {self.prefix}{key} {why}.")
-
-    def take(self, key: str, kind: type[Plain]) -> Plain:
-        value = self.maybe(key, kind)
-        if value is None:
-            raise self.broken(key, "is missing")
-        return value
-
-    def maybe(self, key: str, kind: type[Plain]) -> Plain | None:
-        value = self.values.pop(key, None)
-        if value is None:
-            return None
-        if kind is float and type(value) is int:
-            return kind(value)
-        # `isinstance` would take true for 1
-        if type(value) is not kind:
-            raise self.broken(key, f"must be {_KIND_NAMES[kind]}, not {value!r}")
-        return value
-
-    def take_size(self, key: str) -> int:
-        value = self.take(key, int)
-        if value < 1:
-            raise self.broken(key, f"must be above zero, not {value}")
-        return value
-
-    def take_matching(self, key: str, pattern: str, described: str) -> str:
-        value = self.take(key, str)
-        if not re.fullmatch(pattern, value):
-            raise self.broken(key, f"must be {described}, not {value!r}")
-        return value
-
-    def maybe_within(self, key: str, lowest: float, highest: float) -> float | None:
-        value = self.maybe(key, float)
-        if value is not None and not lowest <= value <= highest:
-            raise self.broken(key, f"must be between {lowest} and {highest}, not {value}")
-        return value
-
-    def take_table(self, key: str) -> "_Table":
-        value = self.values.pop(key, None)
-        if not isinstance(value, dict):
-            raise self.broken(key, "is missing" if value is None else "must be a table")
-        return _Table(value, f"{self.prefix}{key}.", self.path)
-
-    def finish(self) -> None:
-        for key in self.values:
-            raise self.broken(key, "is not a field of a card")
+class _WheelTable(msgspec.Struct, forbid_unknown_fields=True):
+    requirement: Requirement
+    sha256: Sha256
+    member: str
+    wheel_bytes: Size
+    gguf_bytes: Size
 
 
-_KIND_NAMES: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+class _HubTable(msgspec.Struct, forbid_unknown_fields=True):
+    repo: Repository
 
 
-def _card(table: _Table) -> ModelCard:
-    card = ModelCard(
-        # it becomes a folder: no separators, no leading dot
-        name=table.take_matching("name", r"[a-z0-9][a-z0-9._-]*", "lower-case letters, digits, . _ -"),
-        title=table.take("title", str),
-        summary=table.take("summary", str),
-        licence=table.take("licence", str),
-        parameters=table.take_size("parameters"),
-        context=table.take_size("context"),
-        gated=table.take("gated", bool),
-        tried=table.take("tried", bool),
-        source=_source(table.take_table("source")),
-        defaults=_defaults(table.take_table("chat")),
+class _SourceTable(msgspec.Struct, forbid_unknown_fields=True):
+    wheel: _WheelTable | None = None
+    hub: _HubTable | None = None
+
+
+class _ChatTable(msgspec.Struct, forbid_unknown_fields=True):
+    temperature: bounds.Temperature
+    max_tokens: bounds.MaxTokens
+    top_p: bounds.TopP | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    min_p: bounds.MinP | None = None
+
+
+class _CardFile(msgspec.Struct, forbid_unknown_fields=True):
+    """A card as the file spells it."""
+
+    name: Name
+    title: bounds.Text
+    summary: bounds.Text
+    licence: bounds.Text
+    parameters: Size
+    context: Size
+    gated: bool
+    tried: bool
+    source: _SourceTable
+    chat: _ChatTable
+
+
+def _card(file: _CardFile, path: Path) -> ModelCard:
+    if file.name != path.stem:
+        raise InvalidError("name", f"must be the name of the file, not {file.name!r}")
+    chat = file.chat
+    return ModelCard(
+        file.name,
+        file.title,
+        file.summary,
+        file.licence,
+        file.parameters,
+        file.context,
+        file.gated,
+        file.tried,
+        _source(file.source),
+        SamplingDefaults(chat.temperature, chat.top_p, chat.top_k, chat.min_p, chat.max_tokens),
     )
-    table.finish()
-    if card.name != table.path.stem:
-        raise table.broken("name", f"must be the name of the file, not {card.name!r}")
-    return card
 
 
-def _source(table: _Table) -> WheelSource | HubSource:
-    if set(table.values) not in ({"wheel"}, {"hub"}):
-        raise table.broken("wheel", f"or {table.prefix}hub must be there, and nothing else")
-    if "wheel" in table.values:
-        return _wheel(table.take_table("wheel"))
-    return _hub(table.take_table("hub"))
-
-
-def _wheel(table: _Table) -> WheelSource:
-    source = WheelSource(
-        requirement=table.take_matching("requirement", r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", "name==version"),
-        sha256=table.take_matching("sha256", r"[0-9a-f]{64}", "64 hex digits in lower case"),
-        member=table.take("member", str),
-        wheel_bytes=table.take_size("wheel_bytes"),
-        gguf_bytes=table.take_size("gguf_bytes"),
-    )
-    table.finish()
-    return source
-
-
-def _hub(table: _Table) -> HubSource:
-    source = HubSource(table.take_matching("repo", r"[\w.-]+/[\w.-]+", "organisation/name"))
-    table.finish()
-    return source
-
-
-def _defaults(table: _Table) -> SamplingDefaults:
-    temperature = table.maybe_within("temperature", 0, 5)
-    if temperature is None:
-        raise table.broken("temperature", "is missing")
-    defaults = SamplingDefaults(
-        temperature=temperature,
-        top_p=table.maybe_within("top_p", 0, 1),
-        top_k=table.take_size("top_k") if "top_k" in table.values else None,
-        min_p=table.maybe_within("min_p", 0, 1),
-        max_tokens=table.take_size("max_tokens"),
-    )
-    table.finish()
-    return defaults
+def _source(table: _SourceTable) -> WheelSource | HubSource:
+    if table.wheel and not table.hub:
+        return WheelSource(**msgspec.structs.asdict(table.wheel))
+    if table.hub and not table.wheel:
+        return HubSource(table.hub.repo)
+    raise InvalidError("source", "must have a table wheel or a table hub, and not both")

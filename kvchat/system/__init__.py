@@ -1,1 +1,1 @@
-"""What kvchat asks of the operating system: owners and modes of files, child processes, signals, exit codes."""
+"""Owners and modes of files, child processes, signals, exit codes: what the operating system is asked."""

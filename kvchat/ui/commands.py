@@ -115,7 +115,7 @@ COMMANDS = (
     Command(
         "import",
         "Import",
-        "Read conversations from a file: kvchat's own exports, ChatGPT's conversations.json, llm's logs.db.",
+        "Read conversations from a file of kvchat, ChatGPT, Claude, Open WebUI, Gemini or llm.",
         "",
         "import",
         "FILE",

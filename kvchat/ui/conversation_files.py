@@ -3,7 +3,7 @@
 It knows the session and files; it refuses to know widgets.
 """
 
-from asyncio import sleep, to_thread
+from asyncio import to_thread
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from kvchat.errors import KvchatError
 from kvchat.text import one_line
 
 SWITCHED = "This is another branch of the conversation; the one before stays, and search finds it too."
-AT_ONCE = 20
-"""Conversations that are saved before the screen gets its turn."""
+SHOWN_PROBLEMS = 5
+"""Of an import, one on each line."""
 
 
 class Archive:
@@ -40,20 +40,29 @@ class Archive:
         self._say(f"Exported to {one_line(str(path))}" + (f"\n{lacks}" if lacks else ""))
 
     async def import_file(self, name: str) -> None:
-        """Reads conversations from a file of ours or of another program.
+        """Reads conversations from a file of ours or of another program, and says what could not come in.
 
         Raises:
             KvchatError: it can't be read, or is no export that kvchat knows.
         """
-        from kvchat.chat.importers import read_conversations
+        from kvchat.chat.importers import read_import
+        from kvchat.chat.store import import_into
 
-        found = await to_thread(read_conversations, name)
-        new = 0
-        for start in range(0, len(found), AT_ONCE):
-            new += self._session.import_all(found[start : start + AT_ONCE])
-            await sleep(0)
-        here = f" {len(found) - new:,} of the file were here already." if new < len(found) else ""
-        self._say(f"{new:,} conversation{'s' * (new != 1)} imported.{here}")
+        found = await to_thread(read_import, name)
+        if self._session.file:
+            new = await to_thread(import_into, self._session.file, found.conversations)
+        else:
+            new = self._session.import_all(found.conversations)
+        here = len(found.conversations) - new
+        lines = [
+            f"{new:,} conversation{'s' * (new != 1)} imported."
+            + (f" {here:,} of the file were here already." if here else "")
+            + (f" {found.skipped:,} skipped." if found.skipped else "")
+        ]
+        lines += map(str, found.problems[:SHOWN_PROBLEMS])
+        if (more := len(found.problems) - SHOWN_PROBLEMS) > 0:
+            lines.append(f"and {more:,} more; `kvchat sessions import` names them all.")
+        self._say("\n".join(lines))
 
     def place_of(self, hit: Hit) -> int | None:
         """Opens the conversation of a hit; returns the place of its message, None for one in the title.

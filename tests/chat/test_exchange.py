@@ -1,10 +1,8 @@
 """Conversations into files and back: our own formats lose nothing, and others' are read as far as they go."""
 
 import json
-import sqlite3
-import zipfile
+import re
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
-from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.conversation import Conversation, Message, new_id
 from kvchat.chat.exporters import FORMATS, export, file_name, to_html, to_json, to_markdown
-from kvchat.chat.importers import read_conversations
+from kvchat.chat.importers import read_import
 from kvchat.chat.store import Store
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, Sampling
 from kvchat.errors import KvchatError
@@ -65,6 +64,13 @@ TEXTS = st.text() | st.sampled_from(
 
 def said(conversation: Conversation) -> list[tuple[str, str, str, str | None]]:
     return [(m.role, m.raw, m.created_at, m.finish_reason) for m in conversation.messages]
+
+
+def read_conversations(file: Path) -> list[Conversation]:
+    """What a file holds, all of which comes in."""
+    found = read_import(file)
+    assert not found.problems
+    return list(found.conversations)
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -261,143 +267,34 @@ def test_html_shows_questions_answers_and_folded_thinking() -> None:
     assert "<details><summary>thinking</summary>" in page
 
 
-# --- others ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        ("Look:\n```python\nprint(1)", True),
+        ("~~~~\na\n~~~", True),
+        ("```\n````text\n``` b", True),
+        ("```", True),
+        ("```\r\na", True),
+        ("```\na\n```", False),
+        ("```\na\n`````  \n", False),
+        ("    ```\n", False),
+        ("> ```\n> a", False),
+        ("", False),
+    ],
+)
+def test_a_fence_that_a_message_left_open_is_closed_in_markdown_and_comes_back_open(
+    tmp_path: Path, text: str, closed: bool
+) -> None:
+    talk = replace(TALK, messages=(replace(TALK.messages[0], text=text), TALK.messages[1]))
+    page = FORMATS["md"](talk)
+    assert ("<!-- kvchat:closed -->" in page) is closed
+    markers = [each.content for each in MarkdownIt().parse(page) if each.type == "html_block"]
+    assert sum("kvchat:assistant" in each for each in markers) == 1
+    (back,) = read_conversations(written(tmp_path, "talk.md", page))
+    assert said(back) == said(talk)
 
 
-def node(
-    parent: str | None, role: str, *parts: object, kind: str = "text", **more: object
-) -> dict[str, object]:
-    content: dict[str, object] = {"content_type": kind, "parts": list(parts)}
-    if kind == "thoughts":
-        content = {"content_type": kind, "thoughts": [{"summary": "s", "content": p} for p in parts]}
-    message = {"author": {"role": role}, "content": content, "create_time": 1779048900.5, **more}
-    return {"parent": parent, "message": message}
-
-
-CHATGPT = [
-    {
-        "title": "Passes",
-        "create_time": 1779048900.5,
-        "current_node": "e",
-        "mapping": {
-            "root": {"parent": None, "message": None},
-            "s": node("root", "system", "hidden"),
-            "a": node("s", "user", "Which?", {"content_type": "image_asset_pointer"}, "Now?"),
-            "other": node("a", "assistant", "An older answer."),
-            "b": node("a", "assistant", "May, so the lower ones.", kind="thoughts"),
-            "t": node("b", "tool", "searched"),
-            "c": node("t", "assistant", "The Brenner.", recipient="all"),
-            "d": node("c", "assistant", "And the Reschen."),
-            "e": node("d", "user", "Thanks."),
-        },
-    },
-    {"title": None, "mapping": {"x": {"parent": None, "message": None}}, "current_node": "x"},
-]
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_chatgpt_export_is_read_along_its_open_branch(tmp_path: Path, zipped: bool) -> None:
-    path = tmp_path / ("export.zip" if zipped else "conversations.json")
-    if zipped:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("conversations.json", json.dumps(CHATGPT))
-    else:
-        path.write_text(json.dumps(CHATGPT))
-    (talk,) = read_conversations(path)
-    assert talk.title == "Passes"
-    assert talk.created_at.startswith("2026-05-17T")
-    assert [(m.role, m.text) for m in talk.messages] == [
-        ("user", "Which?\n\nNow?"),
-        ("assistant", "The Brenner.\n\nAnd the Reschen."),
-        ("user", "Thanks."),
-    ]
-    assert talk.messages[1].thinking == "<think>\nMay, so the lower ones.\n</think>\n\n"
-    assert [m.parent_id for m in talk.messages] == [None, 1, 2]
-
-
-LLM = """
-create table conversations (id text primary key, name text, model text);
-create table responses (id text primary key, model text, prompt text, system text, response text,
-    conversation_id text, datetime_utc text, reasoning text);
-insert into conversations values ('c1', 'Passes', 'm');
-insert into responses values
-    ('r2', 'm', 'And?', null, 'The Reschen.', 'c1', '2026-05-17T20:16:00', ''),
-    ('r1', 'm', 'Which?', 'Be brief.', 'The Brenner.', 'c1', '2026-05-17T20:15:00', 'May.'),
-    ('r3', 'm', 'Alone', null, 'Yes.', null, '2026-05-18T20:15:00', null);
-"""
-LLM_THREADS = """
-create table threads (id text primary key, name text, tip_message_hash text, forked_from text,
-    datetime_utc text);
-create table messages (hash text primary key, parent_hash text, role text);
-create table parts (id integer primary key, message_hash text, position int, type text, text text);
-insert into threads values ('t', 'Passes', 'h3', null, '2026-05-17T20:15:00+00:00');
-insert into messages values ('h1', null, 'system'), ('h2', 'h1', 'user'), ('h3', 'h2', 'assistant');
-insert into parts (message_hash, position, type, text) values
-    ('h1', 0, 'text', 'Be brief.'), ('h2', 0, 'text', 'Which?'),
-    ('h3', 0, 'reasoning', 'May.'), ('h3', 1, 'text', 'The Brenner.');
-"""
-
-
-def test_the_logs_of_llm_are_read(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "logs.db")) as db:
-        db.executescript(LLM)
-    talk, alone = read_conversations(tmp_path / "logs.db")
-    assert (talk.title, talk.system_prompt) == ("Passes", "Be brief.")
-    assert [m.text for m in talk.messages] == ["Which?", "The Brenner.", "And?", "The Reschen."]
-    assert talk.messages[1].thinking == "<think>\nMay.\n</think>\n\n"
-    assert (alone.title, len(alone.messages)) == ("Alone", 2)
-    assert talk.created_at == "2026-05-17T20:15:00.000000+00:00"
-
-
-def test_the_newer_logs_of_llm_are_read(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "logs.db")) as db:
-        db.executescript(LLM_THREADS)
-    (talk,) = read_conversations(tmp_path / "logs.db")
-    assert (talk.title, talk.system_prompt) == ("Passes", "Be brief.")
-    assert [(m.role, m.raw) for m in talk.messages] == [
-        ("user", "Which?"),
-        ("assistant", "<think>\nMay.\n</think>\n\nThe Brenner."),
-    ]
-
-
-BROKEN = {
-    "nothing": "",
-    "other Markdown": "# Notes\n\n## You\n\ntext\n",
-    "no JSON": "{",
-    "other JSON": '{"a": 1}',
-    "a number": "[1]",
-    "a role": to_json(TALK).replace('"assistant"', '"system"'),
-    "no ids": to_json(TALK).replace('"token_ids": [', '"token_ids": [-1,'),
-    "a text": to_json(TALK).replace('"title": "Trip', '"title": 3, "x": "Trip'),
-    "no parent": to_json(BRANCHED).replace('"parent_id": 2', '"parent_id": 9'),
-    "a younger parent": to_json(BRANCHED).replace('"parent_id": 2', '"parent_id": 5'),
-    "a number twice": to_json(BRANCHED).replace('"id": 5', '"id": 3'),
-    "no path": to_json(BRANCHED)
-    .replace('"id": 1,', '"id": 0.5,')
-    .replace('"parent_id": 1', '"parent_id": null'),
-    "no node": '[{"mapping": {}, "current_node": "x"}]',
-    "cut": to_markdown(TALK).replace('"created_at"', '"created"'),
-    "bytes": "\ud800",
-}
-
-
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
-def test_a_file_that_is_no_export_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
-    with pytest.raises(KvchatError, match="no export that kvchat knows"):
-        read_conversations(written(tmp_path, "file.md", text))
-
-
-def test_other_databases_a_folder_a_missing_file_and_a_newer_export(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "other.db")) as db:
-        db.execute("create table things (id)")
-    (tmp_path / "no.zip").write_bytes(b"PK\3\4 no zip")
-    for name, sentence in (
-        ("other.db", "no export"),
-        ("no.zip", "can't be read"),
-        (".", "can't be read"),
-        ("missing.md", "can't be read"),
-    ):
-        with pytest.raises(KvchatError, match=sentence):
-            read_conversations(tmp_path / name)
-    with pytest.raises(KvchatError, match="newer kvchat"):
-        read_conversations(written(tmp_path, "new.json", to_json(TALK).replace('"kvchat": 1', '"kvchat": 2')))
+def test_ids_have_one_form_whether_new_or_read_from_a_file(tmp_path: Path) -> None:
+    (back,) = read_conversations(export(TALK, "json", tmp_path))
+    for each in (new_id(), back.id):
+        assert re.fullmatch("[0-9a-f]{12}", each)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from sqlite_utils import Database
@@ -62,6 +63,7 @@ MIGRATIONS = [
     "m005_drafting",
     "m006_last_turn",
     "m007_not_sent",
+    "m008_evicted_messages",
 ]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
@@ -160,9 +162,9 @@ def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Pat
     columns = {str(name): kind for _, name, kind, *_ in rows(path, "pragma table_info(turns)")}
     assert set(columns) == {"message"} | {field.name for field in fields(TurnStats)}
     kinds = {str: "TEXT", int: "INTEGER", float: ("FLOAT", "REAL")}
+    types = get_type_hints(TurnStats)
     for field in fields(TurnStats):
-        assert isinstance(field.type, type)
-        assert columns[field.name] in kinds[field.type], field.name
+        assert columns[field.name] in kinds[types[field.name]], field.name
 
 
 def test_a_conversation_without_a_date_gets_that_of_its_first_save_for_good(store: Store) -> None:
@@ -549,6 +551,7 @@ def test_a_store_in_memory_writes_no_file(tmp_path: Path, monkeypatch: pytest.Mo
 OPEN = """
 import sys
 from pathlib import Path
+from typing import get_type_hints
 from kvchat.chat.store import Store
 print("ready", flush=True)
 sys.stdin.readline()
@@ -559,6 +562,7 @@ print(len(store.summaries()))
 APPEND = """
 import sys
 from pathlib import Path
+from typing import get_type_hints
 from kvchat.chat.conversation import Message
 from kvchat.chat.store import Store
 path, talk, name, count = sys.argv[1:]
@@ -573,6 +577,7 @@ for number in range(int(count)):
 CRASH = """
 import os, signal, sys
 from pathlib import Path
+from typing import get_type_hints
 from kvchat.chat.conversation import Message
 from kvchat.chat.store import Store
 path, talk, how = sys.argv[1:]
@@ -675,3 +680,82 @@ def test_questions_of_an_older_file_that_nobody_answered_were_not_sent(
         assert [m.text for m in loaded.messages if m.not_sent] == (
             ["Too long", "Refused too"] if later == UNANSWERED else []
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("sampling = 'no json'", replace(TALK, sampling=Sampling())),
+        ("""sampling = '{"temperature": "hot", "seed": 7}'""", replace(TALK, sampling=Sampling(seed=7))),
+        ("mode = 'often'", replace(TALK, mode=CacheMode.ON)),
+        ("evicted_messages = 99999999999999", replace(TALK, evicted_messages=0)),
+        ("title = x'ff00'", replace(TALK, title="")),
+        ("kv = null, policy = null", replace(TALK, kv=KVPrecision.AUTO, policy=EvictionPolicy.TURNS)),
+    ],
+)
+def test_a_damaged_setting_is_read_as_its_default(
+    store: Store, path: Path, change: str, expected: Conversation
+) -> None:
+    store.create(TALK)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"update conversations set {change}")
+    assert store.load(TALK.id) == expected
+    assert [each.id for each in store.summaries()] == [TALK.id]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["token_ids = '[1, -5]'", "token_ids = 'no json'", "finish_reason = 'bored'", "tokenizer = x'ff'"],
+)
+def test_a_damaged_field_of_a_message_costs_that_field(store: Store, path: Path, change: str) -> None:
+    store.create(TALK)
+    question, saved = ask(store)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"update messages set {change} where id = ?", [saved.id])
+    name = change.partition(" ")[0]
+    found = store.load(TALK.id).messages
+    assert found[0] == question
+    assert found[1].text == saved.text
+    assert not getattr(found[1], name)
+    assert all(
+        getattr(found[1], field.name) == getattr(saved, field.name)
+        for field in fields(Message)
+        if field.name != name
+    )
+
+
+@pytest.mark.parametrize("change", ["role = 'robot'", "text = null", "text = x'ff'"])
+def test_a_damaged_message_costs_that_message_and_what_follows_it_stays(
+    store: Store, path: Path, change: str
+) -> None:
+    store.create(TALK)
+    first, answered = ask(store)
+    second, last = ask(store, parent=answered.id)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"update messages set {change} where id = ?", [answered.id])
+    assert store.load(TALK.id).messages == (first, replace(second, parent_id=first.id), last)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"update messages set {change} where id = ?", [last.id])
+    assert store.load(TALK.id).messages == (first, replace(second, parent_id=first.id))
+
+
+def test_messages_that_follow_each_other_in_a_circle_end_somewhere(store: Store, path: Path) -> None:
+    store.create(TALK)
+    first, last = ask(store)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("update messages set parent_id = ? where id = ?", [last.id, first.id])
+    assert [each.id for each in store.load(TALK.id).messages] == [first.id, last.id]
+
+
+def test_what_the_last_turn_did_is_nothing_where_it_is_damaged(store: Store, path: Path) -> None:
+    store.create(TALK)
+    for damaged in ("no json", "[]", '{"a": 1}', '{"1": {"lost": 2}}'):
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("update conversations set last_turn = ?", [damaged])
+        assert store.last_turn(TALK.id) == {}
+
+
+def test_an_import_through_another_connection_is_seen_here(store: Store, path: Path) -> None:
+    question = Message(1, None, "user", "Which?", TALK.created_at)
+    assert store_module.import_into(path, [replace(TALK, messages=(question,))]) == 1
+    assert store.load(TALK.id).messages[0].text == "Which?"

@@ -67,7 +67,7 @@ def test_a_variable_that_wins_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("get", "colour"), "There is no setting colour"),
         (("set", "colour", "red"), "There is no setting colour"),
-        (("set", "threads", "none"), "threads is a whole number from 1; 'none' is not"),
+        (("set", "threads", "none"), "threads is a whole number from 1 to 4,096; 'none' is not"),
         (("set", "theme", "beige"), "There is no theme beige. Themes: kvchat-dark, kvchat-light, "),
     ],
 )

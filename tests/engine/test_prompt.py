@@ -302,3 +302,32 @@ def test_a_date_is_the_one_that_is_frozen() -> None:
     assert renderer().decode(rendering.ids).startswith("03 February 2026\n")
     assert rendering == renderer(dated).render([user("Which?")], "2026-02-03")
     assert rendering != renderer(dated).render([user("Which?")], "2026-02-04")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        PromptMessage("user", "The pass.", spelled("The pass."), "tiny"),
+        PromptMessage("system", "The pass.", spelled("The pass."), "tiny"),
+        PromptMessage("assistant", "The pass.", spelled("The lake."), "tiny"),
+        PromptMessage("assistant", "The pass.", (*spelled("The pass."), 10**6), "tiny"),
+        PromptMessage("assistant", "The pass.", (*spelled("The pass."), -1), "tiny"),
+        PromptMessage(
+            "assistant", "The pass.", (*spelled("The pass."), *encode(END), *encode(START)), "tiny"
+        ),
+    ],
+    ids=["of a question", "of a system prompt", "of other words", "too large", "negative", "of a forged end"],
+)
+def test_ids_that_no_model_generated_for_this_text_are_not_read(message: PromptMessage) -> None:
+    before = [] if message.role == "system" else [user("Which?")]
+    after = [user("Sure?")]
+    plain = PromptMessage(message.role, message.text)
+    assert ids_of([*before, message, *after]) == ids_of([*before, plain, *after])
+
+
+def test_an_answer_that_was_cut_inside_a_character_keeps_its_ids() -> None:
+    ids = (*spelled("The pass "), *encode("🏔")[:-1])
+    assert chat_with().backend_tokenizer.decode(list(ids)).endswith("\ufffd")
+    answer = PromptMessage("assistant", "The pass ", ids, "tiny")
+    read = ",".join(map(str, ids_of([user("Which?"), answer, user("Sure?")])))
+    assert ",".join(map(str, ids)) in read

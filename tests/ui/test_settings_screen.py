@@ -71,7 +71,7 @@ async def test_a_value_is_asked_for_checked_and_written(file: Path) -> None:
         assert line(listed, "max-tokens") == "max-tokens the model card's"
         await chat.press("enter")
         await answer(chat, "many")
-        await chat.until_said("max-tokens is a whole number from 1; 'many' is not.")
+        await chat.until_said("max-tokens is a whole number from 1 to 10,000,000; 'many' is not.")
         assert written(file) == ""
         await chat.press("enter")
         await answer(chat, "64")

@@ -94,7 +94,7 @@ class Transcript(VerticalScroll, can_focus=False):
         have the number of the one before."""
         self._window = range(0)
         """Places of the mounted messages; the streaming answer comes after the last one."""
-        self._left_out = 0
+        self._evicted_messages = 0
         self._who = ""
         self._moving = False
         """Whether messages are being mounted and unmounted."""
@@ -114,10 +114,10 @@ class Transcript(VerticalScroll, can_focus=False):
 
     @one_at_a_time
     async def show(self, messages: Sequence[Message], who: str, evicted_messages: int = 0) -> None:
-        """Replaces everything by a conversation; the `left_out` oldest messages are dimmed."""
+        """Replaces everything by a conversation; the `evicted_messages` oldest messages are dimmed."""
         self.streaming = None
         self._who = who
-        self._left_out = evicted_messages
+        self._evicted_messages = evicted_messages
         self._learn(messages)
         await self._show_window(len(messages) - SHOWN_AT_ONCE, len(messages))
         self.anchor()
@@ -174,9 +174,9 @@ class Transcript(VerticalScroll, can_focus=False):
 
     def leave_out(self, count: int) -> None:
         """Dims the oldest messages: the model doesn't see them any more."""
-        self._left_out = max(count, self._left_out)
+        self._evicted_messages = max(count, self._evicted_messages)
         for block in self._blocks():
-            block.set_class(block.place < self._left_out, "left-out")
+            block.set_class(block.place < self._evicted_messages, "left-out")
 
     def unfold_thinking(self, unfolded: bool) -> None:
         """Shows or folds what the model thought before its answers."""
@@ -357,7 +357,7 @@ class Transcript(VerticalScroll, can_focus=False):
             block = UserMessage(message.text, number, place, not_sent=message.not_sent)
         else:
             block = AnswerMessage.of(message, self._who, place, number, unfolded=self.unfolded)
-        return block.set_class(place < self._left_out, "left-out")
+        return block.set_class(place < self._evicted_messages, "left-out")
 
     async def _show_window(self, start: int, stop: int) -> None:
         """Mounts these messages and nothing else."""

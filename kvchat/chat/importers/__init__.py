@@ -1,0 +1,228 @@
+"""Conversations of other programs, and our own exports: files in, checked conversations out.
+
+One module for each format, one row for it in `FORMATS`. Nothing is written, and every text in a file is taken
+as text. What can't come in is reported with its place, and the rest comes in.
+"""
+
+import json
+import re
+import sqlite3
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvchat.chat.conversation import Conversation
+from kvchat.chat.importers import (
+    chatgpt,
+    claude,
+    gemini,
+    llm_logs,
+    open_webui,
+    openai_messages,
+    own_json,
+    own_markdown,
+)
+from kvchat.chat.importers.report import Problem, Report
+from kvchat.chat.importers.talk import Talk, build
+from kvchat.errors import KvchatError, reason
+from kvchat.text import megabytes, one_line
+from kvchat.validation.plain_json import read_json
+
+MOST_BYTES = 4_000_000_000
+"""Of one file inside a zip, unpacked."""
+NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of JSON file."""
+
+    name: str
+    records: Callable[[object], Sequence[object] | None]
+    """The conversations of a file that was parsed; None where it is another format."""
+    read: Callable[[Mapping[str, object], Report], Talk | None]
+    """One of them; None where it is skipped, which is reported."""
+
+
+FORMATS = (
+    Format("kvchat's own JSON or Markdown", own_json.records, own_json.read),
+    Format("ChatGPT's conversations.json or its zip", chatgpt.records, chatgpt.read),
+    Format("Claude's conversations.json or its zip", claude.records, claude.read),
+    Format("Open WebUI's chats", open_webui.records, open_webui.read),
+    Format("Gemini's MyActivity.json or a chat of AI Studio", gemini.records, gemini.read),
+    Format("messages as OpenAI's API takes them", openai_messages.records, openai_messages.read),
+)
+KNOWN = f"{', '.join(each.name for each in FORMATS)}, or llm's logs.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What a file holds."""
+
+    conversations: tuple[Conversation, ...]
+    """Each has an id that follows from what it says."""
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def skipped(self) -> int:
+        """Conversations that did not come in."""
+        return sum(problem.skipped for problem in self.problems)
+
+
+class _UnknownError(ValueError):
+    """A file is damaged, or no export."""
+
+
+def read_import(file: str | Path) -> Import:
+    """Every conversation in a file, a zip or a folder of files, each once.
+
+    Raises:
+        KvchatError: it can't be read, is no export that kvchat knows, or nothing in it can be used.
+    """
+    name = one_line(str(file))
+    report = Report()
+    try:
+        found = list(_conversations(Path(file).expanduser(), report))
+    except (OSError, sqlite3.Error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, RecursionError):
+            raise KvchatError(f"{name} is nested too deeply.") from error
+        raise KvchatError(f"{name} can't be read: {reason(error)}.") from error
+    except ValueError as error:
+        raise KvchatError(f"{name} is damaged, or no export that kvchat knows ({KNOWN}).") from error
+    if not found and report.problems:
+        first, more = report.problems[0], len(report.problems) - 1
+        others = f" (and {more:,} more)" if more else ""
+        raise KvchatError(f"Nothing in {name} can be imported. {first}{others}.")
+    return Import(tuple(found), tuple(report.problems))
+
+
+def _conversations(path: Path, report: Report) -> Iterator[Conversation]:
+    """The conversations of a file; of equal ones the first."""
+    seen: set[str] = set()
+    for talk in _talks(path, report):
+        conversation = build(talk, report)
+        if conversation and conversation.id in seen:
+            report.skip("is in the file already")
+        elif conversation:
+            seen.add(conversation.id)
+            yield conversation
+
+
+def _talks(path: Path, report: Report) -> Iterator[Talk]:
+    if path.is_dir():
+        files = sorted(path.rglob("*.json"), key=lambda each: _in_order(str(each)))
+        return _parts(((str(each.relative_to(path)), each.read_bytes) for each in files), report)
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"SQLite format 3\0"):
+        return _logs(path, report)
+    if start.startswith(b"PK"):
+        return _zipped(path, report)
+    raw = path.read_bytes()
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        return _document(_parsed(raw), report)
+    return _markdown(raw, report)
+
+
+def _zipped(path: Path, report: Report) -> Iterator[Talk]:
+    with zipfile.ZipFile(path) as archive:
+        inside = sorted(archive.infolist(), key=lambda each: _in_order(each.filename))
+        found = [each for each in inside if _is_json(each.filename)]
+        too_large = [each for each in found if each.file_size > MOST_BYTES]
+        for each in too_large:
+            report.note(f"{each.filename} has {megabytes(each.file_size)}: too large to be read")
+        files = [(each.filename, partial(archive.read, each)) for each in found if each not in too_large]
+        yield from _parts(files, report)
+
+
+def _is_json(name: str) -> bool:
+    return name.lower().endswith(".json") and not name.startswith("__MACOSX/")
+
+
+def _in_order(name: str) -> tuple[str, list[int]]:
+    """Numbered files in the order of their numbers."""
+    return NUMBER.sub("0", name), [int(digits) for digits in NUMBER.findall(name)]
+
+
+def _parts(files: Iterable[tuple[str, Callable[[], bytes]]], report: Report) -> Iterator[Talk]:
+    """The files of an export; those without conversations, as of an account or of feedback, say nothing.
+
+    Raises:
+        ValueError: none of them has conversations.
+    """
+    known = False
+    damaged = list[str]()
+    for name, load in files:
+        try:
+            data = _parsed(load())
+        except (ValueError, RecursionError, zipfile.BadZipFile):
+            damaged.append(name)
+            continue
+        if _format_of(data):
+            known = True
+            report.in_part(name)
+            yield from _document(data, report)
+    report.in_part("")
+    for name in damaged:
+        report.note(f"{name} is damaged: no JSON; it was skipped")
+    if not known:
+        raise _UnknownError("no file with conversations")
+
+
+def _parsed(raw: bytes) -> object:
+    """A JSON document, or a document on each line.
+
+    Raises:
+        ValueError, RecursionError: it is neither.
+    """
+    text = raw.decode("utf-8-sig", errors="surrogatepass")
+    try:
+        return read_json(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return [read_json(line) for line in text.split("\n") if line.strip()]
+
+
+def _format_of(data: object) -> tuple[Format, Sequence[object]] | None:
+    for each in FORMATS:
+        if (records := each.records(data)) is not None:
+            return each, records
+    return None
+
+
+def _document(data: object, report: Report) -> Iterator[Talk]:
+    found = _format_of(data)
+    if found is None:
+        raise _UnknownError("no known format")
+    known, records = found
+    for record in records:
+        report.begin()
+        if not isinstance(record, dict):
+            report.skip("must be a table of fields")
+            continue
+        report.name(record.get("title") or record.get("name"))
+        talk = known.read(record, report)
+        if talk is not None:
+            yield talk
+
+
+def _markdown(raw: bytes, report: Report) -> Iterator[Talk]:
+    report.begin()
+    talk = own_markdown.read(raw.decode("utf-8-sig", errors="surrogatepass"), report)
+    if talk is None:
+        raise _UnknownError("no marker")
+    report.name(talk.title)
+    yield talk
+
+
+def _logs(path: Path, report: Report) -> Iterator[Talk]:
+    talks = llm_logs.read(path)
+    if talks is None:
+        raise _UnknownError("another database")
+    for talk in talks:
+        report.begin()
+        report.name(talk.title)
+        yield talk
