@@ -276,7 +276,7 @@ class Store:
     ) -> Message:
         """Saves a message under its parent and, with `shown`, makes it the head; returns it with its id.
 
-        A question that gets an answer was sent. `evicted_messages` is saved with the conversation where it is given.
+        A question that gets an answer was sent. `evicted_messages`, where given, is saved with it.
 
         Raises:
             KvchatError: the conversation was deleted meanwhile, perhaps by another process.

@@ -133,7 +133,7 @@ class Journal:
 
 
 def assert_equals_cold_without(played: Played, loaded: LoadedModel, evicted_messages: int) -> None:
-    """What the turn chose from is what a cold run answers that never had the `evicted_messages` oldest messages.
+    """What the turn chose from is what a cold run answers without the oldest `evicted_messages` messages.
 
     Where turns were dropped in the middle of the answer, that holds for the tokens after the last drop.
     """
