@@ -7,7 +7,7 @@ module again, and the screen must paint before torch is there.
 import gc
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -29,6 +29,7 @@ from kvchat.models.cards import DEFAULT_MODEL, find_card
 from kvchat.system.children import protect_children
 
 if TYPE_CHECKING:
+    from kvchat.bench.verify import Check
     from kvchat.chat.session import Session
     from kvchat.ui.preferences import Preferences
     from kvchat.ui.turn_thread import EngineFactory
@@ -108,7 +109,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
     from kvchat.engine_process.server import EngineOptions
     from kvchat.models.resolve import is_prepared
 
-    if not plain and not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+    if not plain and not has_terminal():
         raise KvchatError(
             "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."
         )
@@ -162,7 +163,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
     if plain:
         from kvchat.ui.plain.loop import talk
 
-        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf)
+        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf, begin_with)
     else:
         from kvchat.ui.app import ChatApp
 
@@ -197,13 +198,19 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
 @cli.command()
 @model_options
 @screen_options
+@click.option("--plain", is_flag=True, help="Line by line and to the end, as it is without a terminal.")
 @click.pass_context
-def tour(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click's own
+def tour(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN401 - click's own
     """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
 
     Works offline once the model is here; nothing of it is kept.
     """
-    ctx.invoke(chat, begin_with="tour", **given)
+    ctx.invoke(chat, begin_with="tour", plain=plain or not has_terminal(), **given)
+
+
+def has_terminal() -> bool:
+    """Whether a screen can be drawn: all three streams are terminals."""
+    return all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
 
 
 @cli.command()
@@ -260,9 +267,10 @@ def _preferences(given: Mapping[str, Any]) -> "Preferences":
 @click.option("--threads", type=click.IntRange(1), help="For torch; default: every physical core.")
 @data_dir
 def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) -> None:  # noqa: ANN401
-    """Prove that the KV cache changes nothing: in fp32, against no cache, token by token.
+    """Prove that the KV cache changes nothing, token by token, against no cache.
 
-    Takes the questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
+    In fp32 through transformers; then, where the model is compiled, through the compiled code too. Takes the
+    questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
     """
     from kvchat.cli.load_model import load_ready
 
@@ -270,19 +278,31 @@ def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) 
     name, questions = _questions(conversation, paths)
     given |= {"precision": "fp32", "context": None, "device": "cpu"}
     loaded = load_ready(given["model"] or name, paths, given)
-    from kvchat.bench.verify import QUESTIONS, run_checks
+    from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_checks, run_compiled_checks
 
-    click.echo(f"{loaded.facts.name}, fp32, greedy: every kind of cache against no cache", err=True)
-    click.echo(f"{'':<28}{'tokens':>7}  {'first difference':>16}  {'largest logit gap':>17}")
+    questions = questions or list(QUESTIONS)
+    click.echo(f"{loaded.facts.name}, greedy: every kind of cache against no cache", err=True)
+    equal = _print_checks("in fp32", run_checks(loaded, questions, tokens))
+    if loaded.facts.gap_refusal:
+        click.echo(f"sinks and snapkv can't be used: {loaded.facts.gap_refusal}")
+    compiled = load_ready(loaded.facts.name, paths, given | {"precision": "auto"})
+    if can_check_compiled(compiled):
+        click.echo()
+        checks = run_compiled_checks(compiled, questions, tokens)
+        equal = _print_checks(compiled.facts.path, checks) and equal
+    click.echo("All equal." if equal else "The cache changed an answer.")
+    sys.exit(0 if equal else 1)
+
+
+def _print_checks(title: str, checks: "Iterable[Check]") -> bool:
+    """Prints a table of them as they come; returns whether all are equal."""
+    click.echo(f"{title:<28}{'tokens':>7}  {'first difference':>16}  {'largest logit gap':>17}")
     equal = True
-    for check in run_checks(loaded, questions or QUESTIONS, tokens):
+    for check in checks:
         differing = "none" if check.differing is None else f"token {check.differing + 1}"
         click.echo(f"{check.name:<28}{check.compared:>7}  {differing:>16}  {check.gap:>17.6f}")
         equal = equal and check.equal
-    if loaded.facts.gap_refusal:
-        click.echo(f"sinks and snapkv can't be used: {loaded.facts.gap_refusal}")
-    click.echo("All equal." if equal else "The cache changed an answer.")
-    sys.exit(0 if equal else 1)
+    return equal
 
 
 def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:

@@ -22,6 +22,7 @@ from kvchat.contract import (
     PromptMessage,
     Refused,
     Report,
+    Sampling,
     TurnEvent,
     TurnFailed,
     TurnFinished,
@@ -37,7 +38,7 @@ from kvchat.engine.model.fingerprint import identify
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.planner import Planner, Rate, SharedPrefix, TurnPlan
 from kvchat.engine.prompt import Renderer
-from kvchat.engine.sampler import NotANumberError
+from kvchat.engine.sampler import NotANumberError, Sampler
 from kvchat.engine.speculative import Drafter, PromptLookup
 from kvchat.engine.token_spans import spans_at_end, spans_at_start
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
@@ -69,8 +70,12 @@ class LocalEngine:
         disk: DiskTier | None = None,
         report: Callable[[Report], None] = lambda _report: None,
         new_drafter: Callable[[], Drafter | None] = PromptLookup,
+        new_sampler: Callable[[Sampling], Sampler] = Sampler,
     ) -> None:
-        """`report` gets what came of an act; `new_drafter` makes what guesses ahead in one turn."""
+        """`report` gets what came of an act.
+
+        `new_drafter` makes what guesses ahead in one turn, `new_sampler` what chooses its tokens.
+        """
         self.facts = loaded.facts
         self._loaded = loaded
         self._disk = disk
@@ -91,6 +96,7 @@ class LocalEngine:
             prefill_chunk,
             self._is_stopped,
             new_drafter,
+            new_sampler,
         )
         self._stopped_turn = ""
         self._closing = False

@@ -20,6 +20,7 @@ from kvchat.contract import (
     EvictionPolicy,
     FinishReason,
     PrefillProgress,
+    Sampling,
     Tokens,
     TurnEvent,
     TurnRequest,
@@ -54,6 +55,8 @@ class Tools:
     is_stopped: Callable[[str], bool]
     new_drafter: Callable[[], Drafter | None]
     """What guesses ahead in one turn, if anything does."""
+    new_sampler: Callable[[Sampling], Sampler]
+    """What chooses the tokens of one turn."""
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ class Turn:
         self.reader = self._loaded.reader(kept.kv)
         if request.mode is CacheMode.OFF:
             self.reader = self._loaded.uncached_reader()
-        self._sampler = Sampler(request.sampling)
+        self._sampler = tools.new_sampler(request.sampling)
         self._detokenizer = Detokenizer(self._loaded.tokenizer)
         can_go_back = request.mode is not CacheMode.OFF and not kept.kv.states
         self._drafter = tools.new_drafter() if can_go_back else None

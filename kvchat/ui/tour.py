@@ -7,14 +7,27 @@ here is prepared: what a step says afterwards is what it measured.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from kvchat.chat.active_turn import ActiveTurn
 from kvchat.chat.session import Session
-from kvchat.contract import CacheMode, Drop, EvictionPolicy, KVPrecision, ModelFacts, SetBudget, TurnStats
+from kvchat.contract import (
+    CacheMode,
+    Drop,
+    EvictionPolicy,
+    KVPrecision,
+    ModelFacts,
+    PoolState,
+    SetBudget,
+    TurnRequest,
+    TurnStats,
+    WarmCache,
+)
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
 from kvchat.ui.cache_actions import CacheDesk
 from kvchat.ui.formatting import tokens
-from kvchat.ui.turn_presenter import Turns
+from kvchat.ui.panel_model import Figures
 from kvchat.ui.turn_thread import EngineBridge
 
 LOOKS_EVERY_S = 0.05
@@ -47,10 +60,33 @@ class Step:
     """What was measured."""
 
 
+class Asked(Protocol):
+    """What the guide needs of the turns of a chat, with a screen or without."""
+
+    figures: Figures
+    warm: dict[str, WarmCache]
+    """The caches that there are, by their conversations."""
+    pool: PoolState | None
+    """None while no engine is ready."""
+
+    @property
+    def answering(self) -> ActiveTurn | None:
+        """The turn under way."""
+        ...
+
+    async def send(self, text: str) -> TurnRequest:
+        """Asks in the open conversation."""
+        ...
+
+    def lost(self, status: str) -> None:
+        """There is no engine any more."""
+        ...
+
+
 class Guide:
     """Does the steps in the open conversation, and remembers what they measured."""
 
-    def __init__(self, session: Session, bridge: EngineBridge, turns: Turns, desk: CacheDesk) -> None:
+    def __init__(self, session: Session, bridge: EngineBridge, turns: Asked, desk: CacheDesk) -> None:
         self._session = session
         self._bridge = bridge
         self._turns = turns

@@ -23,6 +23,7 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
+from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_compiled_checks
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import DenseLayer, Memory
 from kvchat.config.paths import find_paths
@@ -205,6 +206,36 @@ def assert_clear_ones_agree(exact: torch.Tensor, found: torch.Tensor) -> None:
     clear = best[:, 0] - best[:, 1] > CLEAR
     assert clear.any()
     assert torch.equal(found.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+def test_verify_finds_compiled_code_equal_bit_for_bit_and_a_wrong_cache(
+    gemma: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = list(run_compiled_checks(gemma.loaded, QUESTIONS, 8))
+    assert "drafted, and taken back" in {check.name for check in checks}
+    assert [(check.differing, check.gap) for check in checks] == [(None, 0.0)] * 7
+    right = ConversationKV.fork
+
+    def fork(self: ConversationKV, length: int) -> ConversationKV:
+        other = right(self, length)
+        other.unshare(0)
+        for layer in other.layers:
+            assert isinstance(layer, DenseLayer)
+            assert layer.values is not None
+            layer.values.mul_(2)
+        return other
+
+    monkeypatch.setattr(ConversationKV, "fork", fork)
+    checks = list(run_compiled_checks(gemma.loaded, QUESTIONS, 8))
+    assert [check.name for check in checks if not check.equal] == ["forked"]
+
+
+def test_verify_leaves_out_compiled_code_that_adds_up_otherwise_for_other_numbers_of_tokens(
+    llama: Built,
+) -> None:
+    assert not can_check_compiled(llama.loaded)
+    with pytest.raises(ValueError, match="packed weights only"):
+        next(run_compiled_checks(llama.loaded, QUESTIONS, 8))
 
 
 @each_precision

@@ -12,16 +12,20 @@ from kvchat.contract import (
     CacheEvent,
     CacheEventKind,
     CacheMode,
+    Drop,
     Evicted,
     FinishReason,
+    KVPrecision,
     Miss,
     Sampling,
     SetBudget,
+    SetPrecision,
 )
 from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.ui.commands import COMMANDS
 from kvchat.ui.plain.commands import INSTEAD, MOST_TOLD
 from kvchat.ui.plain.loop import PlainChat, turn_sentence
+from kvchat.ui.tour import STEPS
 from tests.support.screen_driver import saved_conversation, session_over
 from tests.support.scripted_engine import Fails, ScriptedEngine, stats_of
 from tests.ui.test_models import OTHER, TITLE, Shop
@@ -80,6 +84,34 @@ def test_what_belongs_to_the_screen_is_told_with_what_to_do_instead() -> None:
     assert set(INSTEAD) < names
     said, _, _ = talk("/help")
     assert said.count("Needs the screen; without one, ") == len(INSTEAD)
+
+
+def test_the_tour_does_every_step_line_by_line_and_leaves_nothing_behind() -> None:
+    said, session, engine = talk("Bread?", "/tour", "And rolls?")
+    places = [
+        said.index(f"\n{n} of {len(STEPS)}: {step.title}. {step.before}") for n, step in enumerate(STEPS, 1)
+    ]
+    assert places == sorted(places)
+    tour = engine.requests[1].conversation
+    asked = [request for request in engine.requests if request.conversation == tour]
+    assert len(asked) == len(STEPS)
+    assert [request.mode for request in asked].count(CacheMode.OFF) == 1
+    assert Drop(tour) in engine.acts
+    assert SetPrecision(tour, KVPrecision.INT8) in engine.acts
+    assert "were reused (▒)" in said
+    assert "63 of the last 64 tokens" in said
+    assert engine.starts == 2
+    assert "That was the tour.\n" in said
+    assert tour in engine.forgotten
+    assert [m.text for m in session.current.messages if m.role == "user"] == ["Bread?", "And rolls?"]
+    assert [summary.title for summary in session.conversations()] == ["Bread?"]
+
+
+def test_a_tour_of_which_a_question_is_not_answered_ends_and_the_chat_goes_on() -> None:
+    engine = ScriptedEngine().answers("Bread.").answers(Fails("There is no room."))
+    said, session, _ = talk("Bread?", "/tour", "And rolls?", engine=engine)
+    assert "There is no room.\nThe tour ends here: the question was not answered.\n" in said
+    assert [m.text for m in session.current.messages if m.role == "user"] == ["Bread?", "And rolls?"]
 
 
 def test_help_lists_every_command() -> None:

@@ -35,7 +35,6 @@ INSTEAD = {
     "thinking": "what the model thinks is written with its answer",
     "map": "`kvchat cache show` lists what is saved of a cache",
     "compare": "/cache off and then /regen answer the last question without a cache, /cache on with it",
-    "tour": "`kvchat tour` shows it in a terminal, and `kvchat bench` measures the same",
     "caches": "`kvchat cache` lists the caches on disk and deletes them; /budget sets their memory",
     "theme": "there are no colours to choose",
 }
@@ -67,6 +66,10 @@ class Loop(Protocol):
 
     def tell_where(self) -> None:
         """Says which conversation goes on."""
+        ...
+
+    def tour(self) -> None:
+        """Does every step of the tour."""
         ...
 
     def leave(self) -> None:
@@ -105,6 +108,7 @@ class PlainActs:
             "import": self._import,
             "why": lambda _: self._why(),
             "timeline": lambda _: self._timeline(),
+            "tour": lambda _: loop.tour(),
             "policy": self._priced(desk.policy),
             "kv": self._priced(desk.precision),
             "budget": self._priced(desk.budget),

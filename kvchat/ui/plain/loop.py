@@ -31,7 +31,6 @@ from kvchat.contract import (
     TurnRequest,
     TurnStarted,
     TurnStats,
-    WarmCache,
 )
 from kvchat.errors import KvchatError
 from kvchat.text import clean, megabytes, one_line
@@ -41,6 +40,7 @@ from kvchat.ui.formatting import sentence, tokens
 from kvchat.ui.messages import EngineStatus, TurnProgress
 from kvchat.ui.model_switch import ModelDesk, ModelShelf
 from kvchat.ui.plain.commands import PlainActs, short
+from kvchat.ui.plain.tour import PlainTour, PlainTurns
 from kvchat.ui.prompt_cost import Reckoner, Reckoning
 from kvchat.ui.turn_thread import EngineBridge, EngineFactory
 from kvchat.ui.widgets.message import ENDINGS
@@ -54,9 +54,15 @@ COUNT_S = 20.0
 """Longest wait for the tokens of files: counting a megabyte takes a second or two."""
 
 
-def talk(session: Session, factory: EngineFactory, model: str, shelf: ModelShelf) -> int:
-    """Chats until the input ends or the user leaves; returns the exit code."""
-    return PlainChat(session, factory, model, sys.stdin, sys.stdout, shelf).run()
+def talk(
+    session: Session, factory: EngineFactory, model: str, shelf: ModelShelf, begin_with: str = ""
+) -> int:
+    """Chats until the input ends or the user leaves; returns the exit code.
+
+    With `begin_with`, does that command (`tour`) instead of reading lines.
+    """
+    chat = PlainChat(session, factory, model, sys.stdin, sys.stdout, shelf)
+    return chat.run_tour() if begin_with == "tour" else chat.run()
 
 
 def turn_sentence(stats: TurnStats) -> str:
@@ -92,8 +98,8 @@ class PlainChat:
         self._out = out
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._bridge = EngineBridge(factory, self)
-        self._warm: dict[str, WarmCache] = {}
-        self._desk = CacheDesk(session, self._bridge, lambda: self._warm, self.say, self.confirm)
+        self._turns = PlainTurns(session, self.answer)
+        self._desk = CacheDesk(session, self._bridge, lambda: self._turns.warm, self.say, self.confirm)
         self._acts = PlainActs(session, self._bridge, self._desk, self)
         self._models = ModelDesk(session, self._bridge, shelf, self.say, lambda: None) if shelf else None
         self._reckoner = Reckoner(session, self._bridge, self._reckoned, Path.cwd())
@@ -108,14 +114,30 @@ class PlainChat:
 
     def run(self) -> int:
         """Chats; returns the exit code."""
-        self._bridge.start()
         self.say(f"kvchat with {one_line(self._name)}, line by line. /help lists the commands, /exit leaves.")
+        return self._with_engine(self._chat)
+
+    def run_tour(self) -> int:
+        """Does the tour and ends; returns the exit code.
+
+        Raises:
+            KvchatError: a question was not answered.
+        """
+        self.say(f"The tour of kvchat with {one_line(self._name)}, line by line.")
+        return self._with_engine(self.tour)
+
+    def _chat(self) -> None:
+        self.tell_where()
+        while not self._left and (line := self._next_line()) is not None:
+            self._take(line)
+
+    def _with_engine(self, act: Callable[[], None]) -> int:
+        """Acts once the engine is ready, and ends it; returns the exit code."""
+        self._bridge.start()
         try:
             if not self._until_ready():
                 return 1
-            self.tell_where()
-            while not self._left and (line := self._next_line()) is not None:
-                self._take(line)
+            act()
             return 0
         finally:
             with suppress(KvchatError):
@@ -200,7 +222,7 @@ class PlainChat:
             case Evicted():
                 self.say(f"\nThe context was full: {one_line(event.note)}.")
             case TurnFinished():
-                self._note_pool(event.pool)
+                self._turns.on_finished(event)
                 self._session.finish_turn(event)
                 self.say(f"\n{turn_sentence(event.stats)}")
             case TurnFailed():
@@ -214,22 +236,18 @@ class PlainChat:
     def _on_status(self, status: Status) -> None:
         if self._reckoner.on_status(status):
             return
+        self._turns.on_status(status)
         match status:
             case Loading():
                 self.say(f"{one_line(status.stage).capitalize()}.")
             case Ready():
                 self._ready = True
             case PoolState():
-                self._note_pool(status)
                 self._session.note_events(status.events)
             case Died():
                 self._ready, self._given_up = False, status.for_good
-                self._warm.clear()
                 self.say("\n".join((one_line(status.reason), *map(one_line, status.log_tail))))
         self._desk.on_status(status)
-
-    def _note_pool(self, pool: PoolState) -> None:
-        self._warm = {cache.conversation: cache for cache in pool.caches}
 
     def _until_ready(self) -> bool:
         while not self._ready and not self._given_up:
@@ -271,7 +289,7 @@ class PlainChat:
         elif name:
             self._name = self._models.switch(name)
             self._ready = self._given_up = False
-            self._warm.clear()
+            self._turns.lost("")
             if self._until_ready():
                 self.say(f"{one_line(self._name)} answers from now on.")
         else:
@@ -279,6 +297,14 @@ class PlainChat:
                 state = "answers" if choice.name == self._models.loaded else "is here" if choice.here else ""
                 self.say(f"{one_line(choice.name)}{', ' * bool(state)}{state}")
             self.say("/model NAME lets one answer that is here; `kvchat models pull NAME` fetches one.")
+
+    def tour(self) -> None:
+        """Does every step of the tour.
+
+        Raises:
+            KvchatError: a question was not answered.
+        """
+        PlainTour(self._session, self._bridge, self._turns, self._desk, self.say, self._hear).run()
 
     def leave(self) -> None:
         """Ends after this line."""
