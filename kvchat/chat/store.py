@@ -20,7 +20,7 @@ from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary
 from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
-from kvchat.errors import KvchatError, reason
+from kvchat.errors import KvchatError, owner_hint, reason
 from kvchat.validation.checks import InvalidError, checked, mended
 from kvchat.validation.plain_json import read_json, write_json
 
@@ -67,7 +67,7 @@ class Store:
             self._db = open_database(path)
         except (sqlite3.Error, OSError) as error:
             raise KvchatError(
-                f"The conversations in {path} can't be opened: {reason(error)}. "
+                f"The conversations in {path} can't be opened: {reason(error)}{self._hint(error)}. "
                 "Free the file, or choose another folder with --data-dir."
             ) from error
 
@@ -92,7 +92,14 @@ class Store:
                 self._db.conn.rollback()
                 raise
         except sqlite3.Error as error:
-            raise KvchatError(f"The conversations can't be saved: {error}.") from error
+            raise KvchatError(f"The conversations can't be saved: {error}{self._hint(error)}.") from error
+
+    def _hint(self, error: Exception) -> str:
+        """Whose the file that was refused is, or its folder, where it is another user's."""
+        if self._path is None:
+            return ""
+        refused = error.filename if isinstance(error, OSError) and error.filename else self._path
+        return owner_hint(Path(refused)) or owner_hint(self._path.parent)
 
     def summaries(self) -> list[Summary]:
         """All conversations, the last used first."""

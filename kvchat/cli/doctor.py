@@ -16,7 +16,7 @@ import click
 
 from kvchat.cli.options import data_dir, setting
 from kvchat.config.paths import Paths, find_paths
-from kvchat.errors import KvchatError, reason
+from kvchat.errors import KvchatError, as_sentence, reason
 from kvchat.models.cards import DEFAULT_MODEL, WheelSource, find_card
 from kvchat.models.resolve import installed, is_prepared
 from kvchat.text import megabytes, one_line
@@ -168,8 +168,8 @@ def weights(paths: Paths, model: str) -> Finding:
     """Whether the model is here."""
     try:
         folder = is_prepared(model, paths.models)
-    except KvchatError as error:
-        return Finding("model", model, str(error), Verdict.BAD)
+    except (KvchatError, OSError) as error:
+        return Finding("model", model, as_sentence(error), Verdict.BAD)
     if folder is None:
         card = find_card(model)
         size = card.source.wheel_bytes if card and isinstance(card.source, WheelSource) else 0

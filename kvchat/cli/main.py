@@ -7,12 +7,11 @@ module again, and the screen must paint before torch is there.
 import gc
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,14 @@ from click.core import ParameterSource
 
 from kvchat.cli.options import chat_options, data_dir, model_options, screen_options
 from kvchat.config import settings
-from kvchat.config.file import read_config
+from kvchat.config.file import Config, read_config
 from kvchat.config.paths import Paths, find_paths
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision
 from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL, find_card
 from kvchat.system.children import protect_children
+from kvchat.system.exit_status import SIGPIPE, exit_status, prepare_streams, say
+from kvchat.system.interrupts import Ended
 
 if TYPE_CHECKING:
     from kvchat.bench.verify import Check
@@ -53,18 +54,46 @@ ELSEWHERE = {
 """Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
 
 
-class ConfigDefaults(dict[str, Any]):
-    """What the file says, for whichever command is called: every command asks here for its own."""
+DIAGNOSING = {"config", "doctor", "paths"}
+"""Commands that work whatever is wrong with the configuration file: they help to find that out."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._config = dict(config)
+
+class ConfigDefaults(dict[str, Any]):
+    """What the file says, for whichever command is called: every command asks here for its own.
+
+    The file is read when a command asks, so that `--version` and `--help` need none.
+    """
 
     def get(self, command: str, default: Any = None) -> dict[str, Any]:  # noqa: ANN401 - dict's own
         """The settings; of a group also by the name of each of its commands."""
+        config = _config_for(command)
+        for sentence in config.problems if command in DIAGNOSING else config.unknown:
+            say(f"kvchat: warning: {sentence}")
+        settled = dict(config.values)
+        if command not in DIAGNOSING:
+            settled |= {key: _refusing(sentence) for key, sentence in config.wrong.items()}
         group = cli.get_command(click.Context(cli), command)
         inner = group.commands if isinstance(group, click.Group) else ()
-        return self._config | dict.fromkeys(inner, self._config)
+        return settled | dict.fromkeys(inner, settled)
+
+
+def _config_for(command: str) -> Config:
+    """What the file says; for a command that helps to find out what is wrong with it, that or nothing."""
+    try:
+        return read_config(find_paths().config_file)
+    except KvchatError as error:
+        if command not in DIAGNOSING:
+            raise
+        return Config(unknown=(str(error),))
+
+
+def _refusing(sentence: str) -> Callable[[], Any]:
+    """A default for a flag: wrong usage, where the command has that flag and nothing overrides the file."""
+
+    def refuse() -> None:
+        raise click.UsageError(sentence)
+
+    return refuse
 
 
 class ChatByDefault(click.Group):
@@ -82,6 +111,13 @@ class ChatByDefault(click.Group):
         if not args or (args[0].startswith("-") and args[0] not in OWN_FLAGS):
             args = ["chat", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command. click itself would end with 1 after a closed pipe."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise Ended(SIGPIPE) from error
 
 
 @click.group(
@@ -181,12 +217,11 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
         )
         if begin_with:
             app.begin_with(begin_with)
-        app.run()
-        code = app.return_code or 0
+        code = app.run_in_terminal()
     options.log_file.unlink(missing_ok=True)
     from kvchat.cli.cache import collect_garbage
 
-    with suppress(KvchatError):  # the next chat tries again
+    with suppress(KvchatError, OSError):  # the next chat tries again
         collect_garbage(paths)
     if code:
         sys.exit(code)
@@ -255,9 +290,11 @@ def _preferences(given: Mapping[str, Any]) -> "Preferences":
     from kvchat.ui.themes import checked_theme
 
     file = find_paths().config_file
-    keys = checked_keys(read_config(file).keys)
+    config = read_config(file)
+    keys = checked_keys(config.keys)
     kept = None if given["private"] else file
-    return Preferences(checked_theme(given["theme"]), given["reduced_motion"], keys, kept)
+    theme = checked_theme(given["theme"])
+    return Preferences(theme, given["reduced_motion"], keys, config.unknown, kept)
 
 
 @cli.command()
@@ -448,14 +485,11 @@ def show_paths(data_dir: Path | None) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a `KvchatError` becomes one line on stderr and exit code 1."""
+    """Runs the command line; ends with the exit code that `exit_status` describes."""
     protect_children()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the others
-    try:
-        config = dict(read_config(find_paths().config_file).values)
-        cli(prog_name="kvchat", default_map=ConfigDefaults(config))
-    except KvchatError as error:
-        click.echo(f"kvchat: {error}", err=True)
-        sys.exit(1)
+    prepare_streams()
+    sys.exit(exit_status(_run_command))
+
+
+def _run_command() -> object:
+    return cli(prog_name="kvchat", default_map=ConfigDefaults(), standalone_mode=False)

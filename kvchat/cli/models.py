@@ -3,8 +3,6 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -12,8 +10,9 @@ import click
 from kvchat.cli.options import data_dir
 from kvchat.config import settings
 from kvchat.config.paths import find_paths
-from kvchat.errors import INTERRUPTED, KvchatError
+from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL, load_cards
+from kvchat.system.interrupts import on_signals
 from kvchat.text import megabytes
 
 AS_LINES = "--progress-json"
@@ -65,7 +64,7 @@ def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
     from kvchat.engine.setup.prepare import prepare
 
     paths, reasons = find_paths(data_dir), list[str]()
-    with _cleaning_up(), reported(name, as_json=progress_json) as report:
+    with reported(name, as_json=progress_json) as report:
         folder = prepare(name, paths.models, report, paths.compiled, reasons.append)
     reasons = reasons or [refusal_of(paths.compiled, folder, weights_of(folder, "auto"))]
     if reason := reasons[0]:
@@ -157,24 +156,22 @@ def _lying_elsewhere(name: str, models_dir: Path) -> Path | None:
 
 
 def pull_as_child(name: str, data_dir: Path | None) -> int:
-    """Fetches and converts in a process of its own: converting imports torch, and the screen must not."""
-    command = pull_command(name, data_dir)
-    return subprocess.run([word for word in command if word != AS_LINES], check=False).returncode
+    """Fetches and converts in a process of its own: converting imports torch, and the screen must not.
+
+    A signal is passed on, and the child ends in its own way; Ctrl-C reaches it from the terminal.
+    """
+    command = [word for word in pull_command(name, data_dir) if word != AS_LINES]
+    with subprocess.Popen(command) as child:
+
+        def pass_on(number: int) -> None:
+            if number != signal.SIGINT:
+                child.send_signal(number)
+
+        with on_signals(pass_on):
+            return child.wait()
 
 
 def pull_command(name: str, data_dir: Path | None) -> list[str]:
     """Fetches a model and prints its progress as JSON, an object a line."""
     place = ["--data-dir", str(data_dir)] if data_dir else []
     return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]
-
-
-@contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Inside the block, SIGTERM and Ctrl-C unwind and end the program: half a download doesn't stay."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)

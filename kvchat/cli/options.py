@@ -1,6 +1,7 @@
 """The flags that several commands share, made from the table of settings."""
 
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,17 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; `nan` and `inf` are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
@@ -58,7 +70,7 @@ def _type_of(declared: Setting) -> dict[str, Any]:
                 "type": click.IntRange(None if low is None else int(low), None if high is None else int(high))
             }
         case Kind.NUMBER:
-            return {"type": click.FloatRange(low, high, min_open=declared.above)}
+            return {"type": FiniteRange(low, high, min_open=declared.above)}
         case Kind.SIZE:
             return {"type": SIZE}
         case Kind.SWITCH:

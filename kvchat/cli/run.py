@@ -1,11 +1,8 @@
 """Turns without a screen: the answer goes to stdout, figures go to stderr, or both to stdout as JSON."""
 
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from types import FrameType
 
 from kvchat.chat.session import Session
 from kvchat.contract import (
@@ -18,7 +15,8 @@ from kvchat.contract import (
     TurnStarted,
     TurnStats,
 )
-from kvchat.errors import INTERRUPTED, KvchatError
+from kvchat.errors import KvchatError
+from kvchat.system.interrupts import Ended, exit_code, on_signals
 from kvchat.text import clean, megabytes
 from kvchat.validation.plain_json import write_json
 
@@ -26,11 +24,16 @@ from kvchat.validation.plain_json import write_json
 def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_json: bool) -> int:
     """Sends the prompts as turns of the open conversation; returns the exit code.
 
+    Ctrl-C, SIGTERM and SIGHUP stop the answer under way, which is kept, and later prompts are not sent.
+
     Raises:
-        KvchatError: a turn failed; what was answered before it is saved, and no later turn has its prompt.
+        KvchatError: a turn failed, or could not be saved; what was answered before it is saved, and no later
+            turn has the prompt of one that failed.
+        Ended: a second signal came before the answer stopped; what there is of it is saved.
     """
     for prompt in prompts:
-        finished = _run_turn(session, engine, session.begin_turn(prompt), echo=not as_json)
+        turn = _Turn(session, engine, session.begin_turn(prompt), echo=not as_json)
+        finished = turn.run()
         if as_json:
             line = {
                 "text": finished.text,
@@ -40,45 +43,69 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
             print(write_json(line), flush=True)  # noqa: T201
         else:
             print(file=sys.stdout, flush=True)  # noqa: T201
-            print(f"[{figures(finished.stats)} · {session.current.id}]", file=sys.stderr, flush=True)  # noqa: T201
-        if finished.stats.finish_reason == FinishReason.CANCELLED:
-            return INTERRUPTED
+            if sys.stderr:  # without one, print would take stdout
+                print(f"[{figures(finished.stats)} · {session.current.id}]", file=sys.stderr, flush=True)  # noqa: T201
+        if turn.unsaved:
+            raise turn.unsaved
+        if turn.signals:
+            return exit_code(turn.signals[0])
     return 0
 
 
-def _run_turn(session: Session, engine: Engine, request: TurnRequest, *, echo: bool) -> TurnFinished:
-    try:
-        with _stopping_on_interrupt(engine, request.turn):
-            for event in engine.turn(request):
-                if isinstance(event, TurnStarted):
-                    session.note_started(event)
-                elif isinstance(event, Tokens):
-                    session.keep_partial(event)
-                    if echo:
-                        print(clean(event.text), end="", flush=True)  # noqa: T201
-                elif isinstance(event, TurnFailed):
-                    session.fail_turn(event.turn)
-                    raise KvchatError(event.reason)
-                elif isinstance(event, TurnFinished):
-                    session.finish_turn(event)
-                    return event
-    finally:
-        session.abandon_turn()  # whoever read the answer may be gone; what was written of it stays
-    raise KvchatError("The engine ended the turn without an answer.")
+class _Turn:
+    """One turn; a signal stops it, and a second one does not wait for that."""
 
+    def __init__(self, session: Session, engine: Engine, request: TurnRequest, *, echo: bool) -> None:
+        self._session = session
+        self._engine = engine
+        self._request = request
+        self._echo = echo
+        self._running = True
+        """Whether a second signal may interrupt; not once the answer is saved for the last time."""
+        self.signals: list[int] = []
+        """Those that came."""
+        self.unsaved: KvchatError | None = None
+        """Why the answer is not saved as it is shown."""
 
-@contextmanager
-def _stopping_on_interrupt(engine: Engine, turn: str) -> Iterator[None]:
-    """Ctrl-C stops the answer and keeps what there is of it."""
+    def run(self) -> TurnFinished:
+        """Answers."""
+        with on_signals(self._signalled):
+            try:
+                return self._answer()
+            finally:
+                self._running = False
+                self._keep(self._session.abandon_turn)
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        engine.stop(turn)
+    def _signalled(self, number: int) -> None:
+        self.signals.append(number)
+        self._engine.stop(self._request.turn)
+        if len(self.signals) > 1 and self._running:
+            raise Ended(self.signals[0])
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def _answer(self) -> TurnFinished:
+        session = self._session
+        for event in self._engine.turn(self._request):
+            if isinstance(event, TurnStarted):
+                session.note_started(event)
+            elif isinstance(event, Tokens):
+                self._keep(session.keep_partial, event)
+                if self._echo:
+                    print(clean(event.text), end="", flush=True)  # noqa: T201
+            elif isinstance(event, TurnFailed):
+                self._keep(session.fail_turn, event.turn)
+                raise KvchatError(event.reason)
+            elif isinstance(event, TurnFinished):
+                self._running = False
+                self._keep(session.finish_turn, event)
+                return event
+        raise KvchatError("The engine ended the turn without an answer.")
+
+    def _keep(self, save: Callable[..., object], *given: object) -> None:
+        """Saves; what fails is reported after the answer, which can still be read."""
+        try:
+            save(*given)
+        except KvchatError as error:
+            self.unsaved = error
 
 
 def figures(stats: TurnStats) -> str:

@@ -7,6 +7,7 @@ flag > environment > file > default. How the file is read and written is `config
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from math import isfinite
 
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, Sampling
 from kvchat.errors import KvchatError
@@ -97,6 +98,33 @@ class Setting:
             raise KvchatError(f"{self.name} is {self.takes}; {text.strip()!r} is not.")
         return value
 
+    def check(self, value: object) -> None:
+        """Passes a value of the configuration file; text is read as a variable's is.
+
+        Raises:
+            KvchatError: it is none, and says what would be one.
+        """
+        if isinstance(value, str):
+            self.parse(value)
+        elif not self._may_be(value):
+            raise KvchatError(f"{self.name} is {self.takes}; {shown(value)} is not.")
+
+    def _may_be(self, value: object) -> bool:
+        """Whether a value that TOML does not write as text fits."""
+        if isinstance(value, bool):
+            return self.kind is Kind.SWITCH
+        if not isinstance(value, int | float):
+            return False
+        match self.kind:
+            case Kind.WHOLE:
+                return isinstance(value, int) and self._is_within(value)
+            case Kind.NUMBER:
+                return self._is_within(value)
+            case Kind.SIZE:
+                return value >= 0 and isfinite(value)
+            case _:
+                return False
+
     def _convert(self, text: str) -> Value | None:
         match self.kind:
             case Kind.WHOLE:
@@ -118,6 +146,8 @@ class Setting:
     def _is_within(self, value: Value) -> bool:
         if isinstance(value, str | bool):
             return True
+        if not isfinite(value):
+            return False
         low = self.lowest is None or value > self.lowest or (value == self.lowest and not self.above)
         return low and (self.highest is None or value <= self.highest)
 

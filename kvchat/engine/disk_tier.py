@@ -5,11 +5,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kvchat.cache.disk.disk_store import Chain, DiskStore
+from kvchat.cache.disk.segment import SnapshotRefused
 from kvchat.cache.disk.snapshot import load
 from kvchat.cache.disk.writer import DiskWriter, SaveResult
 from kvchat.cache.fingerprint import Fingerprint
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.prefix import gap_bounds, reusable_prefix
+from kvchat.errors import KvchatError, translating
 
 OnSaved = Callable[[SaveResult], None]
 
@@ -54,6 +56,8 @@ class DiskTier:
         """Called from the saving thread."""
         self._unsaved: set[str] = set()
         """Conversations of which nothing on disk can be continued: the next save starts over."""
+        self._refused: dict[str, str] = {}
+        """Conversation → why what is saved of it, which can't be removed, is not looked at again."""
         self._saver = DiskWriter(shelf, self._note)
 
     def _note(self, result: SaveResult) -> None:
@@ -74,7 +78,10 @@ class DiskTier:
             SnapshotRefused: something is, and it can't be used.
         """
         self._saver.wait(conversation)
-        chain = self._shelf.chain(conversation)
+        if why := self._refused.get(conversation):
+            raise SnapshotRefused(why)
+        with translating(f"The saved cache {conversation} can't be used", SnapshotRefused):
+            chain = self._shelf.chain(conversation)
         return SavedCache(chain) if chain.segments else None
 
     def restore(self, saved: SavedCache, kv: ConversationKV, fingerprint: Fingerprint) -> None:
@@ -83,9 +90,12 @@ class DiskTier:
         Raises:
             SnapshotRefused: the saved cache is damaged, or another model's; the empty one stays empty.
         """
-        load(saved.chain, kv, fingerprint.as_dict())
+        conversation = saved.chain.conversation
+        with translating(f"The saved cache {conversation} can't be used", SnapshotRefused):
+            load(saved.chain, kv, fingerprint.as_dict())
         self._saver.adopt(saved.chain)
-        self._shelf.touch(saved.chain.conversation)
+        with suppress(OSError):  # a folder of another user: it only counts as used longer ago
+            self._shelf.touch(conversation)
 
     def save(self, conversation: str, fingerprint: Fingerprint, kv: ConversationKV) -> None:
         """Sends the rows that are not saved yet; returns at once."""
@@ -102,8 +112,19 @@ class DiskTier:
         return conversation not in self._unsaved
 
     def remove(self, conversation: str) -> None:
-        """Deletes what is saved of a conversation."""
+        """Deletes what is saved of a conversation.
+
+        Raises:
+            KvchatError: it can't be removed.
+        """
         self._saver.forget(conversation)
+
+    def refuse(self, conversation: str, why: str) -> None:
+        """Removes what can't be used; where that fails, it is not looked at again before the next start."""
+        try:
+            self.remove(conversation)
+        except KvchatError:
+            self._refused[conversation] = why
 
     def sizes(self) -> dict[str, int]:
         """Conversation → bytes on disk."""

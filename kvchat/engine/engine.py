@@ -6,8 +6,8 @@ the system prompt need nothing else. It knows conversations by id only; what the
 texts are stored is elsewhere.
 """
 
+import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -43,7 +43,9 @@ from kvchat.engine.speculative import Drafter, PromptLookup
 from kvchat.engine.token_spans import spans_at_end, spans_at_start
 from kvchat.engine.turn import PREFILL_CHUNK, Tools, Turn
 from kvchat.engine.turn_timer import TurnTimer
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, as_sentence, cause
+
+log = logging.getLogger(__name__)
 
 UNBOUNDED = 1 << 62
 """A budget that nothing reaches."""
@@ -56,6 +58,13 @@ def answered(messages: Sequence[PromptMessage], said: PromptMessage) -> tuple[Pr
         return (*messages, said)
     ids = (*begun.token_ids, *said.token_ids)
     return (*messages[:-1], replace(said, text=begun.text + said.text, token_ids=ids))
+
+
+def _failure(error: Exception) -> str:
+    """The sentence for an error; the log gets the traceback of one that is not a file's or a library's."""
+    if cause(error) is None:
+        log.error("the engine failed", exc_info=error)
+    return f"The engine failed: {as_sentence(error)}"
 
 
 class LocalEngine:
@@ -112,9 +121,8 @@ class LocalEngine:
             self._discard_what_failed(request, meter, error)
             yield TurnFailed(request.turn, str(error))
         except Exception as error:  # the engine outlives whatever a model or the memory does to one turn
-            traceback.print_exc()
             self._discard_what_failed(request, meter, error)
-            yield TurnFailed(request.turn, f"The engine failed: {type(error).__name__}: {error}")
+            yield TurnFailed(request.turn, _failure(error))
 
     def stop(self, turn: str) -> None:
         """Ends that turn before the next layer is computed."""
@@ -132,8 +140,7 @@ class LocalEngine:
         except KvchatError as error:
             self._report(Refused(str(error)))
         except Exception as error:  # as in a turn
-            traceback.print_exc()
-            self._report(Refused(f"The engine failed: {type(error).__name__}: {error}"))
+            self._report(Refused(_failure(error)))
         if not isinstance(act, CountTokens):
             self._report(self.pool())
 
@@ -238,7 +245,8 @@ class LocalEngine:
             except KvchatError as error:
                 self._event_log.log(conversation, CacheEventKind.REFUSE, 0, note=str(error))
                 self.caches.drop_reasons[conversation] = str(error)
-                self._remove_saved(conversation)
+                if self._disk:
+                    self._disk.refuse(conversation, str(error))
                 return self._take(request, self.planner.plan(request), meter)
         if isinstance(source, SharedPrefix):
             return self._with_shared_prefix(request, plan, source), plan
@@ -274,10 +282,6 @@ class LocalEngine:
             request.conversation, CacheEventKind.LEND, plan.reused, note=f"from {source.lender}"
         )
         return self.caches.put(request.conversation, kept)
-
-    def _remove_saved(self, conversation: str) -> None:
-        if self._disk:
-            self._disk.remove(conversation)
 
     def _is_stopped(self, turn: str) -> bool:
         return self._closing or self._stopped_turn == turn

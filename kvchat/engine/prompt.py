@@ -163,8 +163,10 @@ class Renderer:
         goes_on = turns[-1]["role"] == "assistant"
         try:
             return self._chat.render(turns, goes_on=goes_on, text=self._dated(today))
-        except (TemplateError, ValueError) as error:
-            raise KvchatError(f"The model's chat template refuses this conversation: {error}") from error
+        except Exception as error:  # a template is a program of the model's: it may raise anything
+            raise KvchatError(
+                f"The model's chat template refuses this conversation: {_said(error)}"
+            ) from error
 
     def _dated(self, today: str) -> str:
         """The chat template with a frozen date written into it: transformers lets no function through."""
@@ -173,6 +175,12 @@ class Renderer:
             return template
         moment = datetime.fromisoformat(today)
         return DATE.sub(lambda call: repr(moment.strftime(call["format"])), template)
+
+
+def _said(error: Exception) -> str:
+    """What a template said itself, or how it failed."""
+    words = " ".join(str(error).split()) or "it gives no reason"
+    return words if isinstance(error, TemplateError | ValueError) else f"{type(error).__name__}: {words}"
 
 
 def find_texts(rendered: str, skeleton: str, texts: Sequence[str]) -> list[TextSpan]:

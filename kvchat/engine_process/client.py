@@ -7,7 +7,7 @@ and the process's sentinel shows when the child has ended. Must not import textu
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -28,11 +28,9 @@ from kvchat.contract import (
     TurnFinished,
     TurnRequest,
 )
-from kvchat.engine_process.server import EngineOptions, Forget, Request, Stop, serve
+from kvchat.engine_process.server import CLOSING_S, FROM_TERMINAL, EngineOptions, Forget, Request, Stop, serve
 
 LOG_TAIL_LINES = 6
-CLOSING_S = 3.0
-"""How long a closing child may take, to save what is not saved, before it is killed."""
 
 
 def allow_spawning() -> None:
@@ -62,7 +60,8 @@ class LinkedEngine:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, self._options), daemon=True)
-        process.start()
+        with _signals_blocked():
+            process.start()
         theirs.close()
         self._process = process
         Thread(target=self._write, args=(ours, self._outbox), daemon=True, name="engine-writer").start()
@@ -147,6 +146,22 @@ class LinkedEngine:
             events.put(TurnFailed(turn, reason))
         if not self._closing:
             self._on_status(Died(reason, () if explained else log_tail(self._options.log_file)))
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that is started inside the block has SIGINT and SIGHUP blocked, until it ignores them.
+
+    The terminal sends them to every process that belongs to it, also to one that has only begun.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cause_of_death(exit_code: int | None) -> str:

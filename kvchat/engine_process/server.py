@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -29,14 +31,19 @@ from kvchat.contract import (
 )
 from kvchat.engine_process.diagnostics import report_on_signal
 from kvchat.engine_process.openmp import wait_politely
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, as_sentence, cause
+from kvchat.system.interrupts import SIGNALS
 from kvchat.system.ownership import make_private
 from kvchat.validation.checks import InvalidError, checked
 
 BATCH_S = 1 / 15
 """Tokens cross the wire in batches at most this often."""
+CLOSING_S = 3.0
+"""How long a closing child may take, to save what is not saved, before it is killed."""
 ENGINE_NICENESS = 5
 """The model takes every core; with this, a key pressed meanwhile is served first."""
+FROM_TERMINAL = tuple(number for number in SIGNALS if number != signal.SIGTERM)
+"""Signals that a terminal sends to all processes that belong to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +105,48 @@ def batched(events: Iterator[TurnEvent], seconds: float = BATCH_S) -> Iterator[T
 
 def serve(pipe: Connection, options: EngineOptions) -> None:
     """The child's whole life: load, then answer until the other side hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _redirect_output(options.log_file)
-    report_on_signal(options.log_file.parent)
-    wait_politely()
-    os.nice(ENGINE_NICENESS)
-    pipe.send(Loading("importing torch"))
+    _ignore_terminal()
+    _end_with_parent()
     code = 0
     try:
+        _redirect_output(options.log_file)
+        report_on_signal(options.log_file.parent)
+        wait_politely()
+        os.nice(ENGINE_NICENESS)
+        pipe.send(Loading("importing torch"))
         _serve(pipe, options)
-    except KvchatError as error:
-        pipe.send(Died(str(error)))
-        code = 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # the other side is gone
         pass
+    except Exception as error:
+        code = 1
+        if cause(error) is None:
+            traceback.print_exc()
+        with suppress(OSError):
+            pipe.send(Died(as_sentence(error)))
     os._exit(code)  # taking torch down in order takes a second, and nothing is left to save
+
+
+def _ignore_terminal() -> None:
+    """Ends that block: the other side decides what Ctrl-C and a closed terminal mean."""
+    for number in FROM_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_TERMINAL)
+
+
+def _end_with_parent() -> None:
+    """Ends this process soon after the one that started it, even where the model is stuck in a computation.
+
+    A parent that is killed closes nothing in order; what the engine can still save it saves meanwhile.
+    """
+
+    def watch() -> None:
+        if parent := parent_process():
+            wait([parent.sentinel])
+            time.sleep(CLOSING_S)
+            os._exit(1)
+
+    Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _serve(pipe: Connection, options: EngineOptions) -> None:

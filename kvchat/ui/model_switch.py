@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from kvchat.chat.session import Session
 from kvchat.config.settings import sampling_of
-from kvchat.errors import INTERRUPTED, KvchatError
+from kvchat.errors import KvchatError
 from kvchat.models.cards import ModelCard, WheelSource, find_card, load_cards
 from kvchat.models.resolve import installed, is_prepared
+from kvchat.system.interrupts import exit_code
 from kvchat.text import one_line
 from kvchat.ui.formatting import about, tokens
 from kvchat.ui.turn_thread import EngineBridge, EngineFactory
@@ -166,7 +167,7 @@ class ModelDesk:
             del self.fetching[name], self._children[name]
         if child.returncode == 0:
             self._say(f"{title_of(name)} is here. Ctrl+L lets it answer.")
-        elif child.returncode in (-signal.SIGTERM, INTERRUPTED):
+        elif child.returncode in (-signal.SIGTERM, exit_code(signal.SIGTERM)):
             self._say(f"{title_of(name)}: the download was cancelled; nothing of it stays.")
         else:
             self.failed[name] = one_line(said) or f"{title_of(name)} could not be fetched."

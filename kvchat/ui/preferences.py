@@ -15,5 +15,7 @@ class Preferences:
     reduced_motion: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
     """Command → key, checked."""
+    warnings: tuple[str, ...] = ()
+    """What was left out of the configuration file, and why."""
     config_file: Path | None = None
     """Where changes are written; None writes none."""

@@ -27,7 +27,8 @@ from kvchat.contract import (
     TurnRequest,
     TurnStarted,
 )
-from kvchat.errors import INTERRUPTED, KvchatError
+from kvchat.errors import KvchatError
+from kvchat.system.interrupts import Ended
 from tests.support import samples
 from tests.support.samples import FIGURES, piece
 
@@ -163,21 +164,54 @@ def test_an_answer_whose_reader_is_gone_stays(session: Session, monkeypatch: pyt
     assert talk(reloaded(session))[1:] == [("assistant", "The ", "cancelled")]
 
 
-def test_an_interrupt_stops_this_turn_and_later_ones_are_not_asked(session: Session) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_this_turn_and_later_ones_are_not_asked(
+    session: Session, sent: signal.Signals
+) -> None:
     class Interrupted(PlayedEngine):
         def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
             for event in super().turn(request):
                 yield event
                 if event == piece(request.turn, "The ", 1):
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), sent)
                     yield finished(request.turn, "The ", 1, finish="cancelled")
 
     engine = Interrupted(ANSWER, ANSWER)
-    before = signal.getsignal(signal.SIGINT)
-    assert run_turns(session, engine, ["Which pass?", "Never asked"], as_json=False) == INTERRUPTED == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(sent)
+    assert run_turns(session, engine, ["Which pass?", "Never asked"], as_json=False) == 128 + sent
+    assert signal.getsignal(sent) is before
     assert engine.stopped == [engine.requests[0].turn]
     assert talk(reloaded(session)) == [("user", "Which pass?", None), ("assistant", "The ", "cancelled")]
+
+
+def test_a_second_signal_does_not_wait_for_the_engine_and_the_answer_stays(session: Session) -> None:
+    class Deaf(PlayedEngine):
+        def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
+            for event in super().turn(request):
+                yield event
+                if event == piece(request.turn, "The ", 1):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Ended) as caught:
+        run_turns(session, Deaf(ANSWER), ["Which pass?"], as_json=False)
+    assert caught.value.number == signal.SIGINT
+    assert talk(reloaded(session)) == [("user", "Which pass?", None), ("assistant", "The ", "cancelled")]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_answer_that_cannot_be_saved_is_printed_whole_before_the_failure_is_reported(
+    session: Session, capsys: Printed, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def full(*_: object) -> None:
+        raise KvchatError("The conversations can't be saved: database or disk is full.")
+
+    monkeypatch.setattr(session, "keep_partial", full)
+    monkeypatch.setattr(session, "finish_turn", full)
+    with pytest.raises(KvchatError, match="disk is full"):
+        run_turns(session, PlayedEngine(ANSWER), ["Which pass?", "Never asked"], as_json=as_json)
+    out = capsys.readouterr().out
+    assert (json.loads(out)["text"] if as_json else out) == "The Brenner." + "\n" * (not as_json)
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,31 @@ def test_no_file_sets_nothing(tmp_path: Path) -> None:
     assert read_config(tmp_path / "none.toml") == Config()
 
 
-def test_an_unknown_name_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    path = config(tmp_path, "temprature = 1\nmodle = 2\nmax-tokens = 3")
-    with pytest.raises(KvchatError) as caught:
-        read_config(path)
-    sentence = str(caught.value)
-    assert str(path) in sentence
-    assert "sets modle, temprature, which" in sentence
-    assert "max_tokens, min_p, model" in sentence
+def test_an_unknown_name_is_left_out_and_named_with_its_line(tmp_path: Path) -> None:
+    path = config(tmp_path, "temprature = 1\nmax-tokens = 3\n[xyz]\na = 1")
+    found = read_config(path)
+    assert found.values == {"max_tokens": 3}
+    assert found.unknown == (
+        f"{path}, line 1: temprature is no setting; perhaps temperature is meant. It is left out.",
+        f"{path}, line 3: xyz is no setting; `kvchat config list` lists them. It is left out.",
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("max-tokens = [1]", "max-tokens = 0", "max-tokens = 1.5", "max-tokens = true", "threads = 'x'"),
+        *("temperature = nan", "temperature = inf", "temperature = 1979-05-27", "top-p = 2"),
+        *("model = 3", "system = {a = 1}", "data-dir = 5", "theme = false", "cache = 'ON'", "kv = 8"),
+        *("private = 1", "private = 'perhaps'", "kv-budget = -1", "kv-budget = nan", "kv-disk = true"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_left_out_and_named_with_its_line(tmp_path: Path, line: str) -> None:
+    found = read_config(config(tmp_path, f"seed = 4\n{line}"))
+    assert found.values == {"seed": 4}
+    ((key, sentence),) = found.wrong.items()
+    assert f"line 2: {key.replace('_', '-')} is " in sentence
+    assert found.problems == (sentence,)
 
 
 @pytest.mark.parametrize("text", ["max-tokens = ", "[unclosed", b"model = '\xff'"])

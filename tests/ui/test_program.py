@@ -100,6 +100,34 @@ def test_the_program_answers_survives_its_engine_and_leaves_the_terminal_as_it_w
     assert [m.finish_reason for m in messages[1::2]] == ["length", "length"]
 
 
+def test_a_byte_that_is_no_text_is_replaced_and_sigterm_leaves_in_order(
+    chat: Terminal, tmp_path: Path
+) -> None:
+    chat.until("ready")
+    engine = engine_of(chat)
+    chat.type(b"a\xffb\xc3")
+    chat.type(b"\xa9" + ENTER)
+    chat.until("tok/s · cache on")
+    left = chat.now()
+    chat.process.send_signal(signal.SIGTERM)
+    assert chat.exit_code() == 128 + signal.SIGTERM
+    wait_for(lambda: LEAVE_ALTERNATE_SCREEN in chat.raw[left:], "the screen is as before")
+    assert b"\x1b[?1003l" in chat.raw[left:]
+    assert chat.settings_now == chat.settings
+    wait_for(lambda: not engine.is_running(), "the engine is gone")
+    store = Store(tmp_path / "data" / "kvchat.db")
+    (summary,) = store.summaries()
+    assert store.load(summary.id).messages[0].text == "a\ufffdbé"
+
+
+def test_a_killed_program_leaves_no_engine(chat: Terminal) -> None:
+    chat.until("ready")
+    engine = engine_of(chat)
+    chat.process.kill()
+    chat.exit_code()
+    wait_for(lambda: not engine.is_running(), "the engine is gone")
+
+
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [

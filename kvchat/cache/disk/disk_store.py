@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kvchat.cache.disk.segment import Header, Segment, SnapshotRefused, read_segment, refusal, segment_number
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, as_sentence, cause
 from kvchat.system.ownership import make_private
 
 LOCK_S = 20.0
@@ -184,15 +184,17 @@ class DiskStore:
         """One writer at a time among threads and processes; may be nested.
 
         Raises:
-            KvchatError: another process holds the shelf for longer than `LOCK_S`.
+            KvchatError: another process holds the shelf for longer than `LOCK_S`, or it can't be written to.
         """
-        make_private(self.root)
         try:
+            make_private(self.root)
             self._lock.acquire()
         except Timeout as error:
             raise KvchatError(
                 f"Another kvchat has been writing to {self.root} for {LOCK_S:.0f} s."
             ) from error
+        except OSError as error:
+            raise KvchatError(f"The saved caches can't be changed: {cause(error)}.") from error
         try:
             yield
         finally:
@@ -241,7 +243,7 @@ class DiskStore:
         try:
             chain = self.chain(conversation)
         except (SnapshotRefused, OSError) as error:
-            return Entry(conversation, held, 0, last_used, {}, str(error))
+            return Entry(conversation, held, 0, last_used, {}, as_sentence(error))
         damage = "" if chain.segments else "There is no segment in it."
         return Entry(conversation, held, len(chain.rows), last_used, chain.fingerprint, damage)
 

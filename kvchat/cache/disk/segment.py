@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from xxhash import xxh3_128_hexdigest
 
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, cause
 
 FORMAT = 2
 """1: quantised layers that shared memory could hold uninitialised values; such files are read again."""
@@ -222,7 +222,7 @@ def read_segment(path: Path) -> Segment:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise refusal(path, f"can't be read ({error.strerror})") from error
+        raise refusal(path, f"can't be read ({cause(error)})") from error
     except ValueError as error:
         raise refusal(path, str(error)) from error
     place = _checksum_place()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from kvchat.cache.disk.disk_store import Chain, DiskStore
 from kvchat.cache.disk.snapshot import SavedSegment, save
 from kvchat.cache.kv_cache import PackedRows
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, cause
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class DiskWriter:
             return self._shelf.remove(conversation)
         except OSError as error:
             raise KvchatError(
-                f"The cache of conversation {conversation} can't be removed: {error}."
+                f"The cache of conversation {conversation} can't be removed: {cause(error)}."
             ) from error
 
     def close(self) -> None:
@@ -141,7 +141,8 @@ class DiskWriter:
         try:
             saved = save(self._shelf, job.conversation, job.fingerprint, job.packed, continues)
         except Exception as error:
-            log.warning("conversation %s is not saved", job.conversation, exc_info=True)
+            if cause(error) is None:
+                log.warning("conversation %s is not saved", job.conversation, exc_info=True)
             return SaveResult(job.conversation, time.perf_counter() - begun, error=_sentence(job, error))
         self._keep(job, saved)
         took = time.perf_counter() - begun
@@ -157,5 +158,4 @@ class DiskWriter:
 def _sentence(job: _Job, error: Exception) -> str:
     if isinstance(error, KvchatError):
         return str(error)
-    why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-    return f"The cache of conversation {job.conversation} could not be saved: {why}."
+    return f"The cache of conversation {job.conversation} could not be saved: {cause(error) or repr(error)}."

@@ -67,6 +67,7 @@ class ActionBase(Screen[None]):
         self._commands = remapped(preferences.keys)
         self._begun = False
         """Whether the session is open; until then there is nothing to act on."""
+        self._has_left = False
         self._model = model
         self.first_command = ""
         """What is done as soon as the session is open."""

@@ -4,10 +4,13 @@ What is typed is a line, what is answered is text, and the figures of a turn are
 same session, engine, prices and slash words as the screen.
 """
 
+import errno
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TextIO
@@ -33,6 +36,7 @@ from kvchat.contract import (
     TurnStats,
 )
 from kvchat.errors import KvchatError
+from kvchat.system.interrupts import Ended, exit_code, on_signals
 from kvchat.text import clean, megabytes, one_line
 from kvchat.ui.cache_actions import CacheDesk
 from kvchat.ui.commands import parse_slash
@@ -48,6 +52,8 @@ from kvchat.ui.widgets.message import ENDINGS
 PROMPT = "you: "
 SEND_AGAIN = "/regen sends it again; later answers don't see it."
 ASK_AGAIN = "The old question stays. The next line is asked in its place."
+HANGUP = 1
+"""SIGHUP by number: Windows has none."""
 SETTLE_S = 0.3
 """A price comes at once or with the next line."""
 COUNT_S = 20.0
@@ -57,10 +63,12 @@ COUNT_S = 20.0
 def talk(
     session: Session, factory: EngineFactory, model: str, shelf: ModelShelf, begin_with: str = ""
 ) -> int:
-    """Chats until the input ends or the user leaves; returns the exit code.
+    """Chats until the input ends, the user leaves or a signal comes; returns the exit code.
 
     With `begin_with`, does that command (`tour`) instead of reading lines.
     """
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # one wrong byte of a paste must not end the chat
     chat = PlainChat(session, factory, model, sys.stdin, sys.stdout, shelf)
     return chat.run_tour() if begin_with == "tour" else chat.run()
 
@@ -76,6 +84,14 @@ def turn_sentence(stats: TurnStats) -> str:
     ending = ENDINGS.get(FinishReason(stats.finish_reason), "")
     notes = [stats.reuse_note] * bool(stats.reuse_note) + [f"the answer was {ending}"] * bool(ending)
     return " ".join(map(sentence, [words, *notes]))
+
+
+class Signalled(Message):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class PlainChat:
@@ -107,6 +123,10 @@ class PlainChat:
         self._ready = False
         self._given_up = False
         self._left = False
+        self._reading = False
+        """Whether a line is waited for."""
+        self._signals: list[int] = []
+        """Those that came."""
 
     def post_message(self, message: Message) -> None:
         """Takes what the engine tells; called from its threads."""
@@ -133,25 +153,49 @@ class PlainChat:
 
     def _with_engine(self, act: Callable[[], None]) -> int:
         """Acts once the engine is ready, and ends it; returns the exit code."""
-        self._bridge.start()
+        with on_signals(self._signalled):
+            self._bridge.start()
+            try:
+                if not self._until_ready():
+                    return 1
+                act()
+                return 0
+            except Ended as ended:
+                return exit_code(ended.number)
+            except OSError as error:
+                if error.errno != errno.EIO and HANGUP not in self._signals:
+                    raise
+                return exit_code(HANGUP)  # the terminal is gone, and takes no words
+            finally:
+                self._reading = False  # nothing interrupts what is saved now
+                with suppress(KvchatError):
+                    self._session.abandon_turn()
+                self._bridge.close()
+
+    def _signalled(self, number: int) -> None:
+        """Ends the wait for a line at once; everything else looks into the inbox soon, and may save first."""
+        self._signals.append(number)
+        if self._reading:
+            raise Ended(number)
+        self._inbox.put(Signalled(number))
+
+    def _read_line(self) -> str:
+        """What is typed next, with its line end; empty where the input ends."""
+        self._reading = True
         try:
-            if not self._until_ready():
-                return 1
-            act()
-            return 0
+            return self._lines.readline()
+        except Ended as ended:
+            if ended.number != signal.SIGINT:
+                raise
+            return ""
         finally:
-            with suppress(KvchatError):
-                self._session.abandon_turn()
-            self._bridge.close()
+            self._reading = False
 
     def _next_line(self) -> str | None:
         """What is typed next; None where the input ends."""
         self._out.write(PROMPT)
         self._out.flush()
-        try:
-            line = self._lines.readline()
-        except KeyboardInterrupt:
-            line = ""
+        line = self._read_line()
         if not line:
             self.say("")
         return line.rstrip("\r\n") if line else None
@@ -202,14 +246,23 @@ class PlainChat:
         while self._session.pending:
             try:
                 self._on_message(self._inbox.get())
-            except KeyboardInterrupt:
-                self._bridge.stop(request.turn)
+            except KvchatError as error:  # it can't be saved, and can still be read
+                self.say(f"\n{error}")
 
     def _on_message(self, message: Message) -> None:
-        if isinstance(message, TurnProgress):
+        if isinstance(message, Signalled):
+            self._on_signal(message.number)
+        elif isinstance(message, TurnProgress):
             self._on_event(message.event)
         elif isinstance(message, EngineStatus):
             self._on_status(message.status)
+
+    def _on_signal(self, number: int) -> None:
+        """Ctrl-C stops an answer and keeps what there is of it; everything else ends the chat."""
+        if number == signal.SIGINT and self._session.pending:
+            self._bridge.stop(self._session.pending.turn)
+        else:
+            raise Ended(number)
 
     def _on_event(self, event: TurnEvent) -> None:
         match event:
@@ -251,10 +304,7 @@ class PlainChat:
 
     def _until_ready(self) -> bool:
         while not self._ready and not self._given_up:
-            try:
-                self._on_message(self._inbox.get())
-            except KeyboardInterrupt:
-                return False
+            self._on_message(self._inbox.get())
         return self._ready
 
     def _hear(self) -> None:
@@ -314,7 +364,7 @@ class PlainChat:
         """Asks, and acts where the answer is yes."""
         self._out.write(f"{clean(question)} Type yes to do it: ")
         self._out.flush()
-        if self._lines.readline().strip().lower() in ("y", "yes"):
+        if self._read_line().strip().lower() in ("y", "yes"):
             act()
         else:
             self.say("Nothing was changed.")

@@ -134,7 +134,10 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
         return self._begun
 
     def leave(self) -> None:
-        """Saves what isn't saved and ends the engine."""
+        """Saves what isn't saved and ends the engine; once."""
+        if self._has_left:
+            return
+        self._has_left = True
         if self._begun:
             if self._shelf:
                 self._models.close()
