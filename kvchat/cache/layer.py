@@ -157,7 +157,8 @@ class StoredLayer(CacheLayerMixin):
 class Memory(NamedTuple):
     """Where a layer's keys and values lie, for code that is given addresses; all int64.
 
-    Exact rows follow quantised ones, which `quantize` lays out. In the order of `kernels.cpp`.
+    Exact rows follow quantised ones, which `quantize` lays out. In the order of `Layer` in the kernels'
+    `cache_rows.h`.
     """
 
     width: int

@@ -37,7 +37,7 @@ def no_drafts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The operators of `kernels.cpp`, compiled for this machine."""
+    """The operators of `kernels/ops.cpp`, compiled for this machine."""
     need_compiler()
     folder = tmp_path_factory.mktemp("kernels")
     compile_kernels(folder / KERNELS)

@@ -356,3 +356,36 @@ def test_attention_over_what_does_not_fit_is_refused() -> None:
     refused("there is no room for these rows", query, keys, values, rows + layer.capacity - 3, table)
     refused("there is no room for these rows", query, keys, values, rows - 1, table)
     refused("expected scalar type Float", query.double(), keys, values, rows, table)
+
+
+# ---- NaN and infinity --------------------------------------------------------------------------------------
+
+
+@each_precision
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_a_product_with_nan_or_infinity_is_nan(bits: int, bad: float) -> None:
+    """In whichever column, and only for the token that has it."""
+    clean, blocks = random(9, COLUMNS), blocks_of(5 * TILE, bits)
+    expected = product(clean, blocks)
+    for column in range(COLUMNS):
+        states = clean.clone()
+        states[4, column] = bad
+        found = product(states, blocks)
+        assert found[4].isnan().all()
+        found[4] = expected[4]
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("cuts", [[150], [1] * 150])
+def test_attention_with_a_query_or_key_of_nan_is_nan(cuts: list[int]) -> None:
+    """For the query's head and token, or for all queries that see the key; the others are what they were."""
+    case = Case(6, 2, window=40, softcap=5.0, sinks=True)
+    clean = case.states(150)
+    expected = case.attend(DenseLayer(case.shape, torch.bfloat16), clean, cuts)
+    for which, tokens, heads in ((0, slice(70, 71), slice(1, 2)), (1, slice(70, 110), slice(3, 6))):
+        states = [each.clone() for each in clean]
+        states[which][0, 1, 70, 5] = math.nan
+        found = case.attend(DenseLayer(case.shape, torch.bfloat16), states, cuts)
+        assert found[tokens, heads].isnan().all()
+        found[tokens, heads] = expected[tokens, heads]
+        assert torch.equal(found, expected)

@@ -44,7 +44,9 @@ def compile_once(real: str, arguments: Sequence[str], program: str) -> None:
     target = Path(arguments[arguments.index("-o") + 1])
     places = {str(sources[0]), str(target)}
     same = "\0".join("" if argument in places else argument for argument in arguments)
-    made = Path(program).with_name(hashlib.sha256(same.encode() + sources[0].read_bytes()).hexdigest())
+    headers = sorted(sources[0].parent.glob("*.h")) if sources[0].suffix == ".cpp" else []
+    content = b"".join(path.read_bytes() for path in (sources[0], *headers))
+    made = Path(program).with_name(hashlib.sha256(same.encode() + content).hexdigest())
     with made.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
         if not made.exists():

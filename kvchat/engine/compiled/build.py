@@ -1,7 +1,7 @@
 """Makes the compiled step of a model: exported from transformers' own code, compiled for this CPU.
 
 torch.export records the model reading any number of tokens, with its linear layers replaced by those of
-`packed` and its attention by that of `kernels.cpp`, and AOTInductor
+`packed` and its attention by that of `kernels/`, and AOTInductor
 (https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html) makes C++ of it. One graph serves
 prompts, single tokens and drafts, so there is one copy of the weights. The cache is not part of the graph:
 the attention is handed a table of where its rows lie, so that one graph serves every precision and length.
@@ -10,6 +10,7 @@ with it. It refuses to know conversations.
 """
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.package import (
     compiler,
     find_package,
+    kernel_sources,
     make_model_folder,
     package_folder,
     record_digests,
@@ -78,9 +80,10 @@ NO_COMPILER = (
     "The model can't be compiled: there is no C++ compiler (g++). Answers come several times slower."
 )
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
-    *("-shared", "-fPIC", "-std=gnu++20", "-O3", "-march=native", "-fopenmp"),
+    *("-shared", "-fPIC", "-std=gnu++20", "-O3", "-fopenmp"),
+    # GCC and Clang both take -mcpu on aarch64; there, older ones of Clang refuse -march=native
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
     "-fno-math-errno",  # lets loops with rounding be vectorised
     "-ffp-contract=off",  # the kernels say where a product and a sum are rounded once
     "-DC10_USING_CUSTOM_GENERATED_MACROS",  # the headers of an installed torch lack that file
@@ -417,17 +420,17 @@ def _constant(module: torch.fx.GraphModule, node: Any) -> torch.Tensor:  # noqa:
 
 
 def compile_kernels(library: Path) -> None:
-    """Compiles `kernels.cpp` for this CPU into the shared library of that name.
+    """Compiles the kernels for this CPU into the shared library of that name.
 
     Raises:
         KvchatError: the compiler refuses it.
     """
-    torch_folder = Path(torch.__file__).parent
-    command = [compiler() or "g++", *FLAGS, f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(library)]
+    torch_folder, source = Path(torch.__file__).parent, kernel_sources()[0]
+    command = [compiler() or "g++", *FLAGS, f"-I{torch_folder / 'include'}", str(source), "-o", str(library)]
     links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise KvchatError(f"{SOURCE.name}: {done.stderr.strip() or done.returncode}")
+        raise KvchatError(f"{source.name}: {done.stderr.strip() or done.returncode}")
 
 
 _tables: list[torch.Tensor] = []

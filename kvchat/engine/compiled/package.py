@@ -54,7 +54,7 @@ SOURCES = (
     ),  # lay out the memory it reads
 )
 """Modules on which a package depends, beside the kernels."""
-KERNEL_SOURCES = ("*.cpp", "*.h", "*.hpp", "*.inc")
+KERNELS_FOLDER = Path(__file__).with_name("kernels")
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.gguf")
 """Configs, tokenizer and chat template go into a package as well as weights."""
 LIBRARIES = ("torch", "transformers")
@@ -81,9 +81,8 @@ def fingerprint(root: Path, folder: Path, weights: str) -> str:
 
 
 def kernel_sources() -> list[Path]:
-    """Every C++ source and header of the kernels, by name: all of them define what the kernels read."""
-    here = Path(__file__).parent
-    return sorted(path for pattern in KERNEL_SOURCES for path in here.rglob(pattern))
+    """The C++ files of the kernels: `ops.cpp`, which is compiled, then the headers that it includes."""
+    return [KERNELS_FOLDER / "ops.cpp", *sorted(KERNELS_FOLDER.glob("*.h"))]
 
 
 def module_sources() -> list[Path]:

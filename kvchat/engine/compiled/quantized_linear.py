@@ -1,6 +1,6 @@
 """Linear layers in 4 and 8 bits: weights stay what the GGUF file says, or are rounded where the user asks.
 
-A GGUF block of the kinds Q4_0, Q4_1 and Q8_0 is 32 numbers `quant · scale + minimum`. `kernels.cpp` takes
+A GGUF block of the kinds Q4_0, Q4_1 and Q8_0 is 32 numbers `quant · scale + minimum`. The kernels take
 just that, eight rows at a time, so nothing is rounded a second time. It knows blocks and how they are laid
 out; it refuses to know what a layer is for.
 """
@@ -73,7 +73,7 @@ def _divisor(scales: torch.Tensor) -> torch.Tensor:
 
 
 def pack(blocks: Blocks) -> torch.Tensor:
-    """As `kernels.cpp` reads it: uint8 `[out / 8, in / 32, bytes]`, rows filled up with zeros to whole tiles.
+    """As in `kernels/weights.h`: uint8 `[out / 8, in / 32, bytes]`, rows padded to whole tiles with zeros.
 
     16-bit lanes, two for each row (even and odd columns); each lane holds two weights of 8 bits or four of 4
     bits, of neighbouring pairs of columns, the first one lowest. Then the tile's scales, and its minima.
@@ -104,7 +104,7 @@ def _bytes(tensor: torch.Tensor, tiles: int, groups: int) -> torch.Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over packed blocks; computes in fp32. It runs where `kernels.cpp` is loaded."""
+    """A linear layer over packed blocks; computes in fp32. It runs where the kernels are loaded."""
 
     blocks: torch.Tensor
     bias: torch.Tensor | None

@@ -92,7 +92,7 @@ class Description:
 
 
 def load_kernels(folder: Path) -> None:
-    """Makes the operators of `kernels.cpp` known to torch; once they are, does nothing.
+    """Makes the operators of `kernels/ops.cpp` known to torch; once they are, does nothing.
 
     Raises:
         KvchatError: they can't be loaded, or lay out memory in another way than this code.
