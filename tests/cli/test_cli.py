@@ -1085,15 +1085,17 @@ def test_the_installed_command_is_the_same(kvchat: Shell) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(smollm2: LoadedModel) -> Path:
-    """Where the real model lies, found before any test moves home."""
+def smollm2_paths(smollm2: LoadedModel) -> tuple[Path, Path]:
+    """The folders of the real model and of compiled code, found before any test moves home."""
     folder = is_prepared(smollm2.facts.name, find_paths().models)
     assert folder
-    return folder
+    return folder, find_paths().compiled
 
 
 @pytest.mark.model
-def test_the_real_model_reads_its_new_tokens_only(kvchat: Shell, smollm2_folder: Path) -> None:
+def test_the_real_model_reads_its_new_tokens_only(kvchat: Shell, smollm2_paths: tuple[Path, Path]) -> None:
+    smollm2_folder, compiled = smollm2_paths
+    shutil.copytree(compiled, kvchat.data / "compiled")  # else it would be compiled again
     questions = ("Name three rivers of Europe.", "Which of them is the longest?")
     flags = ("--precision", "fp32", "--draft", "off", "--max-tokens", "12")
     done = kvchat("run", "--json", "-m", smollm2_folder, *flags, *questions)
