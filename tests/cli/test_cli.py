@@ -755,7 +755,7 @@ def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> Non
     kvchat.configure('max-tokens = "many"')
     done = kvchat("run", "Hello")
     assert done.code == 2
-    assert "line 1: max-tokens is a whole number from 1; 'many' is not." in done.err
+    assert "line 1: max-tokens is a whole number from 1 to 10,000,000; 'many' is not." in done.err
     assert kvchat("sessions").code == 0
 
 

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../kvchat/engine/kernels/attention.h"
-#include "../../kvchat/engine/kernels/gemm.h"
+#include "../../kvchat/engine/compiled/kernels/attention.h"
+#include "../../kvchat/engine/compiled/kernels/gemm.h"
 
 namespace kvchat {
 
