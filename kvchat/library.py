@@ -1,7 +1,7 @@
 """kvchat as a library: load a model, chat, look at the KV cache, edit, save, restore.
 
-Everything runs in the calling process and thread, one turn at a time. Only `Chat.save` writes anything of a chat
-to disk. `docs/library.md` shows the use.
+Everything runs in the calling process and thread, one turn at a time. Nothing of a chat is written to disk
+before `Chat.save`. `docs/library.md` shows the use.
 """
 
 from collections.abc import Callable, Generator, Iterator

@@ -16,7 +16,16 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from sqlite_utils import Database
 
-from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
+from kvchat.chat.conversation import (
+    Conversation,
+    Hit,
+    Message,
+    Preset,
+    Summary,
+    newest_leaf,
+    one_id,
+    path_to,
+)
 from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
@@ -156,11 +165,7 @@ class Store:
         Raises:
             KvchatError: none does, or several do.
         """
-        ids = [s.id for s in self.summaries() if s.id.startswith(prefix)] if prefix else []
-        if len(ids) != 1:
-            found = f"{len(ids)} conversations start" if ids else "No conversation starts"
-            raise KvchatError(f"{found} with {prefix!r}. `kvchat sessions` lists them.")
-        return ids[0]
+        return one_id([each.id for each in self.summaries()], prefix)
 
     def exists(self, conversation: str) -> bool:
         """Whether the conversation was saved and not deleted since."""
