@@ -36,7 +36,7 @@ from kvchat.engine_process.openmp import wait_politely
 from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL, find_card
 from kvchat.models.resolve import FolderModel, GgufModel, recognise
-from kvchat.validation.checks import InvalidError, checked
+from kvchat.validation.checks import InvalidError, checked, refuse_bytes
 
 if TYPE_CHECKING:  # torch, which takes seconds
     from kvchat.chat.conversation import Conversation
@@ -150,11 +150,12 @@ class Model:
         Raises:
             KvchatError: one of these has no such value.
         """
+        refuse_bytes(system, "The system prompt")
         given = asdict(sampling or sampling_of(find_card(self.name)))
         try:
             defaults = ConversationDefaults(
                 self.name,
-                _as_text(system, "The system prompt"),
+                system,
                 CacheMode(mode),
                 checked(Sampling, given),
                 KVPrecision(kv),
@@ -379,14 +380,7 @@ class Cache:
 def _as_question(text: str) -> str:
     if not text.strip():
         raise KvchatError("The question is empty.")
-    return _as_text(text, "The question")
-
-
-def _as_text(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # lone surrogates, as bytes of the command line become
-        raise KvchatError(f"{what} is not text: it has characters that UTF-8 can't write.") from error
+    refuse_bytes(text, "The question")
     return text
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,7 @@ def test_libraries_are_imported_by_a_child_process(monkeypatch: pytest.MonkeyPat
 
 def test_a_library_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
-        raise doctor.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "version", version)
     assert (libraries(EngineProbe("cpu")).verdict, libraries(EngineProbe("cpu")).found) == (
