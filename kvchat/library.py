@@ -72,6 +72,8 @@ def load(
 ) -> "Model":
     """Loads a model into this process; fetches, converts and compiles it first where that is missing.
 
+    In another precision than `auto` it is not compiled; `kvchat models prepare --precision` does that.
+
     Args:
         model: the name of a card, a hub id, a folder with safetensors, or a GGUF file.
         precision: of the weights: `auto`, `fp32`, `bf16`, `int8` or `int4`.
@@ -92,7 +94,8 @@ def load(
     from kvchat.engine.setup.prepare import prepare
 
     name, paths = _lasting_name(str(model)), find_paths(data_dir)
-    folder = prepare(name, paths.models, report, paths.compiled)
+    # only the automatic precision is compiled unasked, as by the chat
+    folder = prepare(name, paths.models, report, paths.compiled if precision == "auto" else None)
     draft_folder = None if draft in (LOOKUP, "off") else prepare(draft, paths.models, report, paths.compiled)
     loaded = load_model(
         folder,
