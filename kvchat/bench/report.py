@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvchat.bench.terminal_plot import Curve, plot
-from kvchat.errors import KvchatError, reason
+from kvchat.errors import KvchatError, cause, reason
 from kvchat.text import megabytes
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     try:
         figure.savefig(file)
     except OSError as error:
-        raise KvchatError(f"{file} can't be written: {error.strerror or error}") from error
+        raise KvchatError(f"{file} can't be written: {cause(error)}.") from error
 
 
 def _curves(axes: "Axes", rows: Sequence[Row], keys: tuple[str, str], labels: tuple[str, str]) -> None:

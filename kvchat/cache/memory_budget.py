@@ -10,6 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+SHARE_OF_MEMORY = 4
+"""Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
+
+
+def default_budget(free_bytes: int) -> int:
+    """Bytes for all caches where nobody set a budget."""
+    return free_bytes // SHARE_OF_MEMORY
+
 
 class Relief(StrEnum):
     """What happens to a cache that has to make room."""

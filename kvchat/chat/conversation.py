@@ -5,11 +5,12 @@ conversation's `head` says which leaf is shown. It knows no storage and no engin
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvchat.chat.attachments import parse_attachments
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
+from kvchat.errors import KvchatError
 from kvchat.validation import bounds
 
 TITLE_LENGTH = 48
@@ -184,6 +185,19 @@ class Preset:
 def new_id() -> str:
     """An id for a new conversation, in the form that all of them have: 12 hex digits."""
     return secrets.token_hex(ID_LENGTH // 2)
+
+
+def one_id(ids: Iterable[str], beginning: str) -> str:
+    """The id that starts with `beginning`.
+
+    Raises:
+        KvchatError: none does, or several do.
+    """
+    found = [each for each in ids if each.startswith(beginning)] if beginning else []
+    if len(found) != 1:
+        words = f"{len(found)} conversations start" if found else "No conversation starts"
+        raise KvchatError(f"{words} with {beginning!r}. `kvchat sessions` lists them.")
+    return found[0]
 
 
 def title_from(text: str) -> str:

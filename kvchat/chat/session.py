@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvchat.chat.active_turn import ActiveTurn, NotSent
-from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, new_id, title_from
+from kvchat.chat.conversation import (
+    Conversation,
+    Hit,
+    Message,
+    Preset,
+    Summary,
+    new_id,
+    one_id,
+    title_from,
+)
 from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import (
     CacheEvent,
@@ -79,7 +88,7 @@ class Session:
         self.pending: ActiveTurn | None = None
         self._told: tuple[str, TokenStatuses] = ("", {})
         """A conversation, and what its last turn did: read once, for whoever draws it asks often."""
-        self._outside: tuple[Store, str] | None = None
+        self._outside: tuple[Store, Conversation] | None = None
         """The file, and the conversation that was open, while they are left alone."""
 
     def conversations(self) -> list[Summary]:
@@ -89,17 +98,21 @@ class Session:
         return sorted(found, key=lambda each: each.updated_at, reverse=True) if secret else found
 
     def history(self) -> list[str]:
-        """What the user sent, in this run and before it, the latest last."""
-        return self._store.history(HISTORY_LENGTH)
+        """What the user sent, the latest last; what is private of this run comes after the rest."""
+        sent = [text for store in self._stores for text in store.history(HISTORY_LENGTH)]
+        return sent[-HISTORY_LENGTH:]
 
     def search(self, words: Sequence[str]) -> list[Hit]:
         """Where all these words stand, in every conversation."""
-        stores = [self._store, *([self._secret] if self._secret else [])]
-        return [hit for store in stores for hit in store.search(words, MOST_HITS)]
+        return [hit for store in self._stores for hit in store.search(words, MOST_HITS)]
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
         """Saves those that aren't here yet, all or none; returns how many."""
-        return self._store.import_all(conversations)
+        return self._store.import_all(self.without_private(conversations))
+
+    def without_private(self, conversations: Sequence[Conversation]) -> list[Conversation]:
+        """Those that are not here as private ones: one id is never in both stores."""
+        return [each for each in conversations if each.id not in self._private]
 
     @property
     def file(self) -> Path | None:
@@ -143,7 +156,7 @@ class Session:
         Raises:
             KvchatError: there is none, or several begin so.
         """
-        self.current = self._loaded(self._store_of(conversation).find(conversation))
+        self.current = self._loaded(one_id([each.id for each in self.conversations()], conversation))
         return self.current
 
     def open_at(self, conversation: str, message: int) -> bool:
@@ -184,7 +197,7 @@ class Session:
         from kvchat.chat.store import Store
 
         self._refuse_what_cannot_be_changed()
-        self._outside = (self._store, self.current.id if self._saved() else "")
+        self._outside = (self._store, self.current)
         self._store = Store(None)
         self.new()
 
@@ -193,9 +206,11 @@ class Session:
         gone = self.current.id
         self.abandon_turn()
         if self._outside:
-            (self._store, before), self._outside = self._outside, None
-            if self._store_of(before).exists(before):
-                self.open(before)
+            (self._store, self.current), self._outside = self._outside, None
+            if self._saved():
+                self.open(self.current.id)
+            elif self.current.id in self._private:
+                self.new_private()
             else:
                 self.new()
         return gone
@@ -361,9 +376,13 @@ class Session:
         return self.current
 
     def note_events(self, events: Sequence[CacheEvent]) -> None:
-        """Saves what happened to caches."""
-        if events:
-            self._store.add_events(events)
+        """Saves what happened to caches, each event in the store that has its conversation.
+
+        Also in the file while it is left alone: a cache of before may still be on its way to disk.
+        """
+        outside = [self._outside[0]] if self._outside else []
+        for store in (*outside, *self._stores) if events else ():
+            store.add_events(events)
 
     def whole(self) -> Conversation:
         """The open conversation with the messages of its other branches too."""
@@ -513,6 +532,11 @@ class Session:
     def _here(self) -> "Store":
         """Where the open conversation is."""
         return self._store_of(self.current.id)
+
+    @property
+    def _stores(self) -> list["Store"]:
+        """Where conversations are that can be opened: the private ones last."""
+        return [self._store, *([self._secret] if self._secret else [])]
 
     def _store_of(self, conversation: str) -> "Store":
         secret = self._secret if conversation in self._private else None

@@ -16,7 +16,16 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from sqlite_utils import Database
 
-from kvchat.chat.conversation import Conversation, Hit, Message, Preset, Summary, newest_leaf, path_to
+from kvchat.chat.conversation import (
+    Conversation,
+    Hit,
+    Message,
+    Preset,
+    Summary,
+    newest_leaf,
+    one_id,
+    path_to,
+)
 from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
@@ -156,11 +165,7 @@ class Store:
         Raises:
             KvchatError: none does, or several do.
         """
-        ids = [s.id for s in self.summaries() if s.id.startswith(prefix)] if prefix else []
-        if len(ids) != 1:
-            found = f"{len(ids)} conversations start" if ids else "No conversation starts"
-            raise KvchatError(f"{found} with {prefix!r}. `kvchat sessions` lists them.")
-        return ids[0]
+        return one_id([each.id for each in self.summaries()], prefix)
 
     def exists(self, conversation: str) -> bool:
         """Whether the conversation was saved and not deleted since."""
@@ -188,6 +193,12 @@ class Store:
         with self._writing() as db:
             _insert_whole(db, conversation)
         return self.load(conversation.id)
+
+    def put(self, conversation: Conversation) -> None:
+        """Saves a conversation with copies of all its messages, in the place of one with the same id."""
+        with self._writing() as db:
+            _delete(db, conversation.id)
+            _insert_whole(db, conversation)
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
         """Saves those that aren't here yet, as old as their last message; returns how many.
@@ -314,14 +325,8 @@ class Store:
 
     def delete(self, conversation: str) -> None:
         """Deletes a conversation, its messages, figures and draft."""
-        of_it = "in (select id from messages where conversation = ?)"
         with self._writing() as db:
-            db.execute(f"delete from turns where message {of_it}", [conversation])
-            db.execute("update conversations set head = null where id = ?", [conversation])
-            db.execute("delete from messages where conversation = ?", [conversation])
-            db.execute("delete from cache_events where conversation = ?", [conversation])
-            db.execute("delete from drafts where conversation = ?", [conversation])
-            db.execute("delete from conversations where id = ?", [conversation])
+            _delete(db, conversation)
 
     def draft(self, conversation: str) -> str:
         """The unsent prompt of a conversation."""
@@ -391,6 +396,16 @@ def _message_row(message: Message) -> dict[str, Any]:
         "finish_reason": message.finish_reason,
         "not_sent": int(message.not_sent),
     }
+
+
+def _delete(db: Database, conversation: str) -> None:
+    of_it = "in (select id from messages where conversation = ?)"
+    db.execute(f"delete from turns where message {of_it}", [conversation])
+    db.execute("update conversations set head = null where id = ?", [conversation])
+    db.execute("delete from messages where conversation = ?", [conversation])
+    db.execute("delete from cache_events where conversation = ?", [conversation])
+    db.execute("delete from drafts where conversation = ?", [conversation])
+    db.execute("delete from conversations where id = ?", [conversation])
 
 
 def _insert_whole(db: Database, conversation: Conversation) -> None:

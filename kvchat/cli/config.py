@@ -7,6 +7,7 @@ import click
 from kvchat.config.file import read_config, write_setting
 from kvchat.config.paths import find_paths
 from kvchat.config.settings import SETTINGS, Setting, effective, find_setting
+from kvchat.validation.checks import refuse_bytes
 from kvchat.validation.plain_json import write_json
 
 NAME_CELLS, VALUE_CELLS = 17, 28
@@ -55,6 +56,7 @@ def get(name: str) -> None:
 def set_value(name: str, value: str) -> None:
     """Write NAME = VALUE into the file; comments and everything else in it stay."""
     setting = find_setting(name)
+    refuse_bytes(value, f"The value of {setting.name}")
     parsed = setting.parse(value)
     if setting.name == "theme":
         from kvchat.ui.themes import checked_theme

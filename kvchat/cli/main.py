@@ -28,6 +28,7 @@ from kvchat.models.cards import DEFAULT_MODEL, find_card
 from kvchat.system.children import protect_children
 from kvchat.system.exit_status import SIGPIPE, exit_status, prepare_streams, say
 from kvchat.system.interrupts import Ended
+from kvchat.validation.checks import refuse_bytes
 
 if TYPE_CHECKING:
     from kvchat.bench.verify import Check
@@ -264,12 +265,13 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
     prompts = read_prompts(prompts)
     paths = find_paths(given["data_dir"])
     session = open_session(ctx, paths)
+    guesser = draft_folder(given["draft"], paths)  # looked for before the model is fetched and converted
     loaded = load_ready(session.current.model, paths, given)
     from kvchat.cli.run import run_turns
     from kvchat.engine.factory import load_draft, open_engine
 
     folder = None if given["private"] else paths.kv
-    draft = load_draft(given["draft"], draft_folder(given["draft"], paths), given["threads"], paths.compiled)
+    draft = load_draft(given["draft"], guesser, given["threads"], paths.compiled)
     engine = open_engine(loaded, given["kv_budget"], folder, given["kv_disk"], draft=draft)
     try:
         code = run_turns(session, engine, prompts, as_json=as_json)
@@ -370,18 +372,6 @@ def read_prompts(prompts: Sequence[str]) -> list[str]:
     for text in texts:
         refuse_bytes(text, "The prompt")
     return texts
-
-
-def refuse_bytes(text: str, what: str) -> None:
-    """Passes text; bytes that are none come from the shell as lone surrogates.
-
-    Raises:
-        KvchatError: there are some.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise KvchatError(f"{what} is not text: it has bytes that are not UTF-8.") from error
 
 
 def _read_stdin() -> str:

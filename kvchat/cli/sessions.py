@@ -11,6 +11,7 @@ from kvchat.cli.options import data_dir
 from kvchat.config.paths import find_paths
 from kvchat.errors import KvchatError
 from kvchat.text import clean, one_line
+from kvchat.validation.checks import refuse_bytes
 from kvchat.validation.plain_json import write_json
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
     each_word = [word for given in words for word in given.split()]
     if not each_word:
         raise KvchatError("Which words? There are none to search for.")
+    refuse_bytes(" ".join(each_word), "What to search for")
     hits = open_store(data_dir or above).search(each_word, MOST_HITS)
     if as_json:
         click.echo(write_json([asdict(hit) for hit in hits]))

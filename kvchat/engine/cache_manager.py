@@ -118,17 +118,23 @@ class Caches:
         """A new cache that holds nothing."""
         return ResidentCache(self._new_kv(precision), self.real(precision), precision is KVPrecision.AUTO)
 
-    def restore(self, conversation: str, saved: SavedCache, precision: KVPrecision) -> ResidentCache:
+    def restore(
+        self, conversation: str, saved: SavedCache, precision: KVPrecision, disk: DiskTier | None = None
+    ) -> ResidentCache:
         """Brings a cache from disk into memory; what was there is replaced once the new one is right.
+
+        Args:
+            disk: where `saved` was found; None is the disk that these caches are saved on.
 
         Raises:
             KvchatError: there is no room, or what is on disk is damaged.
         """
-        assert self._disk is not None
+        disk = disk or self._disk
+        assert disk is not None
         started = time.perf_counter()
         kept = self.empty(precision)
         self.make_room(lambda: kept.kv.bytes_at(saved.most_rows))
-        self._disk.restore(saved, kept.kv, self.fingerprint(kept.precision))
+        disk.restore(saved, kept.kv, self.fingerprint(kept.precision))
         if before := self._kept.get(conversation):
             before.kv.clear()
         took = time.perf_counter() - started
@@ -282,6 +288,23 @@ class Caches:
         kept = self._kept.get(conversation)
         if self._disk and kept and kept.kv and self._may_be_saved(kept):
             self._disk.save(conversation, self.fingerprint(kept.precision), kept.kv)
+
+    def save_copy(self, conversation: str, disk: DiskTier) -> None:
+        """Saves the whole cache on another disk too, in the place of what is there of it; waits for that.
+
+        Raises:
+            KvchatError: it can't be saved.
+        """
+        failures: list[str] = []
+        disk.on_saved = lambda result: failures.append(result.error) if result.error else None
+        disk.remove(conversation)
+        kept = self._kept.get(conversation)
+        if kept is None or not kept.kv or kept.prefix_only:
+            return
+        copy = kept.kv.fork(len(kept.kv.ids))
+        copy.saved_rows = 0
+        if not disk.save_now(conversation, self.fingerprint(kept.precision), copy):
+            raise KvchatError(f"The cache can't be saved: {' '.join(failures)}")
 
     def pin(self, conversation: str, *, pinned: bool) -> None:
         """Keeps a cache in memory longer than the others."""

@@ -37,12 +37,6 @@ KINDS = {
     "hybrid": "hybrid",
     "hybrid_sliding": "hybrid",
 }
-WINDOWS = {
-    "sliding_attention": "sliding_window",
-    "hybrid_sliding": "sliding_window",
-    "chunked_attention": "attention_chunk_size",
-}
-"""Where a model's config tells how far back a layer sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +174,11 @@ def _row_bytes(tokens: _Tokens, loaded: LoadedModel, exact: str) -> tuple[float,
 
 def _layers(kv: ConversationKV, loaded: LoadedModel) -> Iterator[LayerGroup]:
     """Groups of layers of a kind, in the order in which the kinds appear."""
-    config = loaded.model.config.get_text_config(decoder=True)
+    shape = loaded.shape
     sizes: dict[tuple[str, int], list[int]] = {}
-    for kind, layer in zip(loaded.shape.kinds, kv.layers, strict=True):
+    for kind, window, layer in zip(shape.kinds, shape.windows, kv.layers, strict=True):
         if kind not in KINDS:
             continue  # keeps nothing
-        window = getattr(config, WINDOWS.get(kind, ""), 0) or 0
         held: dict[int, int] = layer.storages() if isinstance(layer, StoredLayer) else {}
         if isinstance(layer, StateLayer):
             held = held | layer.state_storages()

@@ -9,8 +9,11 @@ texts are stored is elsewhere.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.cache.disk.writer import SaveResult
 from kvchat.cache.eviction import POLICIES
 from kvchat.contract import (
@@ -18,6 +21,7 @@ from kvchat.contract import (
     CacheEventKind,
     CacheMode,
     CountTokens,
+    KVPrecision,
     PoolState,
     PromptMessage,
     Refused,
@@ -65,6 +69,16 @@ def _failure(error: Exception) -> str:
     if cause(error) is None:
         log.error("the engine failed", exc_info=error)
     return f"The engine failed: {as_sentence(error)}"
+
+
+@contextmanager
+def _opened(folder: Path, cap_bytes: int) -> Iterator[DiskTier]:
+    """Saved caches in a folder of their own."""
+    disk = DiskTier(DiskStore(folder, cap_bytes))
+    try:
+        yield disk
+    finally:
+        disk.close()
 
 
 class LocalEngine:
@@ -152,6 +166,30 @@ class LocalEngine:
     def close(self) -> None:
         """Saves what is not saved, and frees every cache."""
         self.caches.close()
+
+    def save_cache(self, conversation: str, folder: Path, cap_bytes: int) -> None:
+        """Saves a copy of a conversation's cache in `folder`; where there is none in memory, removes that.
+
+        Args:
+            cap_bytes: that all saved caches in the folder may take.
+
+        Raises:
+            KvchatError: it can't be saved.
+        """
+        with _opened(folder, cap_bytes) as disk:
+            self.caches.save_copy(conversation, disk)
+
+    def load_cache(self, conversation: str, folder: Path, kv: KVPrecision) -> None:
+        """Brings a cache that `save_cache` saved in `folder` into memory.
+
+        Where it is damaged or doesn't fit this model, the next turn reads the conversation, and says why.
+        """
+        with _opened(folder, UNBOUNDED) as disk:
+            try:
+                if saved := disk.find(conversation):
+                    self.caches.restore(conversation, saved, kv, disk)
+            except KvchatError as error:
+                self.caches.drop_reasons[conversation] = str(error)
 
     def pool(self) -> PoolState:
         """Every cache there is, and what happened to them since the last time."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 
 from kvchat.cache.disk.disk_store import DiskStore
+from kvchat.cache.memory_budget import default_budget
 from kvchat.contract import Report
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
@@ -14,8 +15,6 @@ from kvchat.engine.speculative import Drafter, DraftModel, PromptLookup
 from kvchat.errors import KvchatError
 
 LOOKUP = "lookup"
-SHARE_OF_MEMORY = 4
-"""Without a budget, caches take one part in so many of the memory that the loaded model leaves."""
 
 
 def open_engine(
@@ -37,7 +36,7 @@ def open_engine(
     Raises:
         KvchatError: the other model has another tokenizer.
     """
-    available = int(psutil.virtual_memory().available) // SHARE_OF_MEMORY
+    available = default_budget(int(psutil.virtual_memory().available))
     disk = DiskTier(DiskStore(folder, disk_cap)) if folder and disk_cap else None
     guesser = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
     engine = LocalEngine(

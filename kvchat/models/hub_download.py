@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from kvchat.errors import KvchatError
-from kvchat.models.resolve import PICKLES, hub_cache, hub_folder, hub_snapshot
+from kvchat.models.resolve import ADAPTER, PICKLES, adapter_refusal, hub_cache, hub_folder, hub_snapshot
 from kvchat.models.staging import FULL, HEARTBEAT_S, SPARE_BYTES, Report, require_space
 from kvchat.models.wheel_download import follow
 
@@ -64,6 +64,8 @@ def _download_snapshot(repo: str) -> None:
     from huggingface_hub import HfApi, snapshot_download
 
     files = HfApi().model_info(repo, files_metadata=True).siblings or []
+    if any(file.rfilename == ADAPTER for file in files):
+        raise KvchatError(adapter_refusal(repo))
     wanted = [file for file in files if _is_wanted(file.rfilename)]
     _refuse_without_safetensors(repo, [file.rfilename for file in files], [file.rfilename for file in wanted])
     blobs = {(file.lfs.sha256 if file.lfs else file.blob_id) or "": file.size or 0 for file in wanted}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, cause
 from kvchat.models.cards import ModelCard, WheelSource, find_card, load_cards
 
 GGUF_LINK = "model.gguf"
@@ -27,6 +27,8 @@ MODEL_PATH = "model.txt"
 STAGING_PREFIX = ".incoming-"
 """Folders of unfinished work in the models folder."""
 
+ADAPTER = "adapter_config.json"
+"""In the folder of a PEFT adapter: a few matrices that change another model's weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -175,6 +177,8 @@ def refuse_unusable_folder(folder: Path) -> None:
     Raises:
         KvchatError: the folder has something else, and says what.
     """
+    if (folder / ADAPTER).is_file():  # beside whole weights too: transformers would take the base model's
+        raise KvchatError(adapter_refusal(str(folder)))
     if has_weights(folder):
         return
     if any(folder.glob("*.safetensors")):
@@ -189,6 +193,14 @@ def refuse_unusable_folder(folder: Path) -> None:
     if gguf is not None:
         raise KvchatError(f"{folder} holds GGUF files: name the one you mean, such as --model {gguf}")
     raise KvchatError(f"{folder} is not a model folder: it needs config.json and *.safetensors.")
+
+
+def adapter_refusal(where: str) -> str:
+    """What is said of a model, in a folder or on the hub, that is a PEFT adapter."""
+    return (
+        f"{where} is a PEFT adapter ({ADAPTER}), which changes another model and can't run by itself. Merge "
+        "it into its base model (`merge_and_unload` of PEFT), and take the folder where that was saved."
+    )
 
 
 def installed(models_dir: Path, compiled: Path | None = None) -> list[Installed]:
@@ -225,7 +237,7 @@ def remove_compiled(root: Path, folder: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise KvchatError(f"{found} cannot be deleted: {error.strerror or error}.") from error
+        raise KvchatError(f"{found} cannot be deleted: {cause(error)}.") from error
     return freed
 
 
@@ -256,7 +268,7 @@ def remove_installed(name: str, models_dir: Path, compiled: Path | None = None) 
         found.path.rename(doomed / found.name)
         shutil.rmtree(doomed)
     except OSError as error:
-        raise KvchatError(f"{found.path} cannot be deleted: {error.strerror or error}.") from error
+        raise KvchatError(f"{found.path} cannot be deleted: {cause(error)}.") from error
     return found.bytes
 
 

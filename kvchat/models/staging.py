@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, owner_hint, reason
 from kvchat.models.resolve import STAGING_PREFIX
 from kvchat.system.ownership import make_private
 
@@ -94,7 +94,8 @@ def _explained(models_dir: Path) -> Iterator[None]:
             raise KvchatError(f"The disk of {models_dir} is full: nothing was kept there.") from error
         if error.errno in NOT_WRITABLE:
             where = error.filename or models_dir
-            raise KvchatError(f"Models cannot be written to {where}: {error.strerror}.") from error
+            hint = owner_hint(Path(where)) if isinstance(error, PermissionError) else ""
+            raise KvchatError(f"Models cannot be written to {where}: {reason(error)}{hint}.") from error
         raise
 
 

@@ -50,7 +50,8 @@ class Archive:
 
         found = await to_thread(read_import, name)
         if self._session.file:
-            new = await to_thread(import_into, self._session.file, found.conversations)
+            public = self._session.without_private(found.conversations)
+            new = await to_thread(import_into, self._session.file, public)
         else:
             new = self._session.import_all(found.conversations)
         here = len(found.conversations) - new

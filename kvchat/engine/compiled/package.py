@@ -58,6 +58,7 @@ KERNELS_FOLDER = Path(__file__).with_name("kernels")
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.gguf")
 """Configs, tokenizer and chat template go into a package as well as weights."""
 LIBRARIES = ("torch", "transformers")
+DESCRIPTION = "package.json"
 REFUSAL, DIGESTS, MODEL_DIGESTS = "refused.txt", "digests.json", "files.json"
 
 logger = logging.getLogger(__name__)
@@ -172,10 +173,14 @@ def _first_of_each(lines: Iterator[str], names: tuple[str, ...]) -> list[str]:
     return sorted({line for line in lines if line.startswith(names)})
 
 
+def compiler_name() -> str:
+    """The C++ compiler that AOTInductor would call."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def compiler() -> str | None:
-    """Where the C++ compiler is that AOTInductor would call."""
-    default = "clang++" if sys.platform == "darwin" else "g++"
-    return shutil.which(os.environ.get("CXX", default))
+    """Where that compiler is; None where it is not."""
+    return shutil.which(compiler_name())
 
 
 def compiler_version() -> str:
@@ -328,6 +333,19 @@ def require_intact(package: Path) -> None:
             f"The compiled step in {package} is damaged: {wrong[0]} is not what was built. "
             "`kvchat models prepare MODEL --force` builds it again."
         )
+
+
+def stored_weights(package: Path) -> str:
+    """How an intact package stores the weights, in words such as `int4, head int8`; torch is not needed.
+
+    Raises:
+        KvchatError: it is not intact.
+    """
+    require_intact(package)
+    try:
+        return str(json.loads((package / DESCRIPTION).read_text(encoding="utf-8"))["weights"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise KvchatError(f"The compiled step in {package} is damaged: {error}.") from error
 
 
 def trusted_package(root: Path, folder: Path, weights: str) -> Path | None:

@@ -24,14 +24,14 @@ from kvchat.cache.layer import AddressedLayer, HeadShape, Memory
 from kvchat.cache.quant_codec import BLOCK
 from kvchat.engine.chat_template import ChatTemplate
 from kvchat.engine.compiled.abi import layout
-from kvchat.engine.compiled.package import require_intact, trusted_package
+from kvchat.engine.compiled.package import DESCRIPTION, require_intact, trusted_package
 from kvchat.engine.compiled.thread_tuner import ThreadTuner
 from kvchat.engine.model.forward import Stopped
 from kvchat.engine.model.layout import ModelShape
 from kvchat.errors import KvchatError
 
 LIBRARY, KERNELS, WEIGHTS = "step.so", "kernels.so", "weights.safetensors"
-DESCRIPTION, TOKENIZER = "package.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 LINE, LARGE_PAGE, MADV_HUGEPAGE = 64, 2 << 20, 14
 """Bytes of a cache line and of a large page; the last is Linux's name for a wish."""
 READ_TOGETHER = 128

@@ -34,6 +34,8 @@ class ModelShape:
     """Per layer; None where it keeps no keys and values."""
     states: tuple[StateShape | None, ...]
     """Per layer; None where it keeps no state."""
+    windows: tuple[int, ...]
+    """Per layer: tokens back that a query sees, or tokens of a chunk; 0 where it sees all of them."""
     position_limit: int
     """Positions the model was made for; `NO_LIMIT` where it has none."""
     positions: str

@@ -4,7 +4,6 @@ Knows the processor and the two ways to compute. Where the folder comes from is 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import psutil
 import torch
 from tokenizers import Tokenizer
 
@@ -25,6 +23,7 @@ from kvchat.engine.model.fingerprint import weights_hash
 from kvchat.engine.model.forward import CachedReader, Reader, UncachedReader, stopping_between_layers
 from kvchat.engine.model.layout import DTYPES, NO_LIMIT, ModelShape, new_kv
 from kvchat.errors import KvchatError
+from kvchat.system.cores import physical_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,12 +112,6 @@ class LoadedModel:
         return replace(self, facts=replace(self.facts, notes=(*self.facts.notes, note)))
 
 
-def physical_cores() -> int:
-    """Physical cores this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
-
-
 def automatic_device() -> str:
     """The first of CUDA, Apple's MPS and the CPU that is there."""
     if torch.cuda.is_available():
@@ -126,12 +119,14 @@ def automatic_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _require(device: str) -> None:
-    """Passes a device that is there.
+def chosen_device(device: str) -> str:
+    """The device that computes: `auto` is the best one that is there.
 
     Raises:
-        KvchatError: it is not.
+        KvchatError: it is not there.
     """
+    if device == "auto":
+        return automatic_device()
     there: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
@@ -140,6 +135,7 @@ def _require(device: str) -> None:
         raise KvchatError(
             f"There is no device {device} that torch can use here; --device cpu computes without."
         )
+    return device
 
 
 def load_model(
@@ -164,8 +160,7 @@ def load_model(
     Raises:
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
     """
-    device = automatic_device() if device == "auto" else device
-    _require(device)
+    device = chosen_device(device)
     torch.set_num_threads(threads or physical_cores())
     note = ""
     if compiled and device == "cpu":

@@ -31,6 +31,12 @@ from kvchat.engine.model.layout import (
 )
 from kvchat.errors import KvchatError
 
+WINDOWS = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+"""Where a model's config says how far back a layer sees."""
 ALIBI = {"bloom", "mpt"}
 """Models that always do; the others say so in their config."""
 UNTOLD_LIMIT = 2048
@@ -130,6 +136,7 @@ def _described(
         kinds=kinds,
         heads=heads,
         states=states,
+        windows=tuple(_window(config, kind) for kind in kinds),
         position_limit=limit,
         positions=positions,
         rotary=common.layout,
@@ -286,8 +293,12 @@ def _notes(
         yield "attention sinks are in the model"
 
 
+def _window(config: PreTrainedConfig, kind: str) -> int:
+    """Tokens that a layer of this kind sees; 0 where it sees all of them."""
+    return getattr(config, WINDOWS.get(kind, ""), 0) or 0
+
+
 def _window_note(config: PreTrainedConfig, kind: str, count: int, of: int) -> str:
-    chunked = kind == "chunked_attention"
-    width = getattr(config, "attention_chunk_size" if chunked else "sliding_window", 0)
-    what = f"chunks of {width:,}" if chunked else f"sliding window of {width:,}"
+    width = _window(config, kind)
+    what = f"chunks of {width:,}" if kind == "chunked_attention" else f"sliding window of {width:,}"
     return f"{what} in {count} of {of} layers: everything is kept, the mask hides what is out of sight"
