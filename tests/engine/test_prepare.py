@@ -545,7 +545,8 @@ def test_offline_a_hub_model_that_is_not_cached_is_told_so(
 
 def test_asking_what_is_there_loads_no_library_of_models(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from kvchat.models.resolve import is_prepared; from kvchat.models import wheel_download\n"
+        "import sys, pathlib; from kvchat.models.resolve import is_prepared\n"
+        "from kvchat.models import wheel_download\n"
         f"is_prepared('maker/tiny', pathlib.Path({str(tmp_path)!r}))\n"
         "from kvchat.engine.setup import prepare\n"
         "print({'torch', 'transformers', 'huggingface_hub', 'textual'} & set(sys.modules))"
