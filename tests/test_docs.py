@@ -16,6 +16,8 @@ PATH = re.compile(r"`((?:kvchat|tests|docs|models)/[\w./-]*)`")
 HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"\d (?:s|ms|MB|GB|tok/s|×|tokens (?:per|a) second)(?!\w)")
+TARGET = re.compile(r"(?:^|`|: )make ([a-z]+)", re.MULTILINE)
+AUTOMATION = (".ci/run", ".github/workflows/ci.yml", ".pre-commit-config.yaml")
 MEASURING = re.compile(r"`(?:kvchat|python -m tests)[^`\n]*`|^\$ kvchat", re.MULTILINE)
 
 
@@ -96,6 +98,17 @@ def test_a_broken_link_is_found() -> None:
 @every_page
 def test_paths_in_code_exist(page: Path) -> None:
     assert [path for path in PATH.findall(text_of(page)) if not (ROOT / path).exists()] == []
+
+
+def test_targets_of_make_that_pages_and_automation_name_exist() -> None:
+    existing = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    named = {
+        target
+        for file in (*pages(), *(ROOT / each for each in AUTOMATION))
+        for target in TARGET.findall(text_of(file))
+    }
+    assert {"ci", "test", "kernels", "types"} <= named
+    assert named - existing == set()
 
 
 def test_the_readme_is_short() -> None:

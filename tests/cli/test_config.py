@@ -85,7 +85,7 @@ def test_an_unknown_line_stays_when_a_setting_is_written(tmp_path: Path) -> None
     path = tmp_path / "kvchat" / "config.toml"
     path.parent.mkdir()
     path.write_text("thrads = 1\n")
-    assert "thrads" in kvchat("set", "threads", "2").output
+    assert kvchat("set", "threads", "2").exit_code == 0
     assert "thrads = 1\n" in path.read_text()
     assert "threads = 2\n" in path.read_text()
 
