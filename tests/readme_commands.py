@@ -1,7 +1,7 @@
-"""Runs every command of the README on the real model, and compares what it promises.
+"""Runs every command of README and docs on the real model, and compares what they promise.
 
 Run as `python -m tests.readme_commands`, with the names of some steps or with none for all of them. Each step
-declares the commands that it runs; `test_readme.py` compares these with the README. Everything is written
+declares the commands that it runs; `test_readme.py` compares these with the pages. Everything is written
 into a folder of its own; only the models are those of the user.
 """
 
@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+from tests.support.generated_docs import keys, pages
+
+PAGES = "\n".join(page.read_text(encoding="utf-8") for page in pages())
+"""README, docs and the other pages, as one text."""
 QUESTIONS = ("Name three rivers of Europe.", "Which of them is the longest?")
 MODEL = "smollm2-135m-instruct"
 BRIEFLY = ("--contexts", "64", "--turns", "2", "--answer-tokens", "4", "--row-seconds", "0")
@@ -113,10 +116,10 @@ def says_what_compiled_weights_cost(kvchat: Shell) -> None:
 
 
 @runs("run")
-def answers_as_in_the_readme(kvchat: Shell) -> None:
+def answers_as_on_the_page(kvchat: Shell) -> None:
     done = kvchat("run", "--private", "--temperature", "0", "--max-tokens", "32", *QUESTIONS)
     counts = r"reused (\d+) · read (\d+) · wrote (\d+) tokens"
-    promised = re.findall(counts, README)
+    promised = re.findall(counts, PAGES)
     assert len(promised) == len(QUESTIONS)
     assert re.findall(counts, done.err) == promised, done
     assert kvchat.conversations() == []
@@ -148,12 +151,17 @@ def continues_from_disk(kvchat: Shell) -> None:
 
 @runs("run")
 def computes_without_a_cache_the_same_text(kvchat: Shell) -> None:
+    """And evaluates as many tokens as the table of docs/kv-cache.md says, one row per cache mode."""
+    promised = re.findall(r"^\| `(on|turn|off)`: [^|]+\| (\d+) \| (\d+) \|$", PAGES, re.MULTILINE)
+    assert [mode for mode, *_ in promised] == ["on", "turn", "off"]
     texts = {}
-    for mode, reads_again in (("on", False), ("turn", True), ("off", True)):
-        first, second = kvchat.turns("--private", "--cache", mode, *QUESTIONS)
+    for mode, *evaluated in promised:
+        flags = ("--private", "--draft", "off", "--max-tokens", "32", "--cache", mode)
+        first, second = kvchat.turns(*flags, *QUESTIONS)
         texts[mode] = first["text"], second["text"]
         assert second["stats"]["cache_mode"] == mode
-        assert (second["stats"]["reused_tokens"] == 0) == reads_again
+        assert (second["stats"]["reused_tokens"] == 0) == (mode != "on")
+        assert [str(turn["stats"]["evaluated_tokens"]) for turn in (first, second)] == evaluated, mode
     assert texts["on"] == texts["turn"] == texts["off"]
 
 
@@ -226,10 +234,10 @@ def keeps_caches(kvchat: Shell) -> None:
 
 
 @runs("verify")
-def proves_what_the_readme_shows(kvchat: Shell) -> None:
+def proves_what_the_page_shows(kvchat: Shell) -> None:
     row = re.compile(r"^(\S.*?) {2,}(\d+) +(none|token \d+) +(\d\.\d{6})$", re.MULTILINE)
     shown = kvchat("verify").out
-    assert [found[0] for found in row.findall(shown)] == [found[0] for found in row.findall(README)]
+    assert [found[0] for found in row.findall(shown)] == [found[0] for found in row.findall(PAGES)]
     assert {found[2] for found in row.findall(shown)} == {"none"}
     assert shown.endswith("All equal.\n")
     (known,) = kvchat.conversations()
@@ -247,7 +255,7 @@ def measures(kvchat: Shell) -> None:
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
-@runs("config list", "config get", "config set", "config unset", "config keys")
+@runs("config list", "config get", "config set", "config unset", "config keys", "config path")
 def keeps_settings(kvchat: Shell) -> None:
     names = {each["name"] for each in kvchat("config", "list", "--json").json}
     assert {"model", "temperature", "unload-after"} <= names
@@ -261,7 +269,8 @@ def keeps_settings(kvchat: Shell) -> None:
     kvchat("config", "set", "max-tokens", "many", code=1)
     kvchat("config", "unset", "max-tokens")
     assert kvchat("config", "get", "max-tokens").out == default
-    assert kvchat("config", "keys", "--markdown").out.strip() in README
+    assert kvchat("config", "keys", "--markdown").out.strip() == keys()
+    assert kvchat("config", "path").out.endswith("config.toml\n")
 
 
 @runs("doctor", "paths")

@@ -78,7 +78,7 @@ def unset(name: str) -> None:
 
 
 @config.command()
-@click.option("--markdown", is_flag=True, help="The table as it stands in the README.")
+@click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/keys.md.")
 def keys(markdown: bool) -> None:
     """Print every command: its id for [keys], its key, its slash word, and what it does."""
     from kvchat.ui.commands import key_label, remapped, table
