@@ -55,7 +55,7 @@ class Conversation:
     model: bounds.Text = ""
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    evicted_messages: bounds.LeftOut = 0
+    evicted_messages: bounds.MessageCount = 0
     """The oldest messages that an eviction left out; they stay in the file and on the screen."""
     created_at: str = ""
     """UTC, ISO 8601; the date that chat templates see."""

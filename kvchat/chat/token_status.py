@@ -30,5 +30,5 @@ def token_statuses(
     told: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
         for message in places[span.message] if span.message < len(places) else (answer,):
-            told.setdefault(message, {})[span.fate] = span.tokens
+            told.setdefault(message, {})[span.status] = span.tokens
     return dict(told)

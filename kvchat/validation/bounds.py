@@ -46,7 +46,7 @@ THREADS = Bounds(1, 4_096)
 UNLOAD_AFTER = Bounds(0, 525_600)
 """Minutes; the highest is a year."""
 MESSAGES = Bounds(0, 2**31 - 1)
-"""How many messages an eviction left out."""
+"""A number of messages."""
 TOKEN_IDS = Bounds(0, 2**31 - 1)
 """Ids of tokens; the engine compares them with the vocabulary as well."""
 COUNTS = Bounds(0, INT64)
@@ -71,7 +71,7 @@ MinP = Annotated[float, MIN_P.meta]
 RepeatPenalty = Annotated[float, REPEAT_PENALTY.meta]
 Seed = Annotated[int, SEED.meta]
 MaxTokens = Annotated[int, MAX_TOKENS.meta]
-LeftOut = Annotated[int, MESSAGES.meta]
+MessageCount = Annotated[int, MESSAGES.meta]
 TokenId = Annotated[int, TOKEN_IDS.meta]
 CountTokens = Annotated[int, COUNTS.meta]
 Measured = Annotated[float, MEASURED.meta]

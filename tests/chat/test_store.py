@@ -436,7 +436,7 @@ def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Pa
 
 def test_events_of_the_same_moment_stay_in_the_order_they_came_in(store: Store) -> None:
     store.create(TALK)
-    events = [CacheEvent(TALK.id, CacheEventKind.LEND, tokens, at=5.0) for tokens in (3, 1, 2)]
+    events = [CacheEvent(TALK.id, CacheEventKind.SHARE, tokens, at=5.0) for tokens in (3, 1, 2)]
     store.add_events(events)
     assert store.events(TALK.id) == events
 
