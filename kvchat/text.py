@@ -22,6 +22,17 @@ def one_line(text: str) -> str:
     return " ".join(clean(text).split())
 
 
+def shortened(text: str, characters: int) -> str:
+    """`text` cut to at most `characters`, with an ellipsis where something was cut."""
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def either(words: Sequence[str]) -> str:
+    """`a, b or c`, for at least one word."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def found_pattern(words: Sequence[str]) -> re.Pattern[str]:
     """A pattern for any of these words, ignoring case."""
     return re.compile("|".join(map(re.escape, words)) or r"(?!)", re.IGNORECASE)

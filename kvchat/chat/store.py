@@ -21,7 +21,7 @@ from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
 from kvchat.errors import KvchatError, owner_hint, reason
-from kvchat.validation.checks import InvalidError, checked, mended
+from kvchat.validation.checks import InvalidError, checked, with_defaults
 from kvchat.validation.plain_json import read_json, write_json
 
 Value = TypeVar("Value")
@@ -129,7 +129,7 @@ class Store:
         messages = {message.id: message for message in self._messages(conversation)}
         head = row.pop("head")
         given = {key: value for key, value in row.items() if value is not None}  # older rows have no kv
-        settings, _wrong = mended(Conversation, given | {"sampling": _sampling(row["sampling"])})
+        settings, _wrong = with_defaults(Conversation, given | {"sampling": _sampling(row["sampling"])})
         if head is not None and head not in messages:  # it is damaged: the newest one that can be read
             head = max(messages, default=None)
         return replace(settings, messages=path_to(messages, head))
@@ -454,14 +454,14 @@ def _message(row: Mapping[str, Any]) -> Message:
     given |= {flag: bool(row[flag]) for flag in FLAGS}  # SQLite has numbers for them
     if row["turn"] is not None:
         given["stats"] = {field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)}
-    message, _wrong = mended(Message, given)
+    message, _wrong = with_defaults(Message, given)
     return message
 
 
 def _sampling(text: object) -> Sampling:
     """Saved sampling; a damaged field is read as its default."""
     given = _object(text)
-    sampling, _wrong = mended(Sampling, given if isinstance(given, dict) else {})
+    sampling, _wrong = with_defaults(Sampling, given if isinstance(given, dict) else {})
     return sampling
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 import msgspec
 
-from kvchat.text import one_line
+from kvchat.text import either, one_line, shortened
 from kvchat.validation.bounds import DESCRIBED
 
 Checked = TypeVar("Checked")
@@ -63,7 +63,7 @@ def checked(kind: type[Checked], given: object) -> Checked:
         raise _in_words(str(error), kind, plain) from error
 
 
-def mended(kind: type[Checked], given: Mapping[str, object]) -> tuple[Checked, list[InvalidError]]:
+def with_defaults(kind: type[Checked], given: Mapping[str, object]) -> tuple[Checked, list[InvalidError]]:
     """Like `checked`, but an invalid field with a default gets its default.
 
     Returns:
@@ -138,8 +138,7 @@ def _without_none(kind: object) -> Any:  # noqa: ANN401 - a type
 
 def _words_of(kind: object) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
-        *words, last = [str(each.value) for each in kind]
-        return f"{', '.join(words)} or {last}" if words else last
+        return either([str(each.value) for each in kind])
     return "one of its words"
 
 
@@ -151,5 +150,4 @@ def _shown(given: object, steps: list[str | int]) -> str:
             value = value[step]
         except (KeyError, IndexError, TypeError):
             return "that"
-    text = one_line(repr(value[: 2 * SHOWN] if isinstance(value, str | bytes) else value))
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return shortened(one_line(repr(value[: 2 * SHOWN] if isinstance(value, str | bytes) else value)), SHOWN)

@@ -725,8 +725,8 @@ def test_an_unknown_name_in_the_configuration_is_a_warning_with_its_line(kvchat:
     done = kvchat("paths")
     assert (done.code, "database" in done.out) == (0, True)
     assert done.err == (
-        f"kvchat: warning: {file}, line 2: temprature is no setting; perhaps temperature is meant. "
-        "It is left out.\n"
+        f"kvchat: warning: {file}, line 2: temprature is not a setting and is ignored. "
+        "Did you mean temperature?\n"
     )
     assert kvchat("sessions").code == 0
     assert kvchat("--version").err == ""
@@ -748,7 +748,7 @@ def test_whatever_is_wrong_with_the_configuration_what_helps_to_find_it_works(
 @pytest.mark.parametrize("name", ["resume", "continue", "resume-latest", "json"])
 def test_what_belongs_to_one_run_is_no_setting(kvchat: Shell, name: str) -> None:
     kvchat.configure(f"{name} = true")
-    assert f"line 1: {name} is no setting" in kvchat("paths").err
+    assert f"line 1: {name} is not a setting" in kvchat("paths").err
 
 
 def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> None:

@@ -16,7 +16,7 @@ from kvchat.chat.conversation import ID_LENGTH, Conversation, Message, title_fro
 from kvchat.chat.importers.report import Report
 from kvchat.chat.reasoning import split_thinking
 from kvchat.contract import Sampling
-from kvchat.validation.checks import InvalidError, mended
+from kvchat.validation.checks import InvalidError, with_defaults
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 BACKTICKS = re.compile("`{3,}")
@@ -205,7 +205,7 @@ def _message(said: Said, created: str, report: Report, number: int) -> Message |
         "created_at": _moment_or(said.created, created or _now(), report, "its date", number),
     }
     try:
-        message, wrong = mended(Message, given)
+        message, wrong = with_defaults(Message, given)
     except InvalidError as error:
         report.note(f"{error}; the message was left out", number)
         return None
@@ -298,7 +298,7 @@ def _key(value: object) -> object:
 def _settings(talk: Talk, report: Report, created: str) -> Conversation:
     more = dict(talk.more)
     if "sampling" in more:
-        sampling, wrong = mended(Sampling, as_mapping(more["sampling"]))
+        sampling, wrong = with_defaults(Sampling, as_mapping(more["sampling"]))
         for each in wrong:
             report.note(f"sampling.{each}; the field was left out")
         more["sampling"] = sampling
@@ -309,7 +309,7 @@ def _settings(talk: Talk, report: Report, created: str) -> Conversation:
         "system_prompt": _repaired(talk.system_prompt, report, "system_prompt"),
         "created_at": created,
     }
-    settings, wrong = mended(Conversation, given)
+    settings, wrong = with_defaults(Conversation, given)
     for each in wrong:
         report.note(f"{each}; the field was left out")
     return settings
