@@ -30,7 +30,7 @@ from kvchat.contract import (
     TurnRequest,
 )
 from kvchat.engine_process.diagnostics import report_on_signal
-from kvchat.engine_process.openmp import wait_politely
+from kvchat.engine_process.openmp import limit_spinning
 from kvchat.errors import KvchatError, as_sentence, cause
 from kvchat.system.interrupts import SIGNALS
 from kvchat.system.ownership import make_private
@@ -111,7 +111,7 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
     try:
         _redirect_output(options.log_file)
         report_on_signal(options.log_file.parent)
-        wait_politely()
+        limit_spinning()
         os.nice(ENGINE_NICENESS)
         pipe.send(Loading("importing torch"))
         _serve(pipe, options)

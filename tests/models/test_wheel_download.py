@@ -220,7 +220,7 @@ def test_too_little_room_is_told_before_anything_is_fetched(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 3_000_000))
     said = refusal(tmp_path / "models", source)
-    assert "6,601 MB needed, 3 MB free in " in said
+    assert "6.60 GB needed, 3.0 MB free in " in said
     assert str(tmp_path / "models") in said
 
 
@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_leaves_nothing(shelf: Path, tmp_path: Path) -> Non
             raise OSError(errno.ENOSPC, "No space left on device")
 
     said = refusal(tmp_path / "models", build_wheel(shelf), fill_up)
-    assert said == f"The disk of {tmp_path / 'models'} is full: nothing was kept there."
+    assert said == f"The disk of {tmp_path / 'models'} is full; nothing was saved there."
 
 
 def test_a_disk_that_fills_up_under_pip_is_told_so() -> None:
