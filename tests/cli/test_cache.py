@@ -66,7 +66,7 @@ def test_ls_as_json_has_every_field_and_the_title(ask: Asking) -> None:
 
 def test_ls_without_anything_saved(kvchat: Shell) -> None:
     assert kvchat("cache", "ls") == Done(
-        0, "", "Nothing is saved yet. Every turn of a chat saves its cache.\n"
+        0, "", "No caches are saved yet. Every turn of a chat saves its cache.\n"
     )
     assert kvchat("cache", "ls", "--json").out == "[]\n"
 
@@ -162,7 +162,7 @@ def test_rm_deletes_the_cache_and_leaves_the_conversation(ask: Asking) -> None:
     gone, kept = (ask.json(text).turn["conversation"] for text in (FIRST, SECOND))
     saved, size = ask.shell.saved(gone), bytes_on_disk(ask.shell, gone)
     removed = ask.shell("cache", "rm", gone[:6], gone)
-    assert removed == Done(0, "", f"1 cache deleted; {megabytes(size)} are free again.\n")
+    assert removed == Done(0, "", f"1 cache deleted; {megabytes(size)} freed.\n")
     assert {path.parent.name for path in ask.shell.segments()} == {kept}
     assert ask.shell.saved(gone) == saved
     again = ask.json("-r", gone, "More").stats
@@ -218,12 +218,12 @@ def test_gc_deletes_what_belongs_to_no_conversation_and_what_a_killed_process_le
     before = {path: path.read_bytes() for path in ask.shell.segments(kept)}
     half_written.write_bytes(b"\0" * 2_000_000)
     freed = bytes_on_disk(ask.shell, gone) + 2_000_000
-    assert ask.shell("cache", "gc") == Done(0, "", f"{megabytes(freed)} are free again.\n")
+    assert ask.shell("cache", "gc") == Done(0, "", f"{megabytes(freed)} freed.\n")
     assert {path: path.read_bytes() for path in ask.shell.segments()} == before
-    assert ask.shell("cache", "gc").err == "0.0 MB are free again.\n"
+    assert ask.shell("cache", "gc").err == "0.0 MB freed.\n"
     assert ask.json("-r", kept, "More").stats["restored_tokens"] > 0
 
 
 def test_gc_of_nothing_makes_nothing(kvchat: Shell) -> None:
-    assert kvchat("cache", "gc") == Done(0, "", "0.0 MB are free again.\n")
+    assert kvchat("cache", "gc") == Done(0, "", "0.0 MB freed.\n")
     assert kvchat.files() == []

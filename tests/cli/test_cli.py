@@ -605,7 +605,7 @@ def test_an_answer_ends_at_the_context(ask: Asking) -> None:
         (("models", "path"), "is not here yet. `kvchat models pull smollm2-135m-instruct` fetches it."),
         (("models", "rm", "nothing"), "There is no prepared model 'nothing'"),
         (("sessions", "--data-dir", "{home}/file"), "can't be opened"),
-        (("sessions", "search", " "), "Which words?"),
+        (("sessions", "search", " "), "There are no words to search for."),
         (("sessions", "import", "{home}/none.json"), "none.json can't be read: No such file or directory."),
         (("models", "pull", "--data-dir", "/dev/null/none"), "Models cannot be written to /dev/null/none"),
         (("bench", "--plot", "{home}/none/x.svg"), "x.svg can't be written: {home}/none is no folder"),
@@ -890,7 +890,7 @@ def test_sessions_are_exported_imported_and_searched(kvchat: Shell, tmp_path: Pa
     ids = {each["id"] for each in json.loads(kvchat("sessions", "--json").out)}
     assert {hit["conversation"] for hit in hits} == ids
     assert "\x1b" not in kvchat("sessions", "search", "brenner").out
-    assert kvchat("sessions", "search", "zzz") == Done(1, "", "No conversation holds zzz.\n")
+    assert kvchat("sessions", "search", "zzz") == Done(1, "", "No conversation contains zzz.\n")
     assert "no export that kvchat knows" in kvchat("sessions", "import", __file__).complaint
 
 
@@ -908,14 +908,14 @@ def test_models_are_listed_found_and_removed(kvchat: Shell) -> None:
     name = "smollm2-135m-instruct"
     folder = install(kvchat.data / "models", name)
     listed = {line.split()[0]: line for line in kvchat("models", "list").out.splitlines()}
-    assert "here, 2.0 MB" in listed[name]
-    assert "not here" in listed["qwen3-0.6b"]
+    assert "installed, 2.0 MB" in listed[name]
+    assert "not installed" in listed["qwen3-0.6b"]
     assert kvchat("models", "path").out == f"{folder}\n"
     removed = kvchat("models", "rm", name)
     assert (removed.code, removed.out) == (0, "")
-    assert "2.0 MB are free again" in removed.err
+    assert "2.0 MB freed" in removed.err
     assert not folder.exists()
-    assert "not here" in next(
+    assert "not installed" in next(
         line for line in kvchat("models", "list").out.splitlines() if line.startswith(name)
     )
 
@@ -934,8 +934,8 @@ def test_what_was_compiled_counts_and_goes_with_its_model(kvchat: Shell) -> None
     assert "not compiled" in kvchat("models", "path", "--compiled").complaint
     made, other = compiled_of(kvchat, folder), compiled_of(kvchat, kvchat.home)
     assert kvchat("models", "path", "--compiled").out == f"{made}\n"
-    assert "here, 3.0 MB" in kvchat("models", "list").out
-    assert "3.0 MB are free again" in kvchat("models", "rm", name).err
+    assert "installed, 3.0 MB" in kvchat("models", "list").out
+    assert "3.0 MB freed" in kvchat("models", "rm", name).err
     assert (made.exists(), other.exists()) == (False, True)
 
 
@@ -944,7 +944,7 @@ def test_of_a_folder_of_the_users_own_only_what_was_compiled_is_removed(kvchat: 
     made = compiled_of(kvchat, folder)
     removed = kvchat("models", "rm", folder)
     assert removed.code == 0
-    assert "1.0 MB are free again" in removed.err
+    assert "1.0 MB freed" in removed.err
     assert f"stays in {folder}" in removed.err
     assert (made.exists(), folder.exists()) == (False, True)
     assert "no prepared model" in kvchat("models", "rm", folder).complaint

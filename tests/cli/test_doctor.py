@@ -44,7 +44,7 @@ def test_something_missing_is_exit_code_1(tmp_path: Path) -> None:
         ({"avx2", "avx512f", "avx512_bf16", "amx_tile"}, Verdict.GOOD, "AMX"),
         ({"avx2", "avx512f", "avx512_bf16"}, Verdict.GOOD, "computes in bf16"),
         ({"avx2"}, Verdict.SLOW, "fp32"),
-        (set(), Verdict.SLOW, "nothing special"),
+        (set(), Verdict.SLOW, "no known vector instructions"),
     ],
 )
 def test_the_processor(flags: set[str], verdict: Verdict, words: str) -> None:
@@ -63,7 +63,7 @@ def test_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_model_here_and_not_here(tmp_path: Path) -> None:
     paths = find_paths(tmp_path)
-    assert "fetches it, 92.9 MB" in weights(paths, DEFAULT_MODEL).means
+    assert "downloads it, 92.9 MB" in weights(paths, DEFAULT_MODEL).means
     folder = paths.models / DEFAULT_MODEL
     folder.mkdir(parents=True)
     (folder / MARKER).write_text("{}")
@@ -113,11 +113,11 @@ def test_a_folder_that_can_not_be_written_is_told_and_what_to_do(tmp_path: Path)
 @pytest.mark.parametrize(
     ("environment", "columns", "verdict", "words"),
     [
-        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 120, Verdict.GOOD, "the mouse works"),
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, 120, Verdict.GOOD, "with the mouse"),
         ({"TERM": "dumb"}, 80, Verdict.SLOW, "--plain"),
         ({}, 0, Verdict.SLOW, "--plain"),
         ({"TERM": "xterm", "NO_COLOR": ""}, 80, Verdict.GOOD, "NO_COLOR is set"),
-        ({"TERM": "xterm"}, 40, Verdict.SLOW, "60 columns or more"),
+        ({"TERM": "xterm"}, 40, Verdict.SLOW, "needs 60 columns"),
     ],
 )
 def test_the_terminal(environment: dict[str, str], columns: int, verdict: Verdict, words: str) -> None:
