@@ -73,7 +73,7 @@ def test_a_text_file_is_read_as_it_is(tmp_path: Path) -> None:
     [
         (b"\x89PNG\r\n\x1a\n", "only text files can be attached"),
         (b"a\0b", "is binary"),
-        (b"x" * (LARGEST_BYTES + 1), "more than any context here holds"),
+        (b"x" * (LARGEST_BYTES + 1), "files of at most 1.0 MB can be attached"),
     ],
 )
 def test_what_is_no_text_is_refused_politely(tmp_path: Path, content: bytes, sentence: str) -> None:

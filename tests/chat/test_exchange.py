@@ -225,7 +225,7 @@ def test_a_file_of_the_format_alone_is_named_after_the_title_and_replaces_nothin
 
 @pytest.mark.parametrize(
     ("where", "sentence"),
-    [("talk.pdf", "ends in no format"), ("there.md", "exists already"), ("no/folder.md", "can't be written")],
+    [("talk.pdf", "has no known extension"), ("there.md", "exists already"), ("no/folder.md", "can't be written")],
 )
 def test_an_export_that_cannot_be_written_says_why(tmp_path: Path, where: str, sentence: str) -> None:
     (tmp_path / "there.md").write_text("mine")
