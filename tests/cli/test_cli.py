@@ -891,7 +891,7 @@ def test_sessions_are_exported_imported_and_searched(kvchat: Shell, tmp_path: Pa
     assert {hit["conversation"] for hit in hits} == ids
     assert "\x1b" not in kvchat("sessions", "search", "brenner").out
     assert kvchat("sessions", "search", "zzz") == Done(1, "", "No conversation contains zzz.\n")
-    assert "no export that kvchat knows" in kvchat("sessions", "import", __file__).complaint
+    assert "has an unknown format" in kvchat("sessions", "import", __file__).complaint
 
 
 def install(models: Path, name: str) -> Path:
