@@ -67,7 +67,7 @@ def said(conversation: Conversation) -> list[tuple[str, str, str, str | None]]:
 
 
 def read_conversations(file: Path) -> list[Conversation]:
-    """What a file holds, all of which comes in."""
+    """The conversations of a file, imported without problems."""
     found = read_import(file)
     assert not found.problems
     return list(found.conversations)
@@ -141,7 +141,9 @@ def test_not_sent_is_ignored_for_answered_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "words"), [(to_html, "you · not sent"), (to_markdown, "### You (not sent)")]
 )
-def test_readable_exports_label_questions_that_were_not_sent(write: Callable[[Conversation], str], words: str) -> None:
+def test_readable_exports_label_questions_that_were_not_sent(
+    write: Callable[[Conversation], str], words: str
+) -> None:
     assert words not in write(TALK)
     assert write(replace(TALK, messages=(*TALK.messages, LOST))).count(words) == 1
 
@@ -239,7 +241,7 @@ def test_export_errors_are_sentences(tmp_path: Path, where: str, sentence: str) 
 
 
 class Tags(HTMLParser):
-    """What a browser would make of a page."""
+    """The elements of a page, as a browser parses it."""
 
     def __init__(self) -> None:
         super().__init__()

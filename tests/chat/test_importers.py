@@ -27,7 +27,7 @@ def read(folder: Path, document: object) -> Import:
 
 
 def one(folder: Path, document: object) -> Conversation:
-    """The only conversation of a document, all of which comes in."""
+    """The only conversation of a document, imported without problems."""
     found = read(folder, document)
     assert found.problems == ()
     (talk,) = found.conversations
@@ -480,7 +480,7 @@ def test_unreadable_and_newer_files_are_errors(tmp_path: Path) -> None:
     for name, sentence in (
         ("other.db", "no export"),
         ("no.zip", "can't be read"),
-        (".", "no export"),
+        (".", "unknown format"),
         ("missing.md", "can't be read"),
     ):
         with pytest.raises(KvchatError, match=sentence):
@@ -678,7 +678,7 @@ WHOLE = [
 
 
 def places(value: object, way: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-    """Every place in a document."""
+    """The path of every value in a document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [way, *(found for key, each in inner for found in places(each, (*way, key)))]
 

@@ -99,25 +99,25 @@ def ask(store: Store, conversation: str = TALK.id, parent: int | None = None) ->
 
 
 def rows(path: Path, query: str) -> list[tuple[object, ...]]:
-    """What another program sees in the file."""
+    """Rows read through a separate connection."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute(query).fetchall()
 
 
 def reopened(path: Path, conversation: str = TALK.id) -> Conversation:
-    """The conversation as the next start of the program reads it."""
+    """The conversation as a new store loads it."""
     with closing(Store(path)) as store:
         return store.load(conversation)
 
 
 def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
-    """Another process that runs `script` when it is told to."""
+    """A process that runs `script` after a signal to start."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def let_go_together(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    """Starts their work at once when all are ready; returns what each said at its end."""
+    """Starts all scripts at the same time, when all are ready; returns their last lines."""
     for process in processes:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
@@ -337,11 +337,11 @@ insert into drafts (conversation, text) values ('abcd1234', 'begun');
 OLD_FIGURES = replace(
     FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0, drafted_tokens=0, accepted_tokens=0
 )
-"""What a file without columns for evictions and restores says of a turn."""
+"""Statistics of a turn in a file without columns for evictions and restores."""
 
 
 def old_file(path: Path, first_missing: str) -> Database:
-    """A file of the kvchat that knew the migrations before that one only, with a conversation in it."""
+    """A database with the migrations before that one only, with a conversation."""
     path.parent.mkdir()
     db = Database(sqlite3.connect(path))
     migrations.apply(db, stop_before=first_missing)
@@ -350,7 +350,7 @@ def old_file(path: Path, first_missing: str) -> Database:
 
 
 def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
-    """It is as it was, set to what a new one is set to by default."""
+    """Checks that the conversation is unchanged, with defaults for new settings."""
     question = Message(1, None, "user", "Which pass?", "2026-01-02")
     reply = Message(
         2, 1, "assistant", "The Brenner.", "2026-01-03", (1, 2), "0123456789abcdef", "stop", stats
@@ -494,9 +494,7 @@ def a_file_for_a_folder(path: Path) -> None:
     [no_database, another_database, a_folder_in_its_place, a_file_for_a_folder],
     ids=lambda f: f.__name__,
 )
-def test_a_file_that_cannot_be_opened_is_one_sentence(
-    path: Path, spoil: Callable[[Path], None]
-) -> None:
+def test_a_file_that_cannot_be_opened_is_one_sentence(path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(path)
     before = path.read_bytes() if path.is_file() else b""
     with pytest.raises(KvchatError, match=r"can't be opened: .+ choose another folder") as caught:
@@ -521,9 +519,7 @@ def test_a_failed_write_is_one_sentence_and_the_next_works(
         assert store.load(TALK.id).messages == (saved,)
 
 
-def test_a_failed_transaction_is_rolled_back(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_transaction_is_rolled_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.create(TALK)
     question, reply = ask(store)
 
@@ -618,9 +614,7 @@ def test_concurrent_writes_to_one_conversation_lose_nothing(store: Store, path: 
 
 
 @pytest.mark.parametrize(("how", "code"), [("exit", 3), ("kill", -9)])
-def test_a_crash_in_a_transaction_changes_nothing(
-    store: Store, path: Path, how: str, code: int
-) -> None:
+def test_a_crash_in_a_transaction_changes_nothing(store: Store, path: Path, how: str, code: int) -> None:
     store.create(TALK)
     ask(store)
     before = store.load(TALK.id)
@@ -669,9 +663,7 @@ update conversations set head = 6;
     ],
     ids=["no answer follows", "read together with an answered one", "an answer that was not written again"],
 )
-def test_migration_marks_unanswered_questions_as_not_sent(
-    path: Path, later: str, texts: list[str]
-) -> None:
+def test_migration_marks_unanswered_questions_as_not_sent(path: Path, later: str, texts: list[str]) -> None:
     with closing(old_file(path, "m007_not_sent")) as old:
         old.executescript(later)
     with closing(Store(path)) as store:
@@ -725,9 +717,7 @@ def test_a_damaged_message_field_gets_its_default(store: Store, path: Path, chan
 
 
 @pytest.mark.parametrize("change", ["role = 'robot'", "text = null", "text = x'ff'"])
-def test_children_of_a_damaged_message_are_kept(
-    store: Store, path: Path, change: str
-) -> None:
+def test_children_of_a_damaged_message_are_kept(store: Store, path: Path, change: str) -> None:
     store.create(TALK)
     first, answered = ask(store)
     second, last = ask(store, parent=answered.id)

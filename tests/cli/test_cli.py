@@ -1,4 +1,4 @@
-"""The command line: what goes to which stream, which setting wins, what is said when something is wrong."""
+"""The command line: output streams, precedence of settings, error messages, exit codes."""
 
 import io
 import json
@@ -58,13 +58,13 @@ STATS = {
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
 LONG = "Which pass over the mountains is open in May? " * 3
 SMALL = ("--context", "128")
-"""Room for two turns with that question."""
+"""Context limit for two turns with that question."""
 PATIENCE_S = 120
 
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -96,7 +96,7 @@ class Done:
 
 
 class Terminal(io.StringIO):
-    """Standard input where nobody types."""
+    """Standard input of a terminal without input."""
 
     def isatty(self) -> bool:
         return True
@@ -104,7 +104,7 @@ class Terminal(io.StringIO):
 
 @dataclass
 class Shell:
-    """Runs `kvchat` in this process, in folders and an environment of its own."""
+    """Runs `kvchat` in this process, with its own folders and environment."""
 
     home: Path
     monkeypatch: pytest.MonkeyPatch
@@ -608,7 +608,10 @@ def test_an_answer_ends_at_the_context(ask: Asking) -> None:
         (("sessions", "search", " "), "There are no words to search for."),
         (("sessions", "import", "{home}/none.json"), "none.json can't be read: No such file or directory."),
         (("models", "pull", "--data-dir", "/dev/null/none"), "Models cannot be written to /dev/null/none"),
-        (("bench", "--plot", "{home}/none/x.svg"), "x.svg can't be written: {home}/none is no folder"),
+        (
+            ("bench", "--plot", "{home}/none/x.svg"),
+            "x.svg can't be written: {home}/none is not a writable folder",
+        ),
         (("bench", "--profile", "{home}"), "can't be written"),
         (("run", "--data-dir", "{home}/file", "Hello"), "can't be opened"),
         ((), "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."),
@@ -755,7 +758,7 @@ def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> Non
     kvchat.configure('max-tokens = "many"')
     done = kvchat("run", "Hello")
     assert done.code == 2
-    assert "line 1: max-tokens is a whole number from 1; 'many' is not." in done.err
+    assert "line 1: max-tokens is a whole number from 1 to 10,000,000; 'many' is not." in done.err
     assert kvchat("sessions").code == 0
 
 
@@ -837,7 +840,7 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
 
 
 def save_conversations(shell: Shell, *titles: str) -> list[str]:
-    """Conversations of these titles; returns their ids, the last one first."""
+    """Creates conversations with these titles; returns their ids, last one first."""
     with closing(Store(shell.data / "kvchat.db")) as store:
         for number, title in enumerate(titles):
             store.create(Conversation(f"{number}000abcd", title))
@@ -895,7 +898,7 @@ def test_sessions_are_exported_imported_and_searched(kvchat: Shell, tmp_path: Pa
 
 
 def install(models: Path, name: str) -> Path:
-    """A folder that passes for a prepared model."""
+    """Creates a folder that looks like a prepared model."""
     folder = models / name
     folder.mkdir(parents=True)
     for file in ("config.json", "kvchat.json", "tokenizer.json"):
@@ -921,7 +924,7 @@ def test_models_are_listed_found_and_removed(kvchat: Shell) -> None:
 
 
 def compiled_of(kvchat: Shell, folder: Path) -> Path:
-    """A folder that passes for what was compiled of a model."""
+    """Creates a folder that looks like a model's compiled packages."""
     made = compiled_folder(kvchat.data / "compiled", folder)
     (made / "fp32-some").mkdir(parents=True)
     (made / "fp32-some" / "weights.safetensors").write_bytes(b"\0" * 1_000_000)
@@ -1086,7 +1089,7 @@ def test_the_installed_command_is_the_same(kvchat: Shell) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2: LoadedModel) -> Path:
-    """Where the real model lies, found before any test moves home."""
+    """The folder of the real model, found before tests change the home folder."""
     folder = is_prepared(smollm2.facts.name, find_paths().models)
     assert folder
     return folder

@@ -1,4 +1,4 @@
-"""`kvchat doctor`: what this machine has, and what that means."""
+"""`kvchat doctor`: findings and their consequences."""
 
 import json
 import os
