@@ -17,7 +17,7 @@ from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.models.resolve import MARKER
 
 
-def test_it_looks_at_everything_and_says_what_it_means(tmp_path: Path) -> None:
+def test_every_finding_has_a_consequence(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["doctor", "--json", "--data-dir", str(tmp_path)])
     found = {finding["name"]: finding for finding in json.loads(result.stdout)}
     names = ["processor", "cores", "memory", "compiler", "libraries", "model"]
@@ -61,7 +61,7 @@ def test_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler().found == "/nothing/g++"
 
 
-def test_the_model_here_and_not_here(tmp_path: Path) -> None:
+def test_a_model_is_downloaded_or_not(tmp_path: Path) -> None:
     paths = find_paths(tmp_path)
     assert "downloads it, 92.9 MB" in weights(paths, DEFAULT_MODEL).means
     folder = paths.models / DEFAULT_MODEL
@@ -70,7 +70,7 @@ def test_the_model_here_and_not_here(tmp_path: Path) -> None:
     assert weights(paths, DEFAULT_MODEL).verdict is Verdict.GOOD
 
 
-def test_what_was_compiled_and_may_be_loaded(tmp_path: Path) -> None:
+def test_compiled_code_is_missing_trusted_or_refused(tmp_path: Path) -> None:
     paths = find_paths(tmp_path / "data")
     assert compiled(paths, DEFAULT_MODEL).found == "not yet"
     folder = paths.models / DEFAULT_MODEL
@@ -91,14 +91,14 @@ def test_what_was_compiled_and_may_be_loaded(tmp_path: Path) -> None:
     assert compiled(paths, DEFAULT_MODEL).means == "It has states."
 
 
-def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_of_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = find_paths(tmp_path / "not" / "yet")
     assert disk(paths).found.endswith("free")
     monkeypatch.setattr(doctor, "ENOUGH_DISK", 1 << 62)
     assert disk(paths).verdict is Verdict.SLOW
 
 
-def test_a_folder_that_can_not_be_written_is_told_and_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_reported_with_advice(tmp_path: Path) -> None:
     assert folders(find_paths(tmp_path / "not" / "yet")).verdict is Verdict.GOOD
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()

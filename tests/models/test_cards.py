@@ -122,9 +122,7 @@ def test_read_card_returns_all_fields(tmp_path: Path) -> None:
         ("parameters = 1_000", f"parameters = {10**30}", "parameters must be at most"),
     ],
 )
-def test_an_invalid_card_is_an_error_with_file_and_field(
-    tmp_path: Path, old: str, new: str, said: str
-) -> None:
+def test_an_invalid_card_is_an_error_naming_the_field(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in CARD
     path = write_card(tmp_path, CARD.replace(old, new))
     with pytest.raises(KvchatError) as caught:
