@@ -245,9 +245,9 @@ def draw(rows: Sequence[Record], file: Path) -> None:
 
 def _curves(axes: "Axes", rows: Sequence[Record], keys: tuple[str, str], labels: tuple[str, str]) -> None:
     """Plots one curve for every cache mode."""
-    for mode in dict.fromkeys(str(row["mode"]) for row in rows):
-        points = [(_number(row[keys[0]]), _number(row[keys[1]])) for row in rows if row["mode"] == mode]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"cache {mode}")
+    for curve in _by_mode(rows, keys):
+        if curve.points:
+            axes.plot(*zip(*curve.points, strict=True), marker="o", label=curve.name)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     if axes.get_yscale() == "linear":

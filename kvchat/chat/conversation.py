@@ -77,16 +77,24 @@ class Conversation:
     @property
     def unseen(self) -> int:
         """Number of oldest messages that the model doesn't see any more, because they were evicted."""
-        read, before = 0, ""
-        for index, message in enumerate(self.messages):
-            if message.not_sent:
-                continue
-            # consecutive questions are one prompt message
-            read += not (message.role == before == "user")
-            before = message.role
-            if read > self.evicted_messages:
-                return index
+        groups = self._groups
+        if len(groups) > self.evicted_messages:
+            return self.messages.index(groups[self.evicted_messages][0])
         return len(self.messages) if self.evicted_messages else 0
+
+    @property
+    def _groups(self) -> list[list[Message]]:
+        """The messages of each prompt message.
+
+        Consecutive questions (the first was never answered) are one: many chat templates require alternation.
+        """
+        groups: list[list[Message]] = []
+        for message in self.sent:
+            if groups and message.role == groups[-1][-1].role == "user":
+                groups[-1].append(message)
+            else:
+                groups.append([message])
+        return groups
 
     def showing(self, messages: tuple[Message, ...]) -> "Conversation":
         """This conversation on another branch.
@@ -121,26 +129,17 @@ class Conversation:
         Empty for the system prompt, several for consecutive questions.
         """
         places: list[tuple[int, ...]] = [()] if self.system_prompt else []
-        before = ""
-        for message in self.sent:
-            joined = places.pop() if message.role == before == "user" else ()
-            places.append((*joined, message.id))
-            before = message.role
-        return tuple(places)
+        return (*places, *(tuple(message.id for message in group) for group in self._groups))
 
     def prompt(self) -> tuple[PromptMessage, ...]:
-        """The messages as an engine reads them.
-
-        User messages that follow each other (the first was never answered) become one, since many chat
-        templates insist on alternation. Questions that were not sent are left out.
-        """
+        """The messages for the engine, with the system prompt and without questions that were not sent."""
         prompt = [PromptMessage("system", self.system_prompt)] if self.system_prompt else []
-        for message in self.sent:
-            if message.role == "user" and prompt and prompt[-1].role == "user":
-                prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
+        for group in self._groups:
+            first = group[0]
+            if first.role == "user":
+                prompt.append(PromptMessage("user", "\n\n".join(message.text for message in group)))
             else:
-                ids = message.token_ids if message.role == "assistant" else ()
-                prompt.append(PromptMessage(message.role, message.raw, ids, message.tokenizer))
+                prompt.append(PromptMessage(first.role, first.raw, first.token_ids, first.tokenizer))
         return tuple(prompt)
 
 
