@@ -1,10 +1,10 @@
-"""The one exception whose text is meant for the user, and how errors of files and libraries become one.
+"""`KvchatError`, the exception whose text is shown to the user, and the translation of other errors into it.
 
-Everything that goes wrong for a reason the user can act on is raised as `KvchatError`: a sentence that says
-what is wrong, where, and what to do. The command line prints it and exits with 1; the screen shows it.
+Every failure that the user can do something about is a `KvchatError`: a sentence that says what is wrong,
+where, and what to do. The command line prints it and exits with 1; the screen shows it.
 
-Errors of the system and of libraries are translated at few places: by `cli.main`, by the screen, by the
-engine's turn and act, by the engine process, by what saves caches, and by the store.
+Errors of the system and of libraries are translated in `cli.main`, in the screen, in the engine's turns and
+commands, in the engine process, where caches are saved, and in the store.
 """
 
 import os
@@ -31,22 +31,22 @@ LIBRARIES = {
     "zipfile",
     "zlib",
 }
-"""Packages whose own exceptions say what is wrong with a file, a model or the machine, not with kvchat."""
+"""Packages whose exceptions describe a problem with a file, a model or the machine, not a defect."""
 
 
 class KvchatError(Exception):
-    """A clear sentence for the user; never a traceback."""
+    """A sentence for the user, shown without a traceback."""
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in the system's own words, without its numbers and the path that the sentence names."""
+    """The system's description of an error, without error number and path."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def cause(error: Exception) -> str | None:
-    """What went wrong, without a full stop at the end; None for an error that only a defect of kvchat raises.
+    """The cause of an error, without a full stop at the end; None for a defect of kvchat.
 
-    A file that the system refused is named, with its owner where that is another user.
+    Names the file, and its owner where that is another user.
     """
     match error:
         case KvchatError():
@@ -67,7 +67,7 @@ def cause(error: Exception) -> str | None:
 
 
 def as_sentence(error: Exception) -> str:
-    """One sentence for any error; one that only a defect of kvchat raises is named with its class."""
+    """One sentence for any error; for a defect of kvchat with the name of its class."""
     if isinstance(error, KvchatError):
         return str(error)
     found = cause(error)
@@ -76,9 +76,9 @@ def as_sentence(error: Exception) -> str:
 
 @contextmanager
 def translating(what: str, kind: type[KvchatError] = KvchatError) -> Iterator[None]:
-    """Inside the block, errors of files and libraries become a `kind`: the sentence `what: cause.`
+    """Inside the block, errors of files and libraries become a `kind` with the sentence `what: cause.`
 
-    A `KvchatError` passes as it is, and so does what only a defect raises.
+    A `KvchatError` and defects of kvchat pass unchanged.
     """
     try:
         yield
@@ -91,13 +91,13 @@ def translating(what: str, kind: type[KvchatError] = KvchatError) -> Iterator[No
 
 
 def owner_hint(path: Path) -> str:
-    """What to do where a file belongs to another user, as after one start with `sudo`; else empty."""
+    """What to do where a file belongs to another user, for instance after a start with `sudo`; else empty."""
     if sys.platform == "win32":
         return ""
     for place in (path, *path.parents):
         try:
             owner = place.lstat().st_uid
-        except OSError:  # not there, or in a folder that can't be looked into
+        except OSError:  # missing, or in a folder that can't be read
             continue
         if owner == os.geteuid() or place == Path(place.anchor):
             return ""

@@ -32,7 +32,7 @@ from kvchat.contract import (
     TurnStarted,
     TurnStats,
 )
-from kvchat.engine_process.openmp import wait_politely
+from kvchat.engine_process.openmp import limit_spinning
 from kvchat.errors import KvchatError
 from kvchat.models.cards import DEFAULT_MODEL, find_card
 from kvchat.models.resolve import FolderModel, GgufModel, recognise
@@ -88,7 +88,7 @@ def load(
     Raises:
         KvchatError: there is no such model, or it can't be fetched or run; the sentence says why.
     """
-    wait_politely()  # before torch is imported
+    limit_spinning()  # before torch is imported
     from kvchat.engine.factory import LOOKUP, load_draft, open_engine
     from kvchat.engine.model.loader import load_model
     from kvchat.engine.setup.prepare import prepare

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from kvchat.engine_process.openmp import wait_politely
+from kvchat.engine_process.openmp import limit_spinning
 
 if TYPE_CHECKING:
     from kvchat.contract import Engine
@@ -31,7 +31,7 @@ LONG = (
 
 # a run in the background has it ignored, and so would every program that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
-wait_politely()  # tests run where other things run too
+limit_spinning()  # tests run where other things run too
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 settings.register_profile("kvchat", deadline=None, derandomize=True)
 settings.load_profile("kvchat")

@@ -1,1 +1,1 @@
-"""Measurements and proofs that run without a screen: `kvchat bench` and `kvchat verify`."""
+"""`kvchat bench` and `kvchat verify`: measurements and equality checks. Must not import the screen."""

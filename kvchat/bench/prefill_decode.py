@@ -1,6 +1,6 @@
-"""Measures the model alone: reading a context, a short turn on top of one, and token after token.
+"""Benchmarks of the model alone: prefill, a short prefill on a cached context, and decode.
 
-Token ids are made up, and there is no template and no tokenizer in these figures.
+Uses synthetic token ids; templates and tokenizers are not measured.
 """
 
 import statistics
@@ -16,30 +16,30 @@ from kvchat.engine.turn import PREFILL_CHUNK
 
 PREFILL_RUNS, SHORT_RUNS = 3, 5
 STEPS, UNCACHED_STEPS = 32, 3
-"""Tokens generated for a median of decoding; without a cache one takes seconds."""
+"""Decode steps per median; a step without a cache takes seconds."""
 SHORT_TURNS = (16, 64)
-"""New tokens of a turn whose history is cached: a short question, and a longer one."""
+"""New tokens of a turn with a cached history: a short question and a longer one."""
 
 
 def warm_up(loaded: LoadedModel) -> None:
-    """Reads and writes a little: the first of everything is slow."""
+    """Runs a prefill and some decode steps: the first passes are slow."""
     reader = loaded.reader(loaded.new_kv())
     for ids in (tokens(loaded, 256), *([token] for token in tokens(loaded, STEPS))):
         reader.read(ids)
 
 
-def reading_rows(
+def context_rows(
     loaded: LoadedModel, context: int, precisions: Sequence[str], runner: Runner
 ) -> Iterator[Row]:
-    """With a cache, with keys and values in other precisions, and without a cache."""
+    """Rows with a cache, decode with each KV precision, and decode without a cache."""
     yield from cached_rows(loaded, context, runner)
     for precision in precisions:
         runner.note(f"decode at {context:,} tokens, keys and values in {precision}")
-        stored = _read(loaded, context, precision)[1]
-        yield replace(_decode_row(loaded, context, stored, runner), kv=precision)
+        kv = _prefill(loaded, context, precision)[1]
+        yield replace(_decode_row(loaded, context, kv, runner), kv=precision)
     runner.note(f"decode at {context:,} tokens, without a cache")
     uncached = loaded.uncached_reader()
-    # the first step reads the context and a token more, as every later one does
+    # every step recomputes the context: the first one gets it as its ids
     ids = iter([tokens(loaded, context + 1), *([token] for token in tokens(loaded, UNCACHED_STEPS))])
     steps = runner.warmed(lambda: _timed(uncached, next(ids)), UNCACHED_STEPS)
     yield Row("decode", context, "off", 1 / statistics.median(steps), runs=len(steps))
@@ -48,10 +48,10 @@ def reading_rows(
 def cached_rows(
     loaded: LoadedModel, context: int, runner: Runner, weights: str | None = None
 ) -> Iterator[Row]:
-    """A context is read, short turns are read on top of it, and tokens are generated after it."""
+    """Rows of prefill, short turns and decode with a cached context of `context` tokens."""
     named = f", weights in {weights}" if weights else ""
     runner.note(f"prefill of {context:,} tokens{named}")
-    runs = runner.repeated(lambda: _read(loaded, context), PREFILL_RUNS)
+    runs = runner.repeated(lambda: _prefill(loaded, context), PREFILL_RUNS)
     speed, kv = context / statistics.median(seconds for seconds, _ in runs), runs[-1][1]
     filled = kv.storage_bytes
     yield Row("prefill", context, "on", speed, runs=len(runs), kv_bytes=filled, weights=weights)
@@ -63,13 +63,13 @@ def cached_rows(
 
 
 def tokens(loaded: LoadedModel, count: int) -> list[int]:
-    """Made-up ids, spread over the vocabulary; speed doesn't depend on which they are."""
+    """Synthetic ids, spread over the vocabulary; speed doesn't depend on their values."""
     size = min(40_000, loaded.vocabulary // 2)
     return [(1000 + i * 7919) % size for i in range(count)]
 
 
-def _read(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[float, ConversationKV]:
-    """(seconds to read `count` tokens in chunks, the cache they filled)."""
+def _prefill(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[float, ConversationKV]:
+    """(seconds to prefill `count` tokens in chunks, the filled cache)."""
     kv = loaded.new_kv(precision)
     reader, ids = loaded.reader(kv), tokens(loaded, count)
     started = time.perf_counter()
@@ -79,8 +79,8 @@ def _read(loaded: LoadedModel, count: int, precision: str = "auto") -> tuple[flo
 
 
 def _short_turn(loaded: LoadedModel, context: int, kv: ConversationKV, count: int, runner: Runner) -> Row:
-    """Until the first token is known; the cache is cropped to the context again after every run."""
-    kv.checkpoint()  # where a recurrent model can go back to
+    """Time until the first token; the cache is truncated to the context after every run."""
+    kv.checkpoint()  # recurrent states can be truncated to checkpoints only
     reader, ids = loaded.reader(kv), tokens(loaded, count)
 
     def measure() -> float:
@@ -94,15 +94,15 @@ def _short_turn(loaded: LoadedModel, context: int, kv: ConversationKV, count: in
 
 
 def _decode_row(loaded: LoadedModel, context: int, kv: ConversationKV, runner: Runner) -> Row:
-    """One token at a time, after what is cached."""
-    reader, ids, held = loaded.reader(kv), iter(tokens(loaded, STEPS + 1)), kv.storage_bytes
+    """Decode rate, one token at a time, with the cached context."""
+    reader, ids, size = loaded.reader(kv), iter(tokens(loaded, STEPS + 1)), kv.storage_bytes
     steps = runner.warmed(lambda: _timed(reader, [next(ids)]), STEPS)
     speed = 1 / statistics.median(steps)
-    return Row("decode", context, "on", speed, runs=len(steps), kv_bytes=held)
+    return Row("decode", context, "on", speed, runs=len(steps), kv_bytes=size)
 
 
 def _timed(reader: Reader, ids: Sequence[int]) -> float:
-    """Seconds until these ids are read and the most probable next one is known."""
+    """Seconds of one forward pass over `ids` and the argmax of its last logits."""
     started = time.perf_counter()
     reader.read(ids)[-1].argmax().item()
     return time.perf_counter() - started

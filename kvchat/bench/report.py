@@ -1,6 +1,6 @@
-"""Shows what `bench` measured: a table, bars, curves, and ratios to another engine's figures.
+"""Reports of `bench`: a table, bars, curves, and ratios to another engine's results.
 
-It knows rows as plain values; it measures nothing.
+Works on rows as JSON objects. Must not measure or import the engine.
 """
 
 import json
@@ -23,29 +23,30 @@ from kvchat.text import megabytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = Mapping[str, object]
+Record = Mapping[str, object]
+"""A `rows.Row` as `--json` prints it: without the fields that are None."""
 
 BAR_CELLS = 24
 ANSWER = 64
-"""Tokens of the answer whose speed is drawn."""
+"""Length of the answer for the plot of speed against context."""
 COLUMNS = ("case", "cache", "turn", "context", "read", "TTFT s", "disk s", "tok/s", "KV", "runs")
-SPARED = ("read", "disk s", "KV")
+OPTIONAL = ("read", "disk s", "KV")
 TABLE_CELLS, ROOMY_CELLS = 78, 100
-"""What the whole table needs; where there are fewer, it does without the spared columns."""
+"""Width of the whole table; a narrower terminal gets it without the optional columns."""
 FORMATS = (".svg", ".png")
 
 
-def report(rows: Sequence[Row], width: int) -> RenderableType:
-    """The rows for people: a table, bars of how fast tokens are generated, and curves."""
+def report(rows: Sequence[Record], width: int) -> RenderableType:
+    """The rows as text: a table, bars of the decode rates, and curves."""
     return Group(table_of(rows, width), "", bars_of(rows), *curves_of(rows, width))
 
 
-def table_of(rows: Iterable[Row], width: int) -> Table:
-    """Every row; a narrow one leaves out what was read and restored, and the bytes."""
-    columns = [name for name in COLUMNS if width >= TABLE_CELLS or name not in SPARED]
+def table_of(rows: Iterable[Record], width: int) -> Table:
+    """A table of all rows; without the optional columns if `width` is too small."""
+    columns = [name for name in COLUMNS if width >= TABLE_CELLS or name not in OPTIONAL]
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.columns[0].no_wrap = True
-    if width < ROOMY_CELLS:  # left to itself, the table cuts letters off the others
+    if width < ROOMY_CELLS:  # otherwise rich truncates the other columns
         table.columns[1].width = len("restored")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -67,14 +68,14 @@ def table_of(rows: Iterable[Row], width: int) -> Table:
     return table
 
 
-def _mode(row: Row) -> str:
+def _mode(row: Record) -> str:
     kv = f", KV {row['kv']}" if row.get("kv") else ""
     weights = f", weights {row['weights']}" if row.get("weights") else ""
     return f"{row['mode']}{kv}{weights}"
 
 
-def bars_of(rows: Iterable[Row]) -> Table:
-    """Tokens a second of every decode row, side by side."""
+def bars_of(rows: Iterable[Record]) -> Table:
+    """Bars of the rates of all decode and draft rows."""
     decode = [row for row in rows if row["case"] in ("decode", "draft")]
     most = max((_number(row["tok_s"]) for row in decode), default=0.0)
     table = Table.grid(padding=(0, 1))
@@ -90,7 +91,7 @@ def _cell(value: object, form: str) -> str:
 
 
 def _speed(tok_s: float) -> str:
-    """One decimal, and two digits where that would be a zero."""
+    """One decimal; below 1 tok/s two significant digits."""
     return f"{tok_s:,.1f}" if tok_s >= 1 else f"{tok_s:.2g}"
 
 
@@ -98,8 +99,8 @@ def _number(value: object) -> float:
     return float(str(value))
 
 
-def curves_of(rows: Sequence[Row], width: int) -> list[Text]:
-    """Speed against context and TTFT over turns, for every cache mode; nothing where there is one point."""
+def curves_of(rows: Sequence[Record], width: int) -> list[Text]:
+    """Speed against context and TTFT over turns, for every cache mode; no curve with one point."""
     speed = plot(
         _by_mode(answers(rows), ("context", "tok_s")),
         "tokens of the conversation",
@@ -112,8 +113,8 @@ def curves_of(rows: Sequence[Row], width: int) -> list[Text]:
     return [Text("\n".join(lines), no_wrap=True, overflow="crop") for lines in shown]
 
 
-def answers(rows: Sequence[Row]) -> list[Row]:
-    """How fast a whole answer to a short question is, in each mode: its TTFT, and then token after token."""
+def answers(rows: Sequence[Record]) -> list[Record]:
+    """Rate of an answer of `ANSWER` tokens to a short question, with its TTFT, for each context and mode."""
     own = [row for row in rows if _own(row)]
     steps = {(row["context"], row["mode"]): _number(row["tok_s"]) for row in own if row["case"] == "decode"}
     ttft: dict[tuple[object, object], float] = {
@@ -124,7 +125,7 @@ def answers(rows: Sequence[Row]) -> list[Row]:
     ttft |= {
         (row["context"], "on"): _number(row["ttft_s"]) for row in reversed(own) if row["case"] == "short turn"
     }
-    # without a cache the first token is like any other
+    # without a cache the first token costs as much as any other
     ttft |= {where: 1 / speed for where, speed in steps.items() if where[1] == "off"}
     return [
         {"context": context, "mode": mode, "tok_s": ANSWER / (first + (ANSWER - 1) / speed)}
@@ -133,7 +134,7 @@ def answers(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _by_mode(rows: Sequence[Row], keys: tuple[str, str]) -> list[Curve]:
+def _by_mode(rows: Sequence[Record], keys: tuple[str, str]) -> list[Curve]:
     """A curve for each mode."""
     return [
         Curve(
@@ -144,31 +145,31 @@ def _by_mode(rows: Sequence[Row], keys: tuple[str, str]) -> list[Curve]:
     ]
 
 
-def _own(row: Row) -> bool:
-    """Whether it was measured in the model's own precisions."""
+def _own(row: Record) -> bool:
+    """Whether it was measured with the model's own precisions of KV cache and weights."""
     return not row.get("kv") and not row.get("weights")
 
 
 # ---- beside another engine --------------------------------------------------------------------------------
 
 
-def read_peers(file: Path) -> tuple[str, list[Row]]:
-    """(name of the engine, its rows) from a file of the shape that `bench --json` prints.
+def read_peers(file: Path) -> tuple[str, list[Record]]:
+    """(name of the engine, its rows) from a file in the format of `bench --json`.
 
     Raises:
-        KvchatError: it is no such file.
+        KvchatError: the file can't be read or has another format.
     """
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
-        rows: list[Row] = [{**row, "case": row["case"], "mode": row["mode"]} for row in measured["rows"]]
+        rows: list[Record] = [{**row, "case": row["case"], "mode": row["mode"]} for row in measured["rows"]]
         return str(measured.get("engine", file.stem)), rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KvchatError(f"{file} has no rows of a bench: {reason(error)}") from error
 
 
-def ratios(rows: Iterable[Row], name: str, peers: Sequence[Row]) -> Table:
-    """How many times faster than the other engine, for every case that both measured with the cache on."""
-    table = Table("case", "context", "tok/s", name, "ratio", title=f"beside {name}")
+def ratios(rows: Iterable[Record], name: str, peers: Sequence[Record]) -> Table:
+    """Speed relative to the other engine, for every case that both measured with the cache on."""
+    table = Table("case", "context", "tok/s", name, "ratio", title=f"compared with {name}")
     for column in table.columns[1:]:
         column.justify = "right"
     others = {_place(row): row for row in peers if row["mode"] == "on"}
@@ -186,8 +187,8 @@ def ratios(rows: Iterable[Row], name: str, peers: Sequence[Row]) -> Table:
     return table
 
 
-def _place(row: Row) -> tuple[object, ...]:
-    """What has to be the same of two rows that are compared."""
+def _place(row: Record) -> tuple[object, ...]:
+    """Key of a row: rows with the same key are compared."""
     read = row.get("read_tokens") if row["case"] == "short turn" else None
     return row["case"], row.get("turn") or row["context"], read
 
@@ -196,10 +197,10 @@ def _place(row: Row) -> tuple[object, ...]:
 
 
 def refuse_plot(file: Path) -> None:
-    """Passes a file that `draw` can write: asked before a measurement that takes minutes.
+    """Checks that `draw` can write a file, before a measurement that takes minutes.
 
     Raises:
-        KvchatError: matplotlib is not there, or the file is of another kind.
+        KvchatError: matplotlib is not installed, the format is unknown, or the folder is not writable.
     """
     if file.suffix.lower() not in FORMATS:
         raise KvchatError(f"{file} is neither .svg nor .png.")
@@ -209,17 +210,17 @@ def refuse_plot(file: Path) -> None:
 
 
 def refuse_folder(file: Path) -> None:
-    """Passes a file whose folder can be written to.
+    """Checks that a file can be created in its folder.
 
     Raises:
-        KvchatError: it can't, or is not there.
+        KvchatError: the folder is missing or not writable, or the path is a folder.
     """
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise KvchatError(f"{file} can't be written: {file.parent} is no folder that can be written to.")
+        raise KvchatError(f"{file} can't be written: {file.parent} is not a writable folder.")
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draws speed against context, TTFT over turns and bytes over tokens into an SVG or PNG file.
+def draw(rows: Sequence[Record], file: Path) -> None:
+    """Plots speed against context, TTFT over turns and bytes over tokens into an SVG or PNG file.
 
     Raises:
         KvchatError: the file can't be written.
@@ -233,20 +234,20 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     _curves(speed, decode, ("context", "tok_s"), ("tokens in the cache", "decode, tok/s"))
     chat = [row for row in rows if row["case"] == "turn"]
     _curves(turns, chat, ("turn", "ttft_s"), ("turn", "TTFT, s"))
-    held = [row for row in chat if row["mode"] == "on" and row.get("kv_bytes")]
-    held = [{**row, "megabytes": _number(row["kv_bytes"]) / 1e6} for row in held]
-    _curves(size, held, ("context", "megabytes"), ("tokens of the conversation", "KV cache, MB"))
+    cached = [row for row in chat if row["mode"] == "on" and row.get("kv_bytes")]
+    cached = [{**row, "megabytes": _number(row["kv_bytes"]) / 1e6} for row in cached]
+    _curves(size, cached, ("context", "megabytes"), ("tokens of the conversation", "KV cache, MB"))
     try:
         figure.savefig(file)
     except OSError as error:
         raise KvchatError(f"{file} can't be written: {cause(error)}.") from error
 
 
-def _curves(axes: "Axes", rows: Sequence[Row], keys: tuple[str, str], labels: tuple[str, str]) -> None:
-    """A curve for every cache mode."""
-    for mode in dict.fromkeys(str(row["mode"]) for row in rows):
-        points = [(_number(row[keys[0]]), _number(row[keys[1]])) for row in rows if row["mode"] == mode]
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"cache {mode}")
+def _curves(axes: "Axes", rows: Sequence[Record], keys: tuple[str, str], labels: tuple[str, str]) -> None:
+    """Plots one curve for every cache mode."""
+    for curve in _by_mode(rows, keys):
+        if curve.points:
+            axes.plot(*zip(*curve.points, strict=True), marker="o", label=curve.name)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     if axes.get_yscale() == "linear":

@@ -1,8 +1,7 @@
-"""Measures what the KV cache is worth on this machine: prefill, decode and turns, in the three modes.
+"""Runs all benchmarks of the KV cache: prefill, decode and turns, in the three cache modes.
 
-Warm-up first, then medians over as many runs as there is time for. The chat of the `turn` rows is answered
-once with the cache on; the other modes get the same questions and the same answers as history, so that every
-mode reads the same prompts.
+A warm-up, then medians over as many runs as the time limit allows. The chat of the `turn` rows is generated
+once, with the cache on; the other modes get its prompts, so that every mode reads the same tokens.
 """
 
 import platform
@@ -17,10 +16,11 @@ import psutil
 import torch
 import transformers
 
-from kvchat.bench.prefill_decode import SHORT_TURNS, cached_rows, reading_rows, warm_up
-from kvchat.bench.resume import HISTORY_CASES, ROOM, history_rows
+from kvchat.bench.chat import Chat, run_turn
+from kvchat.bench.prefill_decode import SHORT_TURNS, cached_rows, context_rows, warm_up
+from kvchat.bench.resume import RESUME_CASES, ROOM, resume_rows
 from kvchat.bench.rows import Row, Runner
-from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFailed, TurnFinished, TurnRequest
+from kvchat.contract import CacheMode, PromptMessage, Sampling, TurnFinished, TurnRequest
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.speculative import PromptLookup
@@ -55,59 +55,62 @@ LIST = """\
 - six eggs
 - a jar of plum jam
 """
+CONVERSATION = "bench"
 COPY = f"Repeat this list:\n\n{LIST}"
 OPEN = "Tell me a story about a lighthouse keeper who collects lost sounds."
 DRAFT_TOKENS, DRAFT_RUNS = 128, 3
 DRAFT_CASES = (("copies", COPY), ("open", OPEN))
 DRAFTERS = (("off", lambda: None), ("lookup", PromptLookup))
 PROBE_TOKENS = {CacheMode.TURN: 8, CacheMode.OFF: 3}
-"""Tokens generated per turn where only the time to the first one is compared."""
+"""Tokens generated per turn in the modes of which only the TTFT is compared."""
 
 
 class Measured(TypedDict):
-    """What `--json` prints."""
+    """The output of `--json`."""
 
     machine: dict[str, object]
     model: dict[str, object]
     rss_bytes: int
-    """Memory of this process with the model loaded, before anything was cached."""
+    """Memory of this process with the model loaded and empty caches."""
     rows: list[dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
-class BenchPlan:
-    """What is to be measured."""
+class BenchOptions:
+    """What to measure."""
 
     contexts: Sequence[int]
-    """Cached tokens to measure at."""
+    """Context lengths in tokens."""
     turns: int
+    """Of the chat."""
     answer_tokens: int
-    """Of the chat and each of its answers."""
+    """Maximum length of the chat's answers."""
     fill: bool = False
-    """Whether no answer of the chat ends before `answer_tokens`, so that it reaches a known length."""
+    """Whether all answers of the chat get `answer_tokens` tokens: end-of-turn ids are ignored."""
     precisions: Sequence[str] = ()
-    """Of keys and values, to decode with besides the model's own."""
+    """Precisions of keys and values to decode with, besides the model's own."""
     weights: Mapping[str, Callable[[], LoadedModel]] = field(default_factory=dict)
-    """The same model with its weights in other precisions."""
+    """Precision → function that loads the same model with weights in that precision."""
 
     @property
     def cases(self) -> int:
-        """How many times a case is announced."""
+        """Number of notes."""
         short = len(SHORT_TURNS)
-        at_each = 3 + short + len(self.precisions) + (2 + short) * len(self.weights) + HISTORY_CASES
+        at_each = 3 + short + len(self.precisions) + (2 + short) * len(self.weights) + RESUME_CASES
         return at_each * len(self.contexts) + len(DRAFT_CASES) * len(DRAFTERS) + 3 * self.turns
 
 
-def run_bench(loaded: LoadedModel, plan: BenchPlan, runner: Runner) -> Measured:
-    """All measurements, in the shape that `--json` prints.
+def run_bench(loaded: LoadedModel, options: BenchOptions, runner: Runner) -> Measured:
+    """Runs all measurements.
 
     Raises:
         KvchatError: a context is longer than the model's.
     """
     limit = loaded.facts.context_limit
-    if too_long := [context for context in plan.contexts if context + ROOM > limit]:
+    if too_long := [context for context in options.contexts if context + ROOM > limit]:
         raise KvchatError(
-            f"{loaded.facts.name} holds {limit:,} tokens, not {max(too_long):,} and {ROOM} for what follows."
+            f"The context of {loaded.facts.name} is {limit:,} tokens; a measurement at {max(too_long):,} "
+            f"needs {ROOM} more than that."
         )
     rss = memory_in_use()
     return {
@@ -115,30 +118,30 @@ def run_bench(loaded: LoadedModel, plan: BenchPlan, runner: Runner) -> Measured:
         "model": asdict(loaded.facts),
         "rss_bytes": rss,
         "rows": [
-            {k: v for k, v in asdict(row).items() if v is not None} for row in _rows(loaded, plan, runner)
+            {k: v for k, v in asdict(row).items() if v is not None} for row in _rows(loaded, options, runner)
         ],
     }
 
 
-def _rows(loaded: LoadedModel, plan: BenchPlan, runner: Runner) -> Iterator[Row]:
+def _rows(loaded: LoadedModel, options: BenchOptions, runner: Runner) -> Iterator[Row]:
     warm_up(loaded)
-    for context in plan.contexts:
-        yield from reading_rows(loaded, context, plan.precisions, runner)
+    for context in options.contexts:
+        yield from context_rows(loaded, context, options.precisions, runner)
     yield from _draft_rows(loaded, runner)
-    for context in plan.contexts:
-        yield from history_rows(loaded, context, runner)
-    chatting = replace(loaded, end_ids=frozenset()) if plan.fill else loaded
-    yield from _turn_rows(chatting, plan.turns, plan.answer_tokens, runner)
-    for name, load in plan.weights.items():
+    for context in options.contexts:
+        yield from resume_rows(loaded, context, runner)
+    chat_model = replace(loaded, end_ids=frozenset()) if options.fill else loaded
+    yield from _turn_rows(chat_model, options.turns, options.answer_tokens, runner)
+    for name, load in options.weights.items():
         other = load()
         warm_up(other)
-        for context in plan.contexts:
+        for context in options.contexts:
             yield from cached_rows(other, context, runner, name)
         other.unload()
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """Hardware and versions of the measurement."""
     return {
         "cpu": _cpu_name(),
         "physical_cores": psutil.cpu_count(logical=False),
@@ -159,13 +162,16 @@ def _cpu_name() -> str:
 
 
 def _draft_rows(loaded: LoadedModel, runner: Runner) -> Iterator[Row]:
-    """An answer that copies, and one that doesn't, with drafts and without; greedy: they say the same."""
+    """Decode with and without drafts, for an answer that copies and one that doesn't.
+
+    Greedy, so that the answers are equal with and without drafts.
+    """
     for case, question in DRAFT_CASES:
         for mode, new_drafter in DRAFTERS:
             runner.note(f"an answer, {case}, drafts {mode}")
             engine = LocalEngine(loaded, new_drafter=new_drafter)
             prompt = (PromptMessage("user", question),)
-            ask = partial(_turn, engine, prompt, CacheMode.TURN, DRAFT_TOKENS)
+            ask = partial(run_turn, engine, _request(prompt, CacheMode.TURN, DRAFT_TOKENS))
             runs = [finished.stats for finished in runner.repeated(ask, DRAFT_RUNS)]
             last = runs[-1]
             yield Row(
@@ -180,16 +186,16 @@ def _draft_rows(loaded: LoadedModel, runner: Runner) -> Iterator[Row]:
 
 
 def profile_turn(loaded: LoadedModel, file: Path) -> None:
-    """Writes a trace of one turn that chrome://tracing and Perfetto open.
+    """Writes a trace of one turn for chrome://tracing and Perfetto.
 
     Raises:
         KvchatError: the file can't be written.
     """
     engine = LocalEngine(loaded)
     prompt = (PromptMessage("user", OPEN),)
-    _turn(engine, prompt, CacheMode.ON, 2)
+    run_turn(engine, _request(prompt, CacheMode.ON, 2))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        _turn(engine, (*prompt, PromptMessage("assistant", "Yes."), *prompt), CacheMode.ON, 16)
+        run_turn(engine, _request((*prompt, PromptMessage("assistant", "Yes."), *prompt), CacheMode.ON, 16))
     try:
         profiler.export_chrome_trace(str(file))
     except (OSError, RuntimeError) as error:
@@ -198,30 +204,19 @@ def profile_turn(loaded: LoadedModel, file: Path) -> None:
 
 def _turn_rows(loaded: LoadedModel, turns: int, answer_tokens: int, runner: Runner) -> Iterator[Row]:
     engine = LocalEngine(loaded)
-    history: list[PromptMessage] = []
-    prompts: list[tuple[PromptMessage, ...]] = []
+    chat = Chat(engine, CONVERSATION, answer_tokens)
     for number in range(1, turns + 1):
         runner.note(f"turn {number} of {turns}")
-        history.append(PromptMessage("user", QUESTIONS[(number - 1) % len(QUESTIONS)]))
-        prompts.append(tuple(history))
-        finished = _turn(engine, prompts[-1], CacheMode.ON, answer_tokens)
-        history.append(PromptMessage("assistant", finished.text, finished.token_ids, finished.tokenizer))
-        yield _turn_row(number, finished)
+        yield _turn_row(number, chat.ask(QUESTIONS[(number - 1) % len(QUESTIONS)]))
     for mode, probe in PROBE_TOKENS.items():
-        for number, prompt in enumerate(prompts, start=1):
+        for number in range(1, turns + 1):
             runner.note(f"turn {number} of {turns}, cache {mode.value}")
-            yield _turn_row(number, _turn(engine, prompt, mode, probe))
+            prompt = tuple(chat.messages[: 2 * number - 1])
+            yield _turn_row(number, run_turn(engine, _request(prompt, mode, probe)))
 
 
-def _turn(
-    engine: LocalEngine, prompt: tuple[PromptMessage, ...], mode: CacheMode, max_tokens: int
-) -> TurnFinished:
-    request = TurnRequest("bench", "bench", prompt, mode, Sampling(max_tokens=max_tokens))
-    *_, last = engine.turn(request)
-    if isinstance(last, TurnFailed):
-        raise KvchatError(last.reason)
-    assert isinstance(last, TurnFinished)
-    return last
+def _request(prompt: tuple[PromptMessage, ...], mode: CacheMode, max_tokens: int) -> TurnRequest:
+    return TurnRequest("bench", CONVERSATION, prompt, mode, Sampling(max_tokens=max_tokens))
 
 
 def _turn_row(number: int, finished: TurnFinished) -> Row:

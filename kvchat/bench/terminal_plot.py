@@ -1,7 +1,4 @@
-"""Curves in a terminal: marks in cells of text, between axes that say what they are. Needs no colour.
-
-It knows numbers and names; it refuses to know what they measure.
-"""
+"""Plots curves as text, with labelled axes and without colours. Must not depend on what is plotted."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,17 +7,17 @@ from itertools import pairwise
 
 MARKS = "o+x#%@"
 SEVERAL = "*"
-"""Where marks of more than one curve fall into one cell."""
+"""Marks of several curves in one cell."""
 BETWEEN = "·"
 WIDEST, HEIGHT = 100, 12
 WIDE_RANGE = 8
-"""Values further apart than this factor are drawn on a logarithmic scale."""
+"""A larger ratio of highest to lowest value gets a logarithmic scale."""
 HEADROOM = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points that belong together; all values above zero."""
+    """Named points with positive coordinates."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -28,7 +25,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Where a value lies on an axis of so many cells."""
+    """Maps values to the cells of an axis."""
 
     low: float
     high: float
@@ -36,7 +33,7 @@ class Scale:
     logarithmic: bool
 
     def cell(self, value: float) -> int:
-        """From 0 at the lowest value to the last one at the highest."""
+        """The cell of a value: 0 for `low`, `cells` - 1 for `high`."""
         low, high, at = (self._along(each) for each in (self.low, self.high, value))
         return round((at - low) / (high - low) * (self.cells - 1)) if high > low else 0
 
@@ -45,14 +42,14 @@ class Scale:
 
     @property
     def named(self) -> str:
-        """What has to stand beside an axis that is not linear."""
+        """Suffix of the axis label."""
         return ", log scale" if self.logarithmic else ""
 
 
 def plot(curves: Sequence[Curve], x: str, y: str, width: int) -> list[str]:
-    """Lines of text at most `width` cells wide; none where no curve has two points.
+    """Lines of text at most `width` cells wide; empty if no curve has two points.
 
-    A linear axis of heights begins at zero, and a logarithmic one says so.
+    A linear y axis starts at zero; logarithmic axes are labelled.
     """
     drawn = [curve for curve in curves if curve.points]
     if not any(len(curve.points) > 1 for curve in drawn):
@@ -85,7 +82,7 @@ def _heights(low: float, high: float) -> Scale:
 
 
 def _ticks(scale: Scale) -> list[float]:
-    """Round values within the scale, at least two of them: 1, 2 and 5 times powers of ten."""
+    """At least two round values within the scale: 1, 2 and 5 times powers of ten."""
     tens = range(math.floor(math.log10(scale.low or scale.high / 100)), math.ceil(math.log10(scale.high)) + 1)
     if not scale.logarithmic:
         step = next(s for ten in tens for d in (1, 2, 5) if scale.high / (s := d * 10.0**ten) <= 5)
@@ -99,7 +96,7 @@ def _ticks(scale: Scale) -> list[float]:
 
 
 def _drawn(curves: Iterable[Curve], across: Scale, heights: Scale) -> dict[tuple[int, int], str]:
-    """(column, row) → what stands there; marks cover the dots between them."""
+    """(column, row) → character; marks replace the dots of connecting lines."""
     between: dict[tuple[int, int], str] = {}
     marked: dict[tuple[int, int], str] = {}
     for mark, curve in zip(MARKS, curves, strict=False):
@@ -114,7 +111,7 @@ def _drawn(curves: Iterable[Curve], across: Scale, heights: Scale) -> dict[tuple
 
 
 def _under(xs: Sequence[float], across: Scale) -> tuple[set[int], str]:
-    """(columns that have a number, the line of numbers): the first, the last, and those that fit between."""
+    """(columns with a tick, the line of labels): first and last value, and those that fit between."""
     columns: set[int] = set()
     line, last = "", f"{xs[-1]:,g}"
     ends = across.cell(xs[-1]) - len(last) // 2

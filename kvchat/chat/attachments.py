@@ -1,7 +1,7 @@
-"""Text files inside a message: written after its words, each between `<file name="…">` and `</file>`.
+"""Text files attached to a message: after its text, each between `<file name="…">` and `</file>`.
 
-The message stays one text, as the model reads it; composing what was parsed gives that text again, letter by
-letter. It knows text and files; it refuses to know tokens and screens.
+A message is stored as one text, as the model reads it. Parsing and composing are exact inverses. Must not
+depend on tokens or the screen.
 """
 
 import os
@@ -15,9 +15,9 @@ from kvchat.errors import KvchatError, reason
 from kvchat.text import megabytes, one_line
 
 LARGEST_BYTES = 1_000_000
-"""No context of a local model holds more; counting its tokens would only take long."""
+"""Larger files don't fit into the context of a local model."""
 LISTED, OFFERED = 5_000, 50
-"""Entries of a folder that are looked at, and of those the ones that are offered."""
+"""Limits of path completion: folder entries that are read, and completions."""
 MENTION = re.compile(r"""(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]\S*))""")
 """`@path` or `@"path with spaces"`, at the beginning of a word."""
 FIRST = re.compile(r'(?:\A|\n\n)(?=<file name="[^"\n]*">\n)')
@@ -27,20 +27,20 @@ BETWEEN = re.compile(r'(?<=\n</file>)\n\n(?=<file name="[^"\n]*">\n)')
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A text file, as it was when it was read."""
+    """The name and contents of a text file."""
 
     name: str
     text: str
 
 
 def compose(written: str, attached: Iterable[Attachment]) -> str:
-    """One message out of what was written and the files."""
+    """The text of a message: what was written, then the files."""
     blocks = [f'<file name="{each.name}">\n{each.text}\n</file>' for each in attached]
     return "\n\n".join([*([written] if written else []), *blocks])
 
 
 def parse_attachments(text: str) -> tuple[str, tuple[Attachment, ...]]:
-    """(what was written, the files) of a message; of one without files, all of it and none."""
+    """(what was written, the files) of a message."""
     for first in FIRST.finditer(text):
         blocks = [BLOCK.fullmatch(block) for block in BETWEEN.split(text[first.end() :])]
         found = [Attachment(block["name"], block["text"]) for block in blocks if block]
@@ -50,11 +50,10 @@ def parse_attachments(text: str) -> tuple[str, tuple[Attachment, ...]]:
 
 
 def joined(first: str, second: str) -> str:
-    """One message out of two, the second on a new line unless it begins with a space.
+    """Merges two messages; the second starts on a new line unless it begins with a space.
 
-    Where the second begins with the first, it is the whole.
-
-    A file of the second that has the name of another one in the first gets another name.
+    If the second begins with the first, it is returned alone. A file of the second gets a new name if the
+    first has another file of that name.
     """
     if second.startswith(first):
         return second
@@ -74,18 +73,18 @@ def joined(first: str, second: str) -> str:
 
 
 def mentions(text: str) -> list[str]:
-    """The paths after each `@`, in order, each once; closing punctuation is none of them."""
+    """The distinct paths after each `@`, in order, without trailing punctuation."""
     found = [match["quoted"] or match["plain"].rstrip(".,;:!?)]}'") for match in MENTION.finditer(text)]
     return list(dict.fromkeys(filter(None, found)))
 
 
 def mention(name: str) -> str:
-    """How a path is written in a prompt."""
+    """A path as it is written in a prompt."""
     return f'@"{name}"' if re.search(r"\s", name) else f"@{name}"
 
 
 def path_completions(typed: str, folder: Path) -> list[str]:
-    """Paths that begin as `typed` does, folders with a slash at their end; hidden ones only if asked for."""
+    """Paths that start with `typed`, folders with a trailing slash; hidden ones only after a dot."""
     start, _, begun = typed.rpartition("/")
     place = folder / Path(f"{start}/" if start or typed.startswith("/") else ".").expanduser()
     shown = f"{start}/" if "/" in typed else ""
@@ -99,7 +98,7 @@ def path_completions(typed: str, folder: Path) -> list[str]:
 
 
 def fits(name: str, begun: str) -> bool:
-    """Whether a file's name is offered for its beginning."""
+    """Whether a file name is a completion of `begun`."""
     hidden = name.startswith(".") and not begun.startswith(".")
     return (
         name.casefold().startswith(begun.casefold()) and name.isprintable() and '"' not in name and not hidden
@@ -107,10 +106,10 @@ def fits(name: str, begun: str) -> bool:
 
 
 def read_attachment(name: str, folder: Path) -> Attachment:
-    """The file that a mention names, seen from `folder`.
+    """Reads the file of a mention; a relative path starts at `folder`.
 
     Raises:
-        KvchatError: there is none, or it is no text.
+        KvchatError: there is no such file, it is too large, or it is not UTF-8 text.
     """
     shown = one_line(name)
     path = folder / Path(name).expanduser()
@@ -120,15 +119,13 @@ def read_attachment(name: str, folder: Path) -> Attachment:
         if not path.is_file():
             raise KvchatError(f"There is no file {shown}.")
         if (size := path.stat().st_size) > LARGEST_BYTES:
-            raise KvchatError(f"{shown} has {megabytes(size)}: more than any context here holds.")
+            limit = megabytes(LARGEST_BYTES)
+            raise KvchatError(f"{shown} has {megabytes(size)}; files of at most {limit} can be attached.")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise KvchatError(f"{shown} is no text (no UTF-8); only text files can be attached.") from error
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ValueError: a NUL in the path; RuntimeError: no home
+        raise KvchatError(f"{shown} is not UTF-8 text; only text files can be attached.") from error
+    # ValueError: a NUL in the path; RuntimeError: no home folder
+    except (OSError, ValueError, RuntimeError) as error:
         raise KvchatError(f"{shown} can't be read: {reason(error)}.") from error
     if "\0" in text:
         raise KvchatError(f"{shown} is binary; only text files can be attached.")

@@ -1,12 +1,13 @@
-"""Messages and conversations as pure values, and the path through their tree.
+"""Messages and conversations as values, and the path through the message tree.
 
-Messages form a tree by `parent_id`: regenerating or editing starts a new branch beside the old one, and the
-conversation's `head` says which leaf is shown. It knows no storage and no engine.
+Messages form a tree by `parent_id`: regenerating or editing starts a new branch, and the `head` is the leaf
+that is shown. Must not depend on storage or the engine.
 """
 
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from kvchat.chat.attachments import parse_attachments
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, PromptMessage, Sampling, TurnStats
@@ -19,28 +20,28 @@ ID_LENGTH = 12
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One node of a conversation's tree."""
+    """One node of the message tree."""
 
     id: int
     parent_id: int | None
     role: bounds.Role
     text: bounds.Text
-    """Of an answer, what comes after the thinking."""
+    """For an answer: the text after the thinking."""
     created_at: str
     """UTC, ISO 8601."""
     token_ids: tuple[bounds.TokenId, ...] = ()
     tokenizer: bounds.Text = ""
     finish_reason: bounds.Finish | None = None
-    """Of an answer; None while it is being written, or where writing it was cut off by a crash."""
+    """For an answer; None while it is generated, or after a crash during generation."""
     stats: TurnStats | None = None
     thinking: bounds.Text = ""
-    """What the model thought before it answered, with its tags."""
+    """The model's reasoning before the answer, with its tags."""
     not_sent: bool = False
-    """Of a question: its turn ended before the first token of an answer, so no later prompt has it."""
+    """For a question: its turn ended before the first token of an answer; prompts don't contain it."""
 
     @property
     def raw(self) -> str:
-        """The whole text, for which `token_ids` stand."""
+        """The whole text, which `token_ids` encode."""
         return self.thinking + self.text
 
 
@@ -56,13 +57,13 @@ class Conversation:
     model: bounds.Text = ""
     kv: KVPrecision = KVPrecision.AUTO
     policy: EvictionPolicy = EvictionPolicy.TURNS
-    evicted_messages: bounds.LeftOut = 0
-    """The oldest messages that an eviction left out; they stay in the file and on the screen."""
+    evicted_messages: bounds.MessageCount = 0
+    """Number of oldest messages that were evicted from the context; they stay in the database."""
     created_at: str = ""
-    """UTC, ISO 8601; the date that chat templates see."""
+    """UTC, ISO 8601; chat templates get this date."""
     messages: tuple[Message, ...] = ()
     other_branches: tuple[Message, ...] = ()
-    """Messages that are not shown, oldest first; loaded only for those who ask (`Store.whole`)."""
+    """Messages on other branches, oldest first; loaded by `Store.whole` only."""
 
     @property
     def head(self) -> Message | None:
@@ -71,28 +72,36 @@ class Conversation:
 
     @property
     def sent(self) -> tuple[Message, ...]:
-        """The messages that prompts are made of, oldest first: those without an answer are none of them."""
+        """The messages of prompts, oldest first: all but those that were not sent."""
         return tuple(message for message in self.messages if not message.not_sent)
 
     @property
     def unseen(self) -> int:
-        """The oldest messages that the model doesn't see any more, because an eviction left them out."""
-        read, before = 0, ""
-        for index, message in enumerate(self.messages):
-            if message.not_sent:
-                continue
-            # questions in a row are read as one
-            read += not (message.role == before == "user")
-            before = message.role
-            if read > self.evicted_messages:
-                return index
+        """Number of oldest messages that the model doesn't see any more, because they were evicted."""
+        groups = self._groups
+        if len(groups) > self.evicted_messages:
+            return self.messages.index(groups[self.evicted_messages][0])
         return len(self.messages) if self.evicted_messages else 0
+
+    @property
+    def _groups(self) -> list[list[Message]]:
+        """The messages of each prompt message.
+
+        Consecutive questions (the first was never answered) are one: many chat templates require alternation.
+        """
+        groups: list[list[Message]] = []
+        for message in self.sent:
+            if groups and message.role == groups[-1][-1].role == "user":
+                groups[-1].append(message)
+            else:
+                groups.append([message])
+        return groups
 
     def showing(self, messages: tuple[Message, ...]) -> "Conversation":
         """This conversation on another branch.
 
-        What was left out stays so, unless that would leave nothing. It is counted as an engine counts:
-        unanswered questions in a row are one message.
+        Keeps `evicted_messages`, unless nothing would remain. It counts prompt messages: consecutive
+        questions are one.
         """
         other = replace(self, messages=messages)
         read = replace(other, system_prompt="").prompt()
@@ -101,81 +110,72 @@ class Conversation:
         )
 
     def question(self, number: str) -> Message | None:
-        """A question by its number, from 1; the last one for an empty `number`.
+        """The question with a number, from 1; the last one for an empty `number`.
 
-        Questions that were not sent have no number.
+        Questions that were not sent are not counted.
         """
         questions = [message for message in self.sent if message.role == "user"]
         numbered = {str(n): question for n, question in enumerate(questions, start=1)}
         return numbered.get(number or str(len(numbered)))
 
     def answer_to(self, question: Message) -> Message:
-        """The answer to a question; the question itself where there is none."""
+        """The answer to a question; the question itself if there is none."""
         answers = (m for m in self.messages if m.role == "assistant" and m.parent_id == question.id)
         return next(answers, question)
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of the messages at each place of `prompt()`.
+        """Ids of the messages at each index of `prompt()`.
 
-        None at that of the system prompt, several where questions in a row are read as one.
+        Empty for the system prompt, several for consecutive questions.
         """
         places: list[tuple[int, ...]] = [()] if self.system_prompt else []
-        before = ""
-        for message in self.sent:
-            joined = places.pop() if message.role == before == "user" else ()
-            places.append((*joined, message.id))
-            before = message.role
-        return tuple(places)
+        return (*places, *(tuple(message.id for message in group) for group in self._groups))
 
     def prompt(self) -> tuple[PromptMessage, ...]:
-        """The messages as an engine reads them.
-
-        User messages that follow each other (the first was never answered) become one, since many chat
-        templates insist on alternation. Questions that were not sent are left out.
-        """
+        """The messages for the engine, with the system prompt and without questions that were not sent."""
         prompt = [PromptMessage("system", self.system_prompt)] if self.system_prompt else []
-        for message in self.sent:
-            if message.role == "user" and prompt and prompt[-1].role == "user":
-                prompt[-1] = PromptMessage("user", f"{prompt[-1].text}\n\n{message.text}")
+        for group in self._groups:
+            first = group[0]
+            if first.role == "user":
+                prompt.append(PromptMessage("user", "\n\n".join(message.text for message in group)))
             else:
-                ids = message.token_ids if message.role == "assistant" else ()
-                prompt.append(PromptMessage(message.role, message.raw, ids, message.tokenizer))
+                prompt.append(PromptMessage(first.role, first.raw, first.token_ids, first.tokenizer))
         return tuple(prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation as a list shows it."""
+    """A conversation in a list."""
 
     id: str
     title: str
     updated_at: str
     messages: int
     private: bool = False
-    """Whether it is gone when kvchat ends."""
+    """Whether it is in memory only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """Where searched words stand."""
+    """A search result."""
 
     conversation: str
     title: str
     message: int | None
-    """None where they stand in the title."""
+    """None for a match in the title."""
     role: str
     text: str
     created_at: str
     other_branch: bool = False
-    """Whether the message is on another branch than the one that is shown."""
+    """Whether the message is not on the branch that is shown."""
     not_sent: bool = False
     """Whether it is a question that was not sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named way of answering."""
+    """A named combination of system prompt and sampling."""
 
     name: str
     system_prompt: str
@@ -183,7 +183,7 @@ class Preset:
 
 
 def new_id() -> str:
-    """An id for a new conversation, in the form that all of them have: 12 hex digits."""
+    """A random id for a new conversation: 12 hex digits."""
     return secrets.token_hex(ID_LENGTH // 2)
 
 
@@ -200,8 +200,13 @@ def one_id(ids: Iterable[str], beginning: str) -> str:
     return found[0]
 
 
+def now() -> str:
+    """The current time in UTC, ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def title_from(text: str) -> str:
-    """A title out of the first message: its first line, cut at a word; without words, the attached files."""
+    """A title from the first message: its first line, cut at a word; without text the names of its files."""
     written, attached = parse_attachments(text)
     written = written if written.strip() else ", ".join(each.name for each in attached)
     line = next((line for line in written.splitlines() if line.strip()), "").strip()
@@ -211,7 +216,7 @@ def title_from(text: str) -> str:
 
 
 def path_to(messages: Mapping[int, Message], head: int | None) -> tuple[Message, ...]:
-    """The messages from the root down to `head`; where a parent is gone, or is met again, it begins there."""
+    """The messages from the root to `head`; starts below a missing parent or a cycle."""
     path: dict[int, Message] = {}
     while head is not None and head in messages and head not in path:
         path[head] = messages[head]
@@ -220,9 +225,9 @@ def path_to(messages: Mapping[int, Message], head: int | None) -> tuple[Message,
 
 
 def newest_leaf(messages: Mapping[int, Message], start: int) -> int:
-    """The youngest message below `start`, or that one where nothing follows it."""
+    """The newest descendant of `start`, or `start` itself without descendants."""
     below = {start}
-    for number in sorted(messages):  # parents are older than their children, and so are their numbers
+    for number in sorted(messages):  # parents have smaller ids than their children
         if messages[number].parent_id in below:
             below.add(number)
     return max(below)

@@ -1,8 +1,8 @@
-"""Conversations written for other programs and for people: Markdown, JSON and HTML.
+"""Exports conversations as Markdown, JSON and HTML.
 
-Markdown and JSON can be read back (see `importers`): nothing of a message's text is lost in either, and JSON
-has the figures, the token ids and all branches too. Markdown and HTML have the branch that is shown, and say
-how much is on others. HTML is for reading: whatever a model or a user wrote is escaped in it.
+Markdown and JSON can be imported again (see `importers`) without loss of text; JSON also has statistics,
+token ids and all branches. Markdown and HTML have the shown branch and the number of other messages. In HTML
+all text of model and user is escaped.
 """
 
 import re
@@ -21,15 +21,15 @@ from kvchat.text import clean, one_line
 from kvchat.validation.plain_json import write_json
 
 VERSION = 1
-"""Of the JSON; goes up when a reader of the old one would misread the new one."""
+"""Version of the JSON format; increased by incompatible changes."""
 NOT_SENT = "not sent"
-"""What is said of a question that no prompt has."""
+"""Label of a question that is in no prompt."""
 MARKER = re.compile(r"<!-- (\\*)kvchat:")
-"""What stands before a message in Markdown. Text that has it gets a backslash more, so that it stays text."""
+"""Marker before a message in Markdown. In a message's text it is escaped by one more backslash."""
 CLOSED = "<!-- kvchat:closed -->"
-"""Stands after a fence that was closed by the export, and not by the message."""
+"""Marker after a code fence that the export closed and the message left open."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Even a picture that an answer names is not loaded: it would tell somebody that it was read."""
+"""Content security policy: images in answers are not loaded, because a request would reveal the reader."""
 STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
@@ -43,51 +43,52 @@ table { border-collapse: collapse; } td, th { border: 1px solid #8886; padding: 
 """
 
 
-def evicted_messages(conversation: Conversation) -> str:
-    """What a file with the shown branch alone lacks, as a sentence; empty where that is all there is."""
-    count = len(conversation.other_branches)
-    if count == 1:
-        return "1 message on another branch is not in this file; a JSON export has it."
-    return (
-        f"{count:,} messages on other branches are not in this file; a JSON export has them." if count else ""
-    )
+def other_branches(conversation: Conversation) -> str:
+    """A sentence about messages that a file with the shown branch lacks; empty if there are none."""
+    match len(conversation.other_branches):
+        case 0:
+            return ""
+        case 1:
+            return "1 message on another branch is not in this file; a JSON export has it."
+        case count:
+            return f"{count:,} messages on other branches are not in this file; a JSON export has them."
 
 
 def to_json(conversation: Conversation) -> str:
-    """One JSON object with everything about a conversation, down to the token ids."""
+    """One JSON object with everything about a conversation, including statistics and token ids."""
     whole = {"kvchat": VERSION, "conversations": [asdict(conversation)]}
     return write_json(whole, indent=1, readable=True)
 
 
 def to_markdown(conversation: Conversation) -> str:
-    """A conversation to read, with what reading it back needs in comments."""
-    kept_elsewhere = ("id", "messages", "other_branches")
-    about = {key: value for key, value in asdict(conversation).items() if key not in kept_elsewhere}
+    """A Markdown document, with the fields that an import needs in comments."""
+    separate = ("id", "messages", "other_branches")
+    about = {key: value for key, value in asdict(conversation).items() if key not in separate}
     parts = [f"# {one_line(conversation.title) or 'untitled'}\n\n{_marker('conversation', about)}\n"]
-    if lacks := evicted_messages(conversation):
-        parts.append(f"*{lacks}*\n")
+    if missing := other_branches(conversation):
+        parts.append(f"*{missing}*\n")
     for message in conversation.messages:
         head: dict[str, object] = {"created_at": message.created_at, "finish_reason": message.finish_reason}
         head |= {"not_sent": True} if message.not_sent else {}
         you = f"You ({NOT_SENT})" if message.not_sent else "You"
-        who = you if message.role == "user" else one_line(conversation.model) or "Answer"
+        author = you if message.role == "user" else one_line(conversation.model) or "Answer"
         text = MARKER.sub(r"<!-- \1\\kvchat:", message.raw)
-        parts.append(f"{_marker(message.role, head)}\n### {who}\n\n{text}{_closing(text)}\n")
+        parts.append(f"{_marker(message.role, head)}\n### {author}\n\n{text}{_closing(text)}\n")
     return "\n".join(parts)
 
 
 def to_html(conversation: Conversation) -> str:
-    """A page that needs nothing else, loads nothing and runs nothing."""
+    """A self-contained page that loads nothing and runs no scripts."""
     title = escape(one_line(conversation.title) or "untitled")
     system = _section("system", "system prompt", escape(clean(conversation.system_prompt)))
     messages = "\n".join(_message_html(message, conversation.model) for message in conversation.messages)
-    lacks = evicted_messages(conversation)
+    missing = other_branches(conversation)
     return (
         '<!doctype html>\n<html><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
         f"{system if conversation.system_prompt else ''}{messages}\n"
-        f"{f'<footer>{lacks}</footer>' if lacks else ''}</body></html>\n"
+        f"{f'<footer>{missing}</footer>' if missing else ''}</body></html>\n"
     )
 
 
@@ -102,11 +103,11 @@ OTHER_ENDINGS = {"markdown": "md", "htm": "html"}
 
 
 def export(conversation: Conversation, where: str, folder: Path) -> Path:
-    """Writes a conversation into a file that isn't there yet; returns its path.
+    """Writes a conversation to a new file; returns its path.
 
     Args:
-        where: a file name whose ending says the format, or a format alone: then the title names the file.
-        folder: what a relative name starts from.
+        where: a file name with the extension of a format, or a format alone, which takes the title as name.
+        folder: base of a relative name.
 
     Raises:
         KvchatError: no such format, the file exists, or it can't be written.
@@ -115,7 +116,7 @@ def export(conversation: Conversation, where: str, folder: Path) -> Path:
     path = folder / Path(name).expanduser()
     ending = path.suffix.removeprefix(".").lower()
     if (write := FORMATS.get(OTHER_ENDINGS.get(ending, ending))) is None:
-        raise KvchatError(f"{one_line(name)} ends in no format: .md, .json or .html says which one.")
+        raise KvchatError(f"{one_line(name)} has no known extension; the formats are .md, .json and .html.")
     number = 2
     while where in FORMATS and path.exists():
         path = path.with_stem(f"{file_name(conversation.title)}-{number}")
@@ -131,18 +132,18 @@ def export(conversation: Conversation, where: str, folder: Path) -> Path:
 
 
 def file_name(title: str) -> str:
-    """A title as the name of a file."""
+    """A file name made from a title, without extension."""
     return re.sub(r"[^\w]+", "-", one_line(title)).strip("-").lower()[:60] or "conversation"
 
 
 def _marker(what: str, about: Mapping[str, Any]) -> str:
-    """A comment that names what follows; JSON in it can't end it."""
+    """A marker comment with JSON fields, escaped so that they can't end the comment."""
     fields = write_json(about, readable=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- kvchat:{what} {fields} -->"
 
 
 def _closing(text: str) -> str:
-    """What closes a fence that a message left open: else the rest of the file would be code."""
+    """The closing of a code fence that a message left open; otherwise the rest of the file would be code."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     last = next(iter(MarkdownIt().parse("\n".join(lines))[-1:]), None)
     if last is None or last.type != "fence" or last.map is None:
@@ -164,7 +165,7 @@ def _message_html(message: Message, model: str) -> str:
         if thought
         else ""
     )
-    # raw HTML is escaped by the renderer, and so are addresses that would run something
+    # the renderer escapes raw HTML and drops links with unsafe schemes
     markdown = MarkdownIt("gfm-like", {"html": False}).render(clean(message.text))
     return _section("assistant", escape(one_line(model) or "answer"), thinking + markdown)
 

@@ -1,7 +1,6 @@
-"""The tables of the conversations, how they came about, and the file that they lie in.
+"""The database schema as a list of migrations, and opening of the database file.
 
-A migration that was published never changes: another one follows it. It knows columns and SQLite; it refuses
-to know what they mean.
+A published migration never changes; add a new one. Must not depend on the classes stored in the tables.
 """
 
 import sqlite3
@@ -16,7 +15,7 @@ from kvchat.errors import KvchatError
 from kvchat.system.ownership import make_private
 
 BUSY_S = 30.0
-"""How long a write waits for another process."""
+"""Time a write waits for another process."""
 
 migrations = Migrations("kvchat")
 
@@ -115,11 +114,11 @@ def m006_last_turn(db: Database) -> None:
 
 @migrations()
 def m007_not_sent(db: Database) -> None:
-    """Marks the questions that no answer follows on any branch: no prompt that was answered had them.
+    """Marks questions without an answer below them on any branch: no answered prompt contained them.
 
-    One that is followed by another question and then by an answer was read together with that one; it stays.
-    Where the last message shown is a question that has an answer on another branch, that answer is shown
-    again: writing another one in its place failed.
+    Not marked: a question followed by another question and an answer, because both were one prompt message.
+    If the head is a question with an answer on another branch, regenerating failed; that answer becomes the
+    head.
     """
     db.table("messages").add_column("not_sent", int, not_null_default=0)
     db.execute(
@@ -148,7 +147,7 @@ def m008_evicted_messages(db: Database) -> None:
 
 
 class _Readable(Database):
-    """A database whose damage is told when it is met: one bad page does not keep the file from opening."""
+    """A database that reports damage on reading: a file with one bad page can still be opened."""
 
     def query(
         self, sql: str, params: Sequence[Any] | dict[str, Any] | None = None
@@ -162,16 +161,16 @@ class _Readable(Database):
             yield from super().query(sql, params)
         except sqlite3.DatabaseError as error:
             raise KvchatError(
-                f"The conversations can't be read: {error}. `kvchat paths` says where they are; put a copy "
-                "of the file there, or move it away to begin anew."
+                f"The conversations can't be read: {error}. `kvchat paths` prints the path of the database; "
+                "replace the file by a backup, or move it away to start with an empty one."
             ) from error
 
 
 def open_database(path: Path | None) -> Database:
-    """The file with its tables as they are today; None keeps everything in memory.
+    """Opens the file and applies migrations; None opens a database in memory.
 
     Raises:
-        sqlite3.Error, OSError: it can't be opened, or is no database.
+        sqlite3.Error, OSError: it can't be opened, or is not a database.
     """
     if path is None:
         db = _Readable(memory=True)

@@ -1,20 +1,19 @@
-"""What a model thinks before it answers: `<think>…</think>`, told apart from the answer.
+"""Separates a model's reasoning, `<think>…</think>`, from its answer.
 
-Splitting loses nothing: thinking and answer put together are the text again, letter by letter, because the
-token ids of a saved answer stand for exactly that text.
+Splitting is lossless: thinking + answer is exactly the text, because the saved token ids encode that text.
 """
 
 import re
 
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE_OPENED = re.compile(r"(?P<thinking>(?:(?!<think>).)*?\n</think>[ \t]*\n+)", re.DOTALL)
-"""Some templates write the opening tag themselves: then the text begins inside the thinking."""
+"""Thinking without opening tag: some templates write that tag themselves."""
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """(thinking with its tags and the blank lines after it, the rest); without thinking, nothing and `text`.
+    """(thinking with its tags and following blank lines, the rest); ("", `text`) without thinking.
 
-    A block that was never closed is thinking to its end.
+    Without a closing tag, all of the text is thinking.
     """
     start = len(text) - len(text.lstrip())
     if not text.startswith(OPEN, start):
@@ -29,19 +28,20 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def inner_thinking(thinking: str) -> str:
-    """What was thought, without the tags."""
+    """The thinking without its tags."""
     return thinking.strip().removeprefix(OPEN).removesuffix(CLOSE).strip()
 
 
 class ThinkingStream:
-    """Splits a text that comes in pieces."""
+    """Splits text that arrives in pieces."""
 
     def __init__(self) -> None:
         self.thinking = ""
-        self._undecided = ""
+        self._pending = ""
+        """Text that may still become the opening tag."""
         self._answering = False
-        self._seen = 0
-        """Characters of the thinking that were searched for its end."""
+        self._searched = 0
+        """Characters of the thinking already searched for the closing tag."""
 
     @property
     def open(self) -> bool:
@@ -49,32 +49,32 @@ class ThinkingStream:
         return bool(self.thinking) and not self._answering
 
     def feed(self, piece: str) -> str:
-        """The part of `piece` (and of what was held back before it) that belongs to the answer."""
+        """Takes the next piece; returns the part of it, and of pending text, that belongs to the answer."""
         if self._answering:
             return piece
         if self.thinking:
             return self._think(piece)
-        self._undecided += piece
-        begun = self._undecided.lstrip()
-        if begun.startswith(OPEN):
-            held, self._undecided = self._undecided, ""
-            return self._think(held)
-        if OPEN.startswith(begun):
-            return ""  # it may still become the tag
+        self._pending += piece
+        start = self._pending.lstrip()
+        if start.startswith(OPEN):
+            pending, self._pending = self._pending, ""
+            return self._think(pending)
+        if OPEN.startswith(start):
+            return ""
         return self.end()
 
     def end(self) -> str:
-        """No more comes: what was held back belongs to the answer."""
-        held, self._undecided = self._undecided, ""
+        """Ends the text; returns the pending part of the answer."""
+        pending, self._pending = self._pending, ""
         if not self.thinking:
-            self.thinking, held = split_thinking(held)
+            self.thinking, pending = split_thinking(pending)
         self._answering = True
-        return held
+        return pending
 
     def _think(self, piece: str) -> str:
         self.thinking += piece
-        closed = self.thinking.find(CLOSE, max(0, self._seen - len(CLOSE)))
-        self._seen = len(self.thinking)
+        closed = self.thinking.find(CLOSE, max(0, self._searched - len(CLOSE)))
+        self._searched = len(self.thinking)
         if closed < 0:
             return ""
         self._answering = True

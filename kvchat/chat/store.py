@@ -1,8 +1,8 @@
-"""Conversations on disk: SQLite through sqlite-utils.
+"""Stores conversations in SQLite through sqlite-utils.
 
-One `Store` belongs to one thread. Several processes may share the file: opening and migrating happen under
-a file lock, and every change is one `BEGIN IMMEDIATE` transaction, so that what was read before writing is
-still true. It knows rows and values; it refuses to know engines and screens.
+A `Store` is used by one thread. Several processes may share the file: opening and migrating are under a file
+lock, and every change is one `BEGIN IMMEDIATE` transaction, so that its reads are still valid when it writes.
+Must not depend on engines or the screen.
 """
 
 import re
@@ -10,7 +10,6 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -23,6 +22,7 @@ from kvchat.chat.conversation import (
     Preset,
     Summary,
     newest_leaf,
+    now,
     one_id,
     path_to,
 )
@@ -30,7 +30,7 @@ from kvchat.chat.migrations import open_database
 from kvchat.chat.token_status import TokenStatuses
 from kvchat.contract import CacheEvent, Sampling, TokenStatus, TurnStats
 from kvchat.errors import KvchatError, owner_hint, reason
-from kvchat.validation.checks import InvalidError, checked, mended
+from kvchat.validation.checks import InvalidError, checked, with_defaults
 from kvchat.validation.plain_json import read_json, write_json
 
 Value = TypeVar("Value")
@@ -38,7 +38,7 @@ FLAGS = [name for name, kind in get_type_hints(Message).items() if kind is bool]
 LastTurn = dict[int, dict[TokenStatus, int]]
 
 TRIGRAM = 3
-"""Letters that a word needs to be found by the index; shorter ones are looked for in every message."""
+"""Characters of the shortest word in the search index; shorter words need a scan of all messages."""
 LIKE_SPECIAL, ESCAPED = re.compile(r"[\\%_]"), r"\\\g<0>"
 SEARCH = """
 with recursive found(id) as ({found}),
@@ -53,9 +53,9 @@ select m.conversation, c.title, m.id as message, m.role, m.text, m.created_at,
 from messages m join conversations c on c.id = m.conversation where m.id in (select id from found)
 order by m.created_at desc, m.id desc limit {limit}
 """
-"""Hits on every branch; what is not on the way to the head of its conversation is not shown there."""
+"""Hits on every branch; `other_branch` is true for those not on the path to the conversation's head."""
 TURN_COLUMNS = ", ".join(f"turns.{field.name} as turn_{field.name}" for field in fields(TurnStats))
-# renamed: messages have a finish reason of their own, also where there are no figures
+# prefixed, because messages and turns both have a finish reason
 SELECT_MESSAGES = (
     f"select messages.*, turns.message as turn, {TURN_COLUMNS} "
     "from messages left join turns on turns.message = messages.id"
@@ -63,13 +63,13 @@ SELECT_MESSAGES = (
 
 
 class Store:
-    """The conversations of one user."""
+    """The database of conversations."""
 
     def __init__(self, path: Path | None) -> None:
-        """Opens or makes the database; None keeps everything in memory and writes nothing.
+        """Opens or creates the database; None opens one in memory.
 
         Raises:
-            KvchatError: the file can't be opened, or is no kvchat database.
+            KvchatError: the file can't be opened, or is not a kvchat database.
         """
         self._path = path
         try:
@@ -77,12 +77,12 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             raise KvchatError(
                 f"The conversations in {path} can't be opened: {reason(error)}{self._hint(error)}. "
-                "Free the file, or choose another folder with --data-dir."
+                "Make the file accessible, or choose another folder with --data-dir."
             ) from error
 
     @property
     def file(self) -> Path | None:
-        """The database; None where everything is in memory."""
+        """The database file; None for a database in memory."""
         return self._path
 
     def close(self) -> None:
@@ -91,7 +91,11 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[Database]:
-        """One transaction that holds the write lock from its first read on."""
+        """A transaction with the write lock from the start.
+
+        Raises:
+            KvchatError: SQLite failed; the transaction is rolled back.
+        """
         try:
             self._db.conn.execute("BEGIN IMMEDIATE")
             try:
@@ -104,14 +108,14 @@ class Store:
             raise KvchatError(f"The conversations can't be saved: {error}{self._hint(error)}.") from error
 
     def _hint(self, error: Exception) -> str:
-        """Whose the file that was refused is, or its folder, where it is another user's."""
+        """A hint about the owner of the file or folder, if that is another user; else empty."""
         if self._path is None:
             return ""
         refused = error.filename if isinstance(error, OSError) and error.filename else self._path
         return owner_hint(Path(refused)) or owner_hint(self._path.parent)
 
     def summaries(self) -> list[Summary]:
-        """All conversations, the last used first."""
+        """All conversations, most recently used first."""
         rows = self._db.query(
             "select c.id, c.title, c.updated_at, count(m.id) as messages from conversations c "
             "left join messages m on m.conversation = c.id group by c.id "
@@ -120,7 +124,7 @@ class Store:
         return [_summary(row) for row in rows if isinstance(row["id"], str)]
 
     def history(self, limit: int) -> list[str]:
-        """What the user sent in all conversations, the latest last; of the same words, the latest alone."""
+        """The user's last distinct messages in all conversations, newest last."""
         rows = self._db.query(
             "select text from messages where role = 'user' order by created_at desc, id desc limit ?",
             [2 * limit],
@@ -129,7 +133,7 @@ class Store:
         return latest[::-1]
 
     def load(self, conversation: str) -> Conversation:
-        """A conversation with the messages up to its head; a damaged setting is read as its default.
+        """A conversation with the messages up to its head; damaged settings get their defaults.
 
         Raises:
             KvchatError: there is no such conversation.
@@ -138,24 +142,24 @@ class Store:
         messages = {message.id: message for message in self._messages(conversation)}
         head = row.pop("head")
         given = {key: value for key, value in row.items() if value is not None}  # older rows have no kv
-        settings, _wrong = mended(Conversation, given | {"sampling": _sampling(row["sampling"])})
-        if head is not None and head not in messages:  # it is damaged: the newest one that can be read
+        settings, _wrong = with_defaults(Conversation, given | {"sampling": _sampling(row["sampling"])})
+        if head is not None and head not in messages:  # damaged: use the newest readable message
             head = max(messages, default=None)
         return replace(settings, messages=path_to(messages, head))
 
     def whole(self, conversation: Conversation) -> Conversation:
-        """The conversation with the messages of its other branches too."""
+        """The conversation with `other_branches` loaded."""
         shown = {message.id for message in conversation.messages}
         others = [message for message in self._messages(conversation.id) if message.id not in shown]
         return replace(conversation, other_branches=tuple(sorted(others, key=lambda each: each.id)))
 
     def branch(self, conversation: str, message: int) -> tuple[Message, ...]:
-        """The messages of the newest branch that has this one; none where it is gone."""
+        """The path to the newest descendant of a message; empty if the message is gone."""
         messages = {each.id: each for each in self._messages(conversation)}
         return path_to(messages, newest_leaf(messages, message)) if message in messages else ()
 
     def path(self, conversation: str, message: int) -> tuple[Message, ...]:
-        """The messages from the first one down to this one; none where it is gone."""
+        """The path from the first message to this one; empty if the message is gone."""
         messages = {each.id: each for each in self._messages(conversation)}
         return path_to(messages, message) if message in messages else ()
 
@@ -168,7 +172,7 @@ class Store:
         return one_id([each.id for each in self.summaries()], prefix)
 
     def exists(self, conversation: str) -> bool:
-        """Whether the conversation was saved and not deleted since."""
+        """Whether the conversation is in the database."""
         return any(self._db.query("select 1 from conversations where id = ?", [conversation]))
 
     def create(self, conversation: Conversation) -> None:
@@ -177,7 +181,7 @@ class Store:
             _insert(db, conversation)
 
     def save_settings(self, conversation: Conversation) -> None:
-        """Saves everything about a conversation but its messages."""
+        """Saves title and settings of a conversation."""
         changed = {"title": conversation.title, **_settings(conversation)}
         with self._writing() as db:
             assignments = ", ".join(f"{name} = :{name}" for name in changed)
@@ -186,9 +190,9 @@ class Store:
             )
 
     def add(self, conversation: Conversation) -> Conversation:
-        """Saves a new conversation with copies of these messages, other branches too.
+        """Saves a new conversation with copies of its messages on all branches.
 
-        Returns what is shown of it, with the new ids.
+        Returns it as `load` does, with new message ids.
         """
         with self._writing() as db:
             _insert_whole(db, conversation)
@@ -201,13 +205,13 @@ class Store:
             _insert_whole(db, conversation)
 
     def import_all(self, conversations: Sequence[Conversation]) -> int:
-        """Saves those that aren't here yet, as old as their last message; returns how many.
+        """Saves conversations with unknown ids, in one transaction; returns their number.
 
-        One transaction: where one of them can't be saved, none is.
+        `updated_at` becomes the time of the last message.
         """
         with self._writing() as db:
-            here = {row["id"] for row in db.query("select id from conversations")}
-            new = {each.id: each for each in conversations if each.id not in here}
+            known = {row["id"] for row in db.query("select id from conversations")}
+            new = {each.id: each for each in conversations if each.id not in known}
             for each in new.values():
                 _insert_whole(db, each)
                 last = each.messages[-1].created_at if each.messages else each.created_at
@@ -215,7 +219,7 @@ class Store:
         return len(new)
 
     def search(self, words: Sequence[str], limit: int) -> list[Hit]:
-        """Where all these words stand: in titles first, then in messages on every branch, latest first."""
+        """Titles, then messages on every branch, with all these words; newest first."""
         if not words:
             return []
         likes = {f"like{n}": f"%{LIKE_SPECIAL.sub(ESCAPED, word)}%" for n, word in enumerate(words)}
@@ -223,7 +227,7 @@ class Store:
         match = {"match": " ".join('"' + word.replace('"', '""') + '"' for word in long)}
         indexed = "select rowid from messages_fts where messages_fts match :match intersect " if long else ""
         found = f"{indexed}select id from messages where {_all_like('text', likes)}"
-        if len(long) == len(words):  # the index knows more letters that differ in case only
+        if len(long) == len(words):  # the index ignores case for more letters than LIKE does
             found = indexed.removesuffix(" intersect ")
         titles = self._db.query(
             "select id as conversation, title, null as message, '' as role, title as text, created_at, "
@@ -237,12 +241,12 @@ class Store:
         return [Hit(**{**row, **{flag: bool(row[flag]) for flag in flags}}) for row in rows]
 
     def presets(self) -> list[Preset]:
-        """The named ways of answering, by name."""
+        """All presets, sorted by name."""
         rows = self._db.query("select * from presets order by name")
         return [Preset(r["name"], r["system_prompt"], _sampling(r["sampling"])) for r in rows]
 
     def save_preset(self, preset: Preset) -> None:
-        """Saves a preset, in the place of one with the same name."""
+        """Saves a preset; replaces one with the same name."""
         row = {"system_prompt": preset.system_prompt, "sampling": write_json(asdict(preset.sampling))}
         with self._writing() as db:
             db.table("presets").upsert({"name": preset.name, **row}, pk="name")
@@ -253,7 +257,7 @@ class Store:
             db.execute("delete from presets where name = ?", [name])
 
     def add_events(self, events: Sequence[CacheEvent]) -> None:
-        """Saves what happened to caches; events of conversations that are not saved are left out."""
+        """Saves cache events; ignores those of unknown conversations."""
         with self._writing() as db:
             known = {row["id"] for row in db.query("select id from conversations")}
             db.table("cache_events").insert_all(
@@ -261,7 +265,7 @@ class Store:
             )
 
     def events(self, conversation: str) -> list[CacheEvent]:
-        """The timeline of a conversation's cache, oldest first."""
+        """The cache events of a conversation, oldest first."""
         rows = self._db.query(
             "select conversation, kind, tokens, bytes, seconds, note, at from cache_events "
             "where conversation = ? order by at, id",
@@ -270,37 +274,37 @@ class Store:
         return _valid(CacheEvent, rows)
 
     def last_turn(self, conversation: str) -> TokenStatuses:
-        """What the last turn of a conversation did with its messages; nothing where there was none."""
+        """The token statuses of a conversation's last turn; empty without one."""
         rows = self._db.query("select last_turn from conversations where id = ?", [conversation])
         try:
             return checked(LastTurn, read_json(next((row["last_turn"] for row in rows), "{}")))
-        except (ValueError, TypeError, RecursionError):  # it only colours the strip
+        except (ValueError, TypeError, RecursionError):  # damaged; used for display only
             return {}
 
     def save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
-        """Remembers what a turn did, in the place of the one before."""
+        """Saves the token statuses of the last turn."""
         with self._writing() as db:
             db.execute(
                 "update conversations set last_turn = ? where id = ?", [write_json(statuses), conversation]
             )
 
     def set_head(self, conversation: str, head: int | None) -> None:
-        """Makes another message the last one shown; nothing is deleted."""
+        """Sets the head: the last message that is shown. Deletes nothing."""
         with self._writing() as db:
             _set_head(db, conversation, head)
 
     def add_message(
         self, conversation: str, message: Message, *, shown: bool = True, evicted_messages: int | None = None
     ) -> Message:
-        """Saves a message under its parent and, with `shown`, makes it the head; returns it with its id.
+        """Saves a message; with `shown` it becomes the head. Returns it with its id.
 
-        A question that gets an answer was sent. `evicted_messages`, where given, is saved with it.
+        An answer clears `not_sent` of its question. Also saves `evicted_messages`, if given.
 
         Raises:
-            KvchatError: the conversation was deleted meanwhile, perhaps by another process.
+            KvchatError: the conversation was deleted, perhaps by another process.
         """
         row = {**_message_row(message), "conversation": conversation, "parent_id": message.parent_id}
-        row |= {"role": message.role, "created_at": message.created_at or _now()}
+        row |= {"role": message.role, "created_at": message.created_at or now()}
         with self._writing() as db:
             if not self.exists(conversation):
                 raise KvchatError(f"The conversation {conversation!r} was deleted.")
@@ -317,14 +321,14 @@ class Store:
         return self._message(number)
 
     def update_message(self, message: Message) -> None:
-        """Saves text, ids, finish reason and figures of a message."""
+        """Saves text, token ids, finish reason and statistics of a message."""
         with self._writing() as db:
             db.table("messages").update(message.id, _message_row(message))
             if message.stats is not None:
                 db.table("turns").upsert({"message": message.id, **asdict(message.stats)}, pk="message")
 
     def delete(self, conversation: str) -> None:
-        """Deletes a conversation, its messages, figures and draft."""
+        """Deletes a conversation with its messages, statistics, cache events and draft."""
         with self._writing() as db:
             _delete(db, conversation)
 
@@ -334,7 +338,7 @@ class Store:
         return next((row["text"] for row in rows), "")
 
     def save_draft(self, conversation: str, text: str) -> None:
-        """Remembers an unsent prompt; an empty one is forgotten."""
+        """Saves an unsent prompt; deletes it if it is empty."""
         with self._writing() as db:
             if text:
                 db.table("drafts").upsert({"conversation": conversation, "text": text}, pk="conversation")
@@ -364,15 +368,13 @@ def _all_like(column: str, parameters: Iterable[str]) -> str:
 
 
 def _insert(db: Database, conversation: Conversation) -> None:
-    now = conversation.created_at or _now()
-    row = {"id": conversation.id, "title": conversation.title, "head": None}
-    db.table("conversations").insert(
-        row | {"created_at": now, "updated_at": _now()} | _settings(conversation)
-    )
+    row = {"id": conversation.id, "title": conversation.title, "head": None, "updated_at": now()}
+    row["created_at"] = conversation.created_at or now()
+    db.table("conversations").insert(row | _settings(conversation))
 
 
 def _set_head(db: Database, conversation: str, head: int | None) -> None:
-    db.execute("update conversations set head = ?, updated_at = ? where id = ?", [head, _now(), conversation])
+    db.execute("update conversations set head = ?, updated_at = ? where id = ?", [head, now(), conversation])
 
 
 def _settings(conversation: Conversation) -> dict[str, str | int]:
@@ -409,10 +411,10 @@ def _delete(db: Database, conversation: str) -> None:
 
 
 def _insert_whole(db: Database, conversation: Conversation) -> None:
-    """Saves a conversation with copies of its messages, other branches too; they get new ids."""
+    """Saves a conversation with copies of its messages on all branches, with new ids."""
     _insert(db, conversation)
     numbers: dict[int | None, int | None] = {None: None}
-    # parents first, and younger messages keep the higher numbers
+    # sorted by id, which puts parents first and preserves the order of age
     for message in sorted((*conversation.messages, *conversation.other_branches), key=lambda m: m.id):
         row = {**_message_row(message), "conversation": conversation.id}
         row |= {"role": message.role, "created_at": message.created_at}
@@ -425,7 +427,7 @@ def _insert_whole(db: Database, conversation: Conversation) -> None:
 
 
 def import_into(path: Path, conversations: Sequence[Conversation]) -> int:
-    """`Store.import_all` through a connection of its own, so that another thread can do it."""
+    """`Store.import_all` with its own connection, for use in another thread."""
     store = Store(path)
     try:
         return store.import_all(conversations)
@@ -434,7 +436,7 @@ def import_into(path: Path, conversations: Sequence[Conversation]) -> int:
 
 
 def _readable(rows: Iterable[Mapping[str, Any]]) -> list[Message]:
-    """The messages of these rows; a damaged one is left out, and what followed it follows its parent."""
+    """The messages of these rows without damaged ones, whose children get the next readable ancestor."""
     found, parents = list[Message](), dict[int, int | None]()
     for row in rows:
         try:
@@ -453,35 +455,35 @@ def _below_readable(message: Message, damaged: Mapping[int, int | None]) -> Mess
 
 
 def _summary(row: Mapping[str, Any]) -> Summary:
-    """A row of the list; a title or a date that is no text is shown as none."""
+    """A summary; a damaged title or date becomes empty."""
     texts = {key: row[key] if isinstance(row[key], str) else "" for key in ("title", "updated_at")}
     return Summary(**{**row, **texts})
 
 
 def _message(row: Mapping[str, Any]) -> Message:
-    """A message; a damaged field is read as its default.
+    """A message; damaged fields get their defaults.
 
     Raises:
-        InvalidError: there is none for that field.
+        InvalidError: a damaged field has no default.
     """
     given = dict(row)
     given["token_ids"] = _object(row["token_ids"])
-    given |= {flag: bool(row[flag]) for flag in FLAGS}  # SQLite has numbers for them
+    given |= {flag: bool(row[flag]) for flag in FLAGS}  # numbers in SQLite
     if row["turn"] is not None:
         given["stats"] = {field.name: row[f"turn_{field.name}"] for field in fields(TurnStats)}
-    message, _wrong = mended(Message, given)
+    message, _wrong = with_defaults(Message, given)
     return message
 
 
 def _sampling(text: object) -> Sampling:
-    """Saved sampling; a damaged field is read as its default."""
+    """Saved sampling; damaged fields get their defaults."""
     given = _object(text)
-    sampling, _wrong = mended(Sampling, given if isinstance(given, dict) else {})
+    sampling, _wrong = with_defaults(Sampling, given if isinstance(given, dict) else {})
     return sampling
 
 
 def _object(text: object) -> object:
-    """What a JSON column holds; None where it is damaged."""
+    """The value of a JSON column; None if it is damaged."""
     try:
         return read_json(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -489,13 +491,9 @@ def _object(text: object) -> object:
 
 
 def _valid(kind: type[Value], rows: Iterable[Mapping[str, Any]]) -> list[Value]:
-    """Rows as values; damaged ones are left out."""
+    """Rows as values, without damaged ones."""
     found = list[Value]()
     for row in rows:
         with suppress(InvalidError):
             found.append(checked(kind, row))
     return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,7 +1,7 @@
-"""What a turn did with the messages of a conversation: reused, read, written, evicted, never cached.
+"""Maps token statuses of a turn from prompt indices to message ids.
 
-By the ids of messages: a place in the prompt is another message on another branch, or under another system
-prompt. It knows no storage and no screen.
+Ids are stable; an index of the prompt is a different message on another branch or under another system
+prompt. Must not depend on storage or the screen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,26 @@ from collections.abc import Mapping, Sequence
 from kvchat.contract import TokenSpan, TokenStatus
 
 ANSWER = 0
-"""Stands for the id of an answer that is not saved yet."""
+"""In place of the id of an answer that is not saved yet."""
 
 Counts = Mapping[TokenStatus, int]
-"""Tokens of one message by what was done with them."""
+"""Tokens of one message by status."""
 TokenStatuses = Mapping[int, Counts]
-"""Message → what the turn did with it; a message that it knew nothing of is not in it."""
+"""Message id → counts, for the messages of the turn."""
 
 
 def token_statuses(
     spans: Sequence[TokenSpan], places: Sequence[Sequence[int]], answer: int
 ) -> dict[int, Counts]:
-    """What was done with every message.
+    """The token counts of every message.
 
     Args:
-        spans: as the engine tells them, by place in the prompt.
-        places: ids of the messages at each place; what stands after the last one is the answer.
-        answer: id of that one.
+        spans: from the engine, by index in the prompt.
+        places: message ids at each index of the prompt; spans after the last index belong to the answer.
+        answer: id of the answer.
     """
-    told: dict[int, dict[TokenStatus, int]] = {}
+    counts: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
         for message in places[span.message] if span.message < len(places) else (answer,):
-            told.setdefault(message, {})[span.fate] = span.tokens
-    return dict(told)
+            counts.setdefault(message, {})[span.status] = span.tokens
+    return dict(counts)

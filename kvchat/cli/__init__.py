@@ -1,1 +1,1 @@
-"""The command line: one module per command group. The only package that imports both ui and engine."""
+"""The command line, one module per command group. Only this package may import both `ui` and `engine`."""

@@ -1,4 +1,4 @@
-"""`kvchat cache`: what lies on disk, without an engine. Imports no torch."""
+"""`kvchat cache`: lists and deletes the KV caches on disk. Must not import torch or the engine."""
 
 import csv
 import sys
@@ -15,13 +15,12 @@ from kvchat.config.paths import Paths, find_paths
 from kvchat.contract import CacheEvent
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
+from kvchat.validation.bounds import INT64
 from kvchat.validation.plain_json import write_json
 
 if TYPE_CHECKING:
     from kvchat.cache.disk.disk_store import Chain, DiskStore, Entry
     from kvchat.chat.store import Store
-
-NO_CAP = 1 << 62
 
 
 @click.group(name="cache")
@@ -33,9 +32,9 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True)
 @data_dir
 def ls(as_json: bool, data_dir: Path | None) -> None:
-    """List the saved caches, the last used first."""
+    """List the saved caches, most recently used first."""
     paths = find_paths(data_dir)
-    entries, titles = _shelf(paths).entries(), _titles(paths)
+    entries, titles = _disk_store(paths).entries(), _titles(paths)
     if as_json:
         rows = [asdict(e) | {"title": titles.get(e.conversation, "")} for e in entries]
         click.echo(write_json(rows))
@@ -45,7 +44,7 @@ def ls(as_json: bool, data_dir: Path | None) -> None:
     if entries:
         click.echo(f"{_counted(entries)}, {megabytes(sum(e.bytes for e in entries))}", err=True)
     else:
-        click.echo("Nothing is saved yet. Every turn of a chat saves its cache.", err=True)
+        click.echo("No caches are saved yet. Every turn of a chat saves its cache.", err=True)
 
 
 @cache.command()
@@ -54,7 +53,7 @@ def ls(as_json: bool, data_dir: Path | None) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="The timeline as CSV.")
 @data_dir
 def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) -> None:
-    """Show a conversation's saved cache, and the timeline of what happened to it."""
+    """Show a conversation's saved cache and its timeline of cache events."""
     paths = find_paths(data_dir)
     store = _store(paths)
     conversation = store.find(conversation)
@@ -65,11 +64,11 @@ def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) 
     from kvchat.cache.disk.segment import SnapshotRefused
 
     try:
-        chain, damage = _shelf(paths).chain(conversation), ""
+        chain, damage = _disk_store(paths).chain(conversation), ""
     except SnapshotRefused as error:
         chain, damage = None, str(error)
     if as_json:
-        saved = _described(chain) if chain else {"damage": damage}
+        saved = _chain_json(chain) if chain else {"damage": damage}
         click.echo(write_json({"saved": saved, "events": [asdict(e) for e in events]}, indent=1))
         return
     if chain:
@@ -85,35 +84,35 @@ def show(conversation: str, as_json: bool, as_csv: bool, data_dir: Path | None) 
 @click.option("--all", "everything", is_flag=True, help="Every saved cache.")
 @data_dir
 def rm(conversations: tuple[str, ...], everything: bool, data_dir: Path | None) -> None:
-    """Delete saved caches; the conversations stay and are read again when they go on."""
-    shelf = _shelf(find_paths(data_dir))
-    there = shelf.conversations()
+    """Delete saved caches. The conversations stay; their next turn prefills them again."""
+    disk_store = _disk_store(find_paths(data_dir))
+    saved = disk_store.conversations()
     if not conversations and not everything:
         raise KvchatError("Which cache? `kvchat cache ls` lists them; --all deletes every one.")
-    names = there if everything else list({_matching(prefix, there): None for prefix in conversations})
-    freed = sum(shelf.remove(name) for name in names)
-    click.echo(f"{_counted(names)} deleted; {megabytes(freed)} are free again.", err=True)
+    names = saved if everything else list({_matching(prefix, saved): None for prefix in conversations})
+    freed = sum(disk_store.remove(name) for name in names)
+    click.echo(f"{_counted(names)} deleted; {megabytes(freed)} freed.", err=True)
 
 
 @cache.command()
 @data_dir
 def gc(data_dir: Path | None) -> None:
-    """Delete what belongs to no conversation any more, and what a killed process left."""
+    """Delete caches of deleted conversations and files left by killed processes."""
     paths = find_paths(data_dir)
-    click.echo(f"{megabytes(collect_garbage(paths))} are free again.", err=True)
+    click.echo(f"{megabytes(collect_garbage(paths))} freed.", err=True)
 
 
 def collect_garbage(paths: Paths) -> int:
-    """Deletes saved caches without a conversation; returns bytes."""
+    """Deletes saved caches without a conversation; returns the freed bytes."""
     if not paths.kv.exists():
         return 0
-    return _shelf(paths).gc({summary.id for summary in _store(paths).summaries()})
+    return _disk_store(paths).gc({summary.id for summary in _store(paths).summaries()})
 
 
-def _shelf(paths: Paths) -> "DiskStore":
+def _disk_store(paths: Paths) -> "DiskStore":
     from kvchat.cache.disk.disk_store import DiskStore
 
-    return DiskStore(paths.kv, NO_CAP)
+    return DiskStore(paths.kv, INT64)
 
 
 def _store(paths: Paths) -> "Store":
@@ -140,16 +139,16 @@ def _counted(caches: Sized) -> str:
 
 def _line(entry: "Entry", titles: Mapping[str, str]) -> str:
     used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-    what = one_line(entry.damage) or f"{entry.tokens:>7,} tokens  {_made_by(entry.fingerprint)}"
+    what = one_line(entry.damage) or f"{entry.tokens:>7,} tokens  {_model_and_precision(entry.fingerprint)}"
     title = one_line(titles.get(entry.conversation, "(no conversation: gc deletes it)"))
     return f"{entry.conversation}  {used}  {megabytes(entry.bytes):>9}  {what}  {title}"
 
 
-def _made_by(fingerprint: Mapping[str, str]) -> str:
+def _model_and_precision(fingerprint: Mapping[str, str]) -> str:
     return one_line(f"{fingerprint.get('model', '?')} · KV {fingerprint.get('kv', '?')}")
 
 
-def _described(chain: "Chain") -> dict[str, object]:
+def _chain_json(chain: "Chain") -> dict[str, object]:
     segments = [
         {
             "file": segment.path.name,
@@ -175,9 +174,9 @@ def _print_chain(chain: "Chain") -> None:
 def _event_line(event: CacheEvent) -> str:
     at = datetime.fromtimestamp(event.at).strftime("%Y-%m-%d %H:%M:%S")
     size = megabytes(event.bytes) if event.bytes else ""
-    took = f"{event.seconds:.3f} s" if event.seconds else ""
+    time = f"{event.seconds:.3f} s" if event.seconds else ""
     return (
-        f"{at}  {event.kind:<8}{event.tokens:>7,} tokens {size:>9} {took:>8}  {one_line(event.note)}".rstrip()
+        f"{at}  {event.kind:<8}{event.tokens:>7,} tokens {size:>9} {time:>8}  {one_line(event.note)}".rstrip()
     )
 
 

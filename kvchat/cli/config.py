@@ -1,4 +1,4 @@
-"""`kvchat config`: the settings from the command line, made from the same table as flags and screen."""
+"""`kvchat config`: lists and changes the settings, made from the table in `config.settings`."""
 
 import os
 
@@ -20,14 +20,14 @@ def config() -> None:
 
 @config.command(name="path")
 def show_path() -> None:
-    """Print where the configuration file is, there or not."""
+    """Print the path of the configuration file, which may not exist yet."""
     click.echo(str(find_paths().config_file))
 
 
 @config.command(name="list")
 @click.option("--json", "as_json", is_flag=True)
 def list_settings(as_json: bool) -> None:
-    """List every setting: its value, where that comes from, and what it does."""
+    """List every setting: its value, the source of the value, and what it does."""
     given = read_config(find_paths().config_file).values
     rows = [(setting, *effective(setting, given, os.environ)) for setting in SETTINGS]
     if as_json:
@@ -45,7 +45,7 @@ def list_settings(as_json: bool) -> None:
 @config.command()
 @click.argument("name")
 def get(name: str) -> None:
-    """Print what holds for NAME."""
+    """Print the value of NAME that applies without a flag."""
     value, _ = effective(find_setting(name), read_config(find_paths().config_file).values, os.environ)
     click.echo(value)
 
@@ -54,7 +54,7 @@ def get(name: str) -> None:
 @click.argument("name")
 @click.argument("value")
 def set_value(name: str, value: str) -> None:
-    """Write NAME = VALUE into the file; comments and everything else in it stay."""
+    """Write NAME = VALUE into the file; comments and other entries are preserved."""
     setting = find_setting(name)
     refuse_bytes(value, f"The value of {setting.name}")
     parsed = setting.parse(value)
@@ -62,25 +62,23 @@ def set_value(name: str, value: str) -> None:
         from kvchat.ui.themes import checked_theme
 
         checked_theme(value)
-    path = find_paths().config_file
-    read_config(path)  # a file that has a mistake elsewhere is not written to
-    write_setting(path, setting, parsed)
-    click.echo(f"{setting.name} = {value}, {setting.holds.value}{_overruled(setting)}.", err=True)
+    write_setting(find_paths().config_file, setting, parsed)
+    click.echo(f"{setting.name} = {value}, {setting.holds.value}{_overridden(setting)}.", err=True)
 
 
 @config.command()
 @click.argument("name")
 def unset(name: str) -> None:
-    """Take NAME out of the file; the default holds again."""
+    """Remove NAME from the file, which restores its default."""
     setting = find_setting(name)
     write_setting(find_paths().config_file, setting, None)
-    click.echo(f"{setting.name} is {setting.unset} again{_overruled(setting)}.", err=True)
+    click.echo(f"{setting.name} is {setting.unset} again{_overridden(setting)}.", err=True)
 
 
 @config.command()
 @click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/keys.md.")
 def keys(markdown: bool) -> None:
-    """Print every command: its id for [keys], its key, its slash word, and what it does."""
+    """Print every command: its name in [keys], its key, its slash command, and what it does."""
     from kvchat.ui.commands import key_label, remapped, table
     from kvchat.ui.key_bindings import checked_keys
 
@@ -91,9 +89,9 @@ def keys(markdown: bool) -> None:
         click.echo(f"{command.name:<15}{key_label(command.key):<12}/{command.slash:<14}{command.help}")
 
 
-def _overruled(setting: Setting) -> str:
-    """That a variable wins over what was just written."""
-    return f"; {setting.variable} is set and wins over the file" if os.environ.get(setting.variable) else ""
+def _overridden(setting: Setting) -> str:
+    """A note that an environment variable overrides the value in the file; empty where none does."""
+    return f"; {setting.variable} is set and overrides the file" if os.environ.get(setting.variable) else ""
 
 
 def _described(setting: Setting, value: str, source: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The command line: the composition root, and the only place that knows both the screen and the engine.
+"""The commands `chat`, `tour`, `run`, `verify` and `paths`, and the entry point of the command line.
 
-Everything heavy is imported inside the command that needs it: the child process of the engine imports this
-module again, and the screen must paint before torch is there.
+Must import heavy packages inside commands only: the engine's child process imports this module too, and the
+screen must appear before torch is imported.
 """
 
 import gc
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from kvchat.ui.turn_thread import EngineFactory
 
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
-"""Sources that override what a resumed conversation was set to."""
+"""Sources of values that override the settings of a resumed conversation."""
 
 
 OWN_FLAGS = {"-h", "--help", "--version"}
-"""Of `kvchat` itself; any other flag without a command belongs to the chat."""
+"""Flags of `kvchat` itself; other flags without a command belong to `chat`."""
 
 
-ELSEWHERE = {
+COMMAND_MODULES = {
     "bench": "kvchat.cli.bench",
     "cache": "kvchat.cli.cache",
     "config": "kvchat.cli.config",
@@ -52,34 +52,34 @@ ELSEWHERE = {
     "models": "kvchat.cli.models",
     "sessions": "kvchat.cli.sessions",
 }
-"""Commands in modules of their own, by their names there too; the chat waits for none of these modules."""
+"""Command → its module, imported when the command is used. The command has the same name there."""
 
 
 DIAGNOSING = {"config", "doctor", "paths"}
-"""Commands that work whatever is wrong with the configuration file: they help to find that out."""
+"""Commands that work with an invalid configuration file, so that the user can find the problem."""
 
 
 class ConfigDefaults(dict[str, Any]):
-    """What the file says, for whichever command is called: every command asks here for its own.
+    """click's default map from the configuration file.
 
-    The file is read when a command asks, so that `--version` and `--help` need none.
+    Reads the file when a command asks for its defaults, so that `--version` and `--help` don't read it.
     """
 
     def get(self, command: str, default: Any = None) -> dict[str, Any]:  # noqa: ANN401 - dict's own
-        """The settings; of a group also by the name of each of its commands."""
+        """The defaults of a command; for a group also under the name of each of its commands."""
         config = _config_for(command)
         for sentence in config.problems if command in DIAGNOSING else config.unknown:
             say(f"kvchat: warning: {sentence}")
-        settled = dict(config.values)
+        defaults = dict(config.values)
         if command not in DIAGNOSING:
-            settled |= {key: _refusing(sentence) for key, sentence in config.wrong.items()}
+            defaults |= {key: _usage_error(sentence) for key, sentence in config.wrong.items()}
         group = cli.get_command(click.Context(cli), command)
         inner = group.commands if isinstance(group, click.Group) else ()
-        return settled | dict.fromkeys(inner, settled)
+        return defaults | dict.fromkeys(inner, defaults)
 
 
 def _config_for(command: str) -> Config:
-    """What the file says; for a command that helps to find out what is wrong with it, that or nothing."""
+    """The configuration; for a command in `DIAGNOSING`, errors become warnings."""
     try:
         return read_config(find_paths().config_file)
     except KvchatError as error:
@@ -88,24 +88,24 @@ def _config_for(command: str) -> Config:
         return Config(unknown=(str(error),))
 
 
-def _refusing(sentence: str) -> Callable[[], Any]:
-    """A default for a flag: wrong usage, where the command has that flag and nothing overrides the file."""
+def _usage_error(sentence: str) -> Callable[[], Any]:
+    """A default that raises a usage error; click calls it only if nothing overrides the file."""
 
-    def refuse() -> None:
+    def raise_error() -> None:
         raise click.UsageError(sentence)
 
-    return refuse
+    return raise_error
 
 
 class ChatByDefault(click.Group):
     """`kvchat` and `kvchat -m MODEL` mean `kvchat chat`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+        return sorted({*super().list_commands(ctx), *COMMAND_MODULES})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in ELSEWHERE and cmd_name not in self.commands:
-            self.add_command(getattr(import_module(ELSEWHERE[cmd_name]), cmd_name), cmd_name)
+        if cmd_name in COMMAND_MODULES and cmd_name not in self.commands:
+            self.add_command(getattr(import_module(COMMAND_MODULES[cmd_name]), cmd_name), cmd_name)
         return super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -114,7 +114,7 @@ class ChatByDefault(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs the command. click itself would end with 1 after a closed pipe."""
+        """Runs the command; a closed pipe raises `Ended(SIGPIPE)`, for which click would exit with 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -234,31 +234,31 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
 @cli.command()
 @model_options
 @screen_options
-@click.option("--plain", is_flag=True, help="Line by line and to the end, as it is without a terminal.")
+@click.option("--plain", is_flag=True, help="Line by line without pauses, as without a terminal.")
 @click.pass_context
 def tour(ctx: click.Context, /, plain: bool, **given: Any) -> None:  # noqa: ANN401 - click's own
-    """See what a KV cache does: eight steps, done and measured with the model, in three minutes.
+    """See what a KV cache does: eight steps, run and measured with the model, in three minutes.
 
-    Works offline once the model is here; nothing of it is kept.
+    Works offline once the model is downloaded. Nothing is saved.
     """
     ctx.invoke(chat, begin_with="tour", plain=plain or not has_terminal(), **given)
 
 
 def has_terminal() -> bool:
-    """Whether a screen can be drawn: all three streams are terminals."""
+    """Whether stdin, stdout and stderr are terminals."""
     return all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
 
 
 @cli.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a turn on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per turn on stdout.")
 @model_options
 @chat_options
 @click.pass_context
 def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: Any) -> None:  # noqa: ANN401
-    """Answer without a screen. Several prompts are several turns of one conversation.
+    """Answer without a screen. Several prompts are turns of one conversation.
 
-    `-`, or a pipe and no prompt, reads the prompt from standard input.
+    Reads the prompt from standard input for `-`, or without a prompt from a pipe.
     """
     from kvchat.cli.load_model import load_ready
 
@@ -282,7 +282,7 @@ def run(ctx: click.Context, /, prompts: Sequence[str], as_json: bool, **given: A
 
 
 def _preferences(given: Mapping[str, Any]) -> "Preferences":
-    """How the screen is to be, checked.
+    """The validated preferences of the screen.
 
     Raises:
         KvchatError: there is no such theme, command or key.
@@ -294,22 +294,24 @@ def _preferences(given: Mapping[str, Any]) -> "Preferences":
     file = find_paths().config_file
     config = read_config(file)
     keys = checked_keys(config.keys)
-    kept = None if given["private"] else file
+    writable = None if given["private"] else file
     theme = checked_theme(given["theme"])
-    return Preferences(theme, given["reduced_motion"], keys, config.unknown, kept)
+    return Preferences(theme, given["reduced_motion"], keys, config.unknown, writable)
 
 
 @cli.command()
 @click.argument("conversation", default="")
-@click.option("--tokens", type=click.IntRange(2), default=24, show_default=True, help="Of each answer.")
+@click.option(
+    "--tokens", type=click.IntRange(2), default=24, show_default=True, help="Tokens of each answer."
+)
 @click.option("-m", "--model", help="A card's name, a hub id, a folder, or a GGUF file.")
-@click.option("--threads", type=click.IntRange(1), help="For torch; default: every physical core.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads; default: every physical core.")
 @data_dir
 def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) -> None:  # noqa: ANN401
-    """Prove that the KV cache changes nothing, token by token, against no cache.
+    """Check that the KV cache does not change answers: compares every token with a run without a cache.
 
-    In fp32 through transformers; then, where the model is compiled, through the compiled code too. Takes the
-    questions of CONVERSATION, or three of its own. Exit code 1 when anything differs.
+    In fp32 with transformers, then with the compiled code if the model is compiled. Uses the questions of
+    CONVERSATION, or three built-in ones. Exit code 1 if anything differs.
     """
     from kvchat.cli.load_model import load_ready
 
@@ -334,7 +336,7 @@ def verify(conversation: str, tokens: int, data_dir: Path | None, **given: Any) 
 
 
 def _print_checks(title: str, checks: "Iterable[Check]") -> bool:
-    """Prints a table of them as they come; returns whether all are equal."""
+    """Prints a table row after each check; returns whether all are equal."""
     click.echo(f"{title:<28}{'tokens':>7}  {'first difference':>16}  {'largest logit gap':>17}")
     equal = True
     for check in checks:
@@ -345,7 +347,7 @@ def _print_checks(title: str, checks: "Iterable[Check]") -> bool:
 
 
 def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
-    """(model, what was asked) of a saved conversation; the default model and nothing without one."""
+    """(model, questions) of a saved conversation; the default model and no questions without one."""
     if not conversation:
         return DEFAULT_MODEL, []
     from kvchat.chat.store import Store
@@ -354,12 +356,12 @@ def _questions(conversation: str, paths: Paths) -> tuple[str, list[str]]:
     saved = store.load(store.find(conversation))
     questions = [m.text for m in saved.sent if m.role == "user"]
     if len(questions) < 2:
-        raise KvchatError("This conversation has fewer than two questions; there is nothing to keep yet.")
+        raise KvchatError("This conversation has fewer than two questions; nothing would be reused.")
     return saved.model or DEFAULT_MODEL, questions
 
 
 def read_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts, with standard input for `-`, and for none at all.
+    """The prompts, with standard input in place of `-` and of no prompts.
 
     Raises:
         KvchatError: there is no prompt, or an empty one.
@@ -384,10 +386,10 @@ def _read_stdin() -> str:
 
 
 def open_session(ctx: click.Context, paths: Paths) -> "Session":
-    """The conversation that the flags ask for, set as they say.
+    """A session with the conversation and the settings that the flags select.
 
     Raises:
-        KvchatError: there is no such conversation or model, or the system prompt is no text.
+        KvchatError: there is no such conversation or model, or the system prompt is not UTF-8.
     """
     from kvchat.chat.session import ConversationDefaults, Session
     from kvchat.chat.store import Store
@@ -422,17 +424,17 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
 
 
 def lacks_step(folder: Path, paths: Paths) -> bool:
-    """Whether a model that is here waits to be compiled, perhaps again."""
+    """Whether a prepared model has to be compiled first."""
     from kvchat.engine.compiled.package import wants_step
 
     return wants_step(paths.compiled, folder)
 
 
 def draft_folder(draft: str, paths: Paths) -> Path | None:
-    """Where the model lies that guesses ahead; None where none does.
+    """The folder of the draft model; None without one.
 
     Raises:
-        KvchatError: it is not here.
+        KvchatError: it is not downloaded.
     """
     from kvchat.models.resolve import is_prepared
 
@@ -445,10 +447,10 @@ def draft_folder(draft: str, paths: Paths) -> Path | None:
 
 
 def lasting_name(model: str, models_dir: Path) -> str:
-    """The name by which a conversation finds its model again, in whatever folder kvchat is started.
+    """The model's name for the database: a path becomes absolute, so that it works from every folder.
 
     Raises:
-        KvchatError: there is no such model; a conversation must not remember it.
+        KvchatError: there is no such model.
     """
     from kvchat.models.resolve import FolderModel, GgufModel, find_prepared, recognise
 
@@ -461,7 +463,7 @@ def lasting_name(model: str, models_dir: Path) -> str:
 
 
 def shown_name(model: str) -> str:
-    """What the screen calls a model: a card's title, the last part of a path or a hub id."""
+    """A model's title: that of its card, or the last part of a path or hub id."""
     card = find_card(model)
     return card.title if card else Path(model).name
 
@@ -469,13 +471,13 @@ def shown_name(model: str) -> str:
 @cli.command(name="paths")
 @data_dir
 def show_paths(data_dir: Path | None) -> None:
-    """Print where kvchat keeps its files."""
+    """Print the paths of kvchat's files and folders."""
     for name, path in find_paths(data_dir).described().items():
         click.echo(f"{name:<9}{path}")
 
 
 def main() -> None:
-    """Runs the command line; ends with the exit code that `exit_status` describes."""
+    """Runs the command line; exits with a code as described in `system.exit_status`."""
     protect_children()
     prepare_streams()
     sys.exit(exit_status(_run_command))

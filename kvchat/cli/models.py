@@ -1,4 +1,4 @@
-"""`kvchat models`: list, fetch, compile, find and remove models; and fetching as a process of its own."""
+"""`kvchat models`: lists, downloads, compiles and deletes models; also downloads in a child process."""
 
 import signal
 import subprocess
@@ -20,13 +20,13 @@ AS_LINES = "--progress-json"
 
 @click.group()
 def models() -> None:
-    """List, fetch, find and remove models."""
+    """List, download, compile and delete models."""
 
 
 @models.command(name="list")
 @data_dir
 def list_models(data_dir: Path | None) -> None:
-    """The models that have a card, and those that are here."""
+    """List the models with a card and all downloaded models."""
     from kvchat.models.resolve import installed, is_prepared
 
     paths = find_paths(data_dir)
@@ -34,30 +34,24 @@ def list_models(data_dir: Path | None) -> None:
     sizes = {model.path: model.bytes for model in here_now}
     for card in load_cards():
         folder = is_prepared(card.name, models_dir)
-        here = (
-            "not here"
-            if folder is None
-            else f"here, {megabytes(sizes[folder])}"
-            if folder in sizes
-            else "here"
-        )
-        notes = [here, f"context {card.context:,}", card.licence]
+        size = f", {megabytes(sizes[folder])}" if folder in sizes else ""
+        notes = [f"installed{size}" if folder else "not installed", f"context {card.context:,}", card.licence]
         notes += ["gated"] if card.gated else []
-        notes += [] if card.tried else ["not tried yet"]
+        notes += [] if card.tried else ["not tested yet"]
         click.echo(f"{card.name:<24}{card.parameters / 1e6:>7,.0f}M  {' · '.join(notes)}")
         click.echo(f"{'':<34}{card.summary}")
     names = {card.name for card in load_cards()}
     for model in here_now:
         if model.name not in names:
-            click.echo(f"{model.name:<34}here, {megabytes(model.bytes)}")
+            click.echo(f"{model.name:<34}installed, {megabytes(model.bytes)}")
 
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option(AS_LINES, is_flag=True, help="Progress as JSON on stdout, an object a line.")
+@click.option(AS_LINES, is_flag=True, help="Progress as JSON on stdout, one object per line.")
 @data_dir
 def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
-    """Fetch a model and make it ready; does nothing if it is."""
+    """Download a model and prepare it; does nothing if it is ready."""
     from kvchat.cli.progress import reported
     from kvchat.engine.compiled.package import refusal_of
     from kvchat.engine.model.dtypes import weights_of
@@ -68,20 +62,20 @@ def pull(name: str, progress_json: bool, data_dir: Path | None) -> None:
         folder = prepare(name, paths.models, report, paths.compiled, reasons.append)
     reasons = reasons or [refusal_of(paths.compiled, folder, weights_of(folder, "auto"))]
     if reason := reasons[0]:
-        click.echo(f"{name} is not compiled, and several times slower: {reason}", err=True)
+        click.echo(f"{name} is not compiled, so it is several times slower: {reason}", err=True)
     click.echo(f"{name} is ready in {folder}", err=True)
 
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
 @click.option("--precision", type=click.Choice(settings.PRECISIONS), default="auto", show_default=True)
-@click.option("--force", is_flag=True, help="Compile again, also what was refused before.")
+@click.option("--force", is_flag=True, help="Compile again, even if it failed before.")
 @data_dir
 def prepare(name: str, precision: str, force: bool, data_dir: Path | None) -> None:
-    """Compile a model for this CPU; fetches it first if it isn't here.
+    """Compile a model for this CPU; downloads it first if necessary.
 
-    `auto` keeps the precision of the source. `int8` and `int4` round the weights; what that costs in quality
-    is measured and said.
+    `auto` uses the precision of the source. `int8` and `int4` quantise the weights; the loss of quality is
+    measured and printed.
     """
     from kvchat.cli.progress import reported
     from kvchat.engine.compiled.build import prepare_step
@@ -99,18 +93,18 @@ def prepare(name: str, precision: str, force: bool, data_dir: Path | None) -> No
         f"{name} runs compiled for this CPU: {made.weights}, {megabytes(made.weights_bytes)}.", err=True
     )
     click.echo(
-        f"On {cost.tokens} tokens of prose it is {cost.kl:.2g} nats from the same model in fp32, and finds "
-        f"the same next token most probable after {cost.agreeing:.1%} of them.",
+        f"On {cost.tokens} tokens of prose its KL divergence from the same model in fp32 is {cost.kl:.2g} "
+        f"nats, and the most probable next token is the same after {cost.agreeing:.1%} of them.",
         err=True,
     )
 
 
 @models.command()
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option("--compiled", is_flag=True, help="The folder of what was compiled of it.")
+@click.option("--compiled", is_flag=True, help="Print the folder of its compiled packages.")
 @data_dir
 def path(name: str, compiled: bool, data_dir: Path | None) -> None:
-    """Print the folder of a model that is ready."""
+    """Print the folder of a prepared model."""
     from kvchat.models.resolve import compiled_folder, is_prepared
 
     paths = find_paths(data_dir)
@@ -127,25 +121,25 @@ def path(name: str, compiled: bool, data_dir: Path | None) -> None:
 @click.argument("name")
 @data_dir
 def rm(name: str, data_dir: Path | None) -> None:
-    """Delete a fetched or converted model and what was compiled of it.
+    """Delete a downloaded or converted model and its compiled packages.
 
-    Of a model in a folder of your own, or in the hub's cache, only what was compiled is deleted.
+    Of a model in another folder, or in the hub's cache, only the compiled packages are deleted.
     """
     from kvchat.models.resolve import remove_compiled, remove_installed
 
     paths = find_paths(data_dir)
-    if (folder := _lying_elsewhere(name, paths.models)) and (
+    if (folder := _external_folder(name, paths.models)) and (
         freed := remove_compiled(paths.compiled, folder)
     ):
-        click.echo(f"What was compiled of {name} is gone; {megabytes(freed)} are free again.", err=True)
+        click.echo(f"The compiled packages of {name} are deleted; {megabytes(freed)} freed.", err=True)
         click.echo(f"The model itself stays in {folder}.", err=True)
         return
     freed = remove_installed(name, paths.models, paths.compiled)
-    click.echo(f"{name} is gone; {megabytes(freed)} are free again.", err=True)
+    click.echo(f"{name} is deleted; {megabytes(freed)} freed.", err=True)
 
 
-def _lying_elsewhere(name: str, models_dir: Path) -> Path | None:
-    """The folder of a model outside of kvchat's own; None where there is none."""
+def _external_folder(name: str, models_dir: Path) -> Path | None:
+    """The folder of a model outside of `models_dir`; None if it is not prepared, unknown, or inside."""
     from kvchat.models.resolve import is_prepared
 
     try:
@@ -156,22 +150,22 @@ def _lying_elsewhere(name: str, models_dir: Path) -> Path | None:
 
 
 def pull_as_child(name: str, data_dir: Path | None) -> int:
-    """Fetches and converts in a process of its own: converting imports torch, and the screen must not.
+    """Downloads and converts in a child process, because converting imports torch; returns its exit code.
 
-    A signal is passed on, and the child ends in its own way; Ctrl-C reaches it from the terminal.
+    SIGTERM and SIGHUP are forwarded to the child; Ctrl-C reaches it from the terminal.
     """
     command = [word for word in pull_command(name, data_dir) if word != AS_LINES]
     with subprocess.Popen(command) as child:
 
-        def pass_on(number: int) -> None:
+        def forward(number: int) -> None:
             if number != signal.SIGINT:
                 child.send_signal(number)
 
-        with on_signals(pass_on):
+        with on_signals(forward):
             return child.wait()
 
 
 def pull_command(name: str, data_dir: Path | None) -> list[str]:
-    """Fetches a model and prints its progress as JSON, an object a line."""
+    """A command that downloads a model and prints its progress as JSON, one object per line."""
     place = ["--data-dir", str(data_dir)] if data_dir else []
     return [sys.executable, "-m", "kvchat", "models", "pull", name, AS_LINES, *place]

@@ -1,4 +1,4 @@
-"""The flags that several commands share, made from the table of settings."""
+"""Flags that several commands share, made from the table of settings."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -14,34 +14,34 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes: `2GB`, `512 MB`, `1e9`."""
+    """A click type for a number of bytes: `2GB`, `512 MB`, `1e9`."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
-        """The number; MB are 1,000,000 bytes."""
+        """The number of bytes; 1 MB is 1,000,000 bytes."""
         try:
             return parse_size(str(value))
         except ValueError:
-            self.fail(f"{value!r} is no size. Write 2GB, 512MB or a number of bytes.", param, ctx)
+            self.fail(f"{value!r} is not a size. Write 2GB, 512MB or a number of bytes.", param, ctx)
 
 
 SIZE = Size()
 
 
 class FiniteRange(click.FloatRange):
-    """A number within bounds; `nan` and `inf` are none."""
+    """A click type for a number within bounds; rejects `nan` and `inf`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
         """The number."""
         number = float(super().convert(value, param, ctx))
         if not isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:  # noqa: ANN401 - click's own
-    """A flag that `KVCHAT_NAME` sets too."""
+    """A flag that can also be set by the environment variable `KVCHAT_NAME`."""
     flag = next(name for name in names if name.startswith("--"))
     variable = "KVCHAT_" + flag.lstrip("-").replace("-", "_").upper()
     return click.option(*names, envvar=variable, **attributes)
@@ -61,16 +61,14 @@ def setting(name: str) -> Callable[[Command], Command]:
 
 
 def _type_of(declared: Setting) -> dict[str, Any]:
-    low, high = declared.lowest, declared.highest
+    bounds = declared.bounds
     if declared.name == "data-dir":
         return {"type": click.Path(path_type=Path)}
     match declared.kind:
-        case Kind.WHOLE:
-            return {
-                "type": click.IntRange(None if low is None else int(low), None if high is None else int(high))
-            }
-        case Kind.NUMBER:
-            return {"type": FiniteRange(low, high, min_open=declared.above)}
+        case Kind.WHOLE if bounds:
+            return {"type": click.IntRange(int(bounds.lowest), int(bounds.highest))}
+        case Kind.NUMBER if bounds:
+            return {"type": FiniteRange(bounds.lowest, bounds.highest, min_open=bounds.above)}
         case Kind.SIZE:
             return {"type": SIZE}
         case Kind.SWITCH:

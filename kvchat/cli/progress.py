@@ -1,4 +1,4 @@
-"""Progress of fetching and converting: a bar on stderr with bytes and rate, or lines for programs."""
+"""Progress of downloads and conversions: a bar on stderr, plain lines, or JSON lines for programs."""
 
 import sys
 import time
@@ -21,12 +21,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from kvchat.models.staging import BYTES, WORDS, Progress, Report
+from kvchat.models.staging import BYTES, Progress, Report
 from kvchat.validation.plain_json import write_json
 
 
 class _OnlyForBytes(ProgressColumn):
-    """A column that is empty while nothing is counted in bytes."""
+    """A column that is empty in stages that don't count bytes."""
 
     def __init__(self, column: ProgressColumn) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class _OnlyForBytes(ProgressColumn):
 
 
 LINE_EVERY_S = 0.2
-"""Lines for programs come at most this often within a stage."""
+"""Least time between two JSON lines of one stage."""
 
 
 @contextmanager
 def reported(name: str, *, as_json: bool = False) -> Iterator[Report]:
-    """Inside the block, the yielded function draws progress; on a pipe, each stage is one line.
+    """Yields a function that displays progress: a bar on a terminal, one line per stage on a pipe.
 
-    With `as_json` it prints `{"stage": …, "done": …, "total": …}` on stdout, an object a line.
+    With `as_json` it prints `{"stage": …, "done": …, "total": …}` on stdout, one object per line.
     """
     if as_json:
         yield _json_lines()
@@ -72,8 +72,8 @@ def _bar_per_stage(bar: Bar, name: str) -> Report:
     def report(progress: Progress) -> None:
         stage = progress.stage
         if stage not in tasks:
-            words = f"{name}: {WORDS.get(stage, stage)}"
-            tasks[stage] = bar.add_task(words, total=progress.total, bytes=stage in BYTES)
+            label = f"{name}: {progress.label}"
+            tasks[stage] = bar.add_task(label, total=progress.total, bytes=stage in BYTES)
         bar.update(tasks[stage], completed=progress.done, total=progress.total)
 
     return report
@@ -98,6 +98,6 @@ def _line_per_stage(name: str) -> Report:
     def report(progress: Progress) -> None:
         if progress.stage not in seen:
             seen.add(progress.stage)
-            print(f"{name}: {WORDS.get(progress.stage, progress.stage)} …", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"{name}: {progress.label} …", file=sys.stderr, flush=True)  # noqa: T201
 
     return report

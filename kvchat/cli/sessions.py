@@ -1,4 +1,4 @@
-"""`kvchat sessions`: list, search, export and import conversations without a screen."""
+"""`kvchat sessions`: lists, searches, exports and imports conversations. Must not import the screen."""
 
 import sys
 from dataclasses import asdict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def open_store(folder: Path | None) -> "Store":
-    """The conversations in that folder, or in the user's own."""
+    """The store in that data folder, or in the user's default one."""
     from kvchat.chat.store import Store
 
     return Store(find_paths(folder).database)
@@ -30,7 +30,7 @@ def open_store(folder: Path | None) -> "Store":
 @data_dir
 @click.pass_context
 def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
-    """List the conversations, the last used first; or search, export and import them."""
+    """List the conversations, most recently used first; or search, export and import them."""
     ctx.obj = data_dir
     if ctx.invoked_subcommand:
         return
@@ -53,12 +53,12 @@ def sessions(ctx: click.Context, as_json: bool, data_dir: Path | None) -> None:
 @data_dir
 @click.pass_obj
 def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: Path | None) -> None:
-    """Find words in all conversations, on every branch; Ctrl+F in the chat opens what is found."""
+    """Find messages with all these words, on every branch. Ctrl+F in the chat does the same."""
     from kvchat.chat.session import MOST_HITS
 
     each_word = [word for given in words for word in given.split()]
     if not each_word:
-        raise KvchatError("Which words? There are none to search for.")
+        raise KvchatError("There are no words to search for.")
     refuse_bytes(" ".join(each_word), "What to search for")
     hits = open_store(data_dir or above).search(each_word, MOST_HITS)
     if as_json:
@@ -68,7 +68,7 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
         branch = "(other branch) " if hit.other_branch else ""
         click.echo(f"{hit.conversation}  {hit.role or 'title':<9}  {branch}{one_line(hit.text)[:100]}")
     if not hits:
-        click.echo(f"No conversation holds {one_line(' '.join(each_word))}.", err=True)
+        click.echo(f"No conversation contains {one_line(' '.join(each_word))}.", err=True)
         sys.exit(1)
 
 
@@ -81,7 +81,7 @@ def search(above: Path | None, words: tuple[str, ...], as_json: bool, data_dir: 
 @data_dir
 @click.pass_obj
 def export(above: Path | None, conversation: str, where: str, ending: str, data_dir: Path | None) -> None:
-    """Write CONVERSATION into the file WHERE, whose ending says the format; `-` is standard output."""
+    """Write CONVERSATION to the file WHERE; its extension is the format. `-` is standard output."""
     from kvchat.chat.exporters import FORMATS
     from kvchat.chat.exporters import export as write
 
@@ -99,9 +99,9 @@ def export(above: Path | None, conversation: str, where: str, ending: str, data_
 @data_dir
 @click.pass_obj
 def import_files(above: Path | None, files: tuple[Path, ...], data_dir: Path | None) -> None:
-    """Read conversations from FILES: kvchat's own, or those of ChatGPT, Claude, Open WebUI, Gemini or llm.
+    """Import conversations from FILES of kvchat, ChatGPT, Claude, Open WebUI, Gemini or llm.
 
-    What can't come in is named with its place, and the rest comes in. Importing a file twice adds nothing.
+    Reports what can't be imported, with its place, and imports the rest. A second import adds nothing.
     """
     from kvchat.chat.importers import read_import
 

@@ -1,1 +1,1 @@
-"""Settings, the configuration file, and the folders that kvchat uses. Imports no torch and no textual."""
+"""Settings, the configuration file and kvchat's folders. Must not import torch or textual."""

@@ -1,7 +1,6 @@
-"""The user's configuration file: settings by name, and `[keys]`. TOML, read as it is and written with its
-comments kept.
+"""Reads and writes the user's configuration file: TOML with settings by name and a table `[keys]`.
 
-It knows the file; what the settings mean is `settings`' business.
+Writing preserves comments. What the settings mean is in `config.settings`.
 """
 
 import os
@@ -27,30 +26,30 @@ HEADER = "kvchat's settings. A flag and a variable KVCHAT_... win over this file
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the file says."""
+    """The contents of the file."""
 
     values: Mapping[str, object] = field(default_factory=dict)
-    """By the settings' Python names; only those that the settings take."""
+    """Valid values, by `Setting.key`."""
     keys: object = field(default_factory=dict)
-    """What stands under `[keys]`, unchecked."""
+    """The table `[keys]`, not validated."""
     wrong: Mapping[str, str] = field(default_factory=dict)
-    """Settings whose value can't be used, with a sentence that says where and why."""
+    """`Setting.key` of each invalid value → a sentence that says where and why."""
     unknown: tuple[str, ...] = ()
-    """A sentence for each name that is no setting."""
+    """A sentence for each unknown name."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Every sentence about what is left out."""
+        """A sentence for everything that is ignored."""
         return (*self.unknown, *self.wrong.values())
 
 
 def read_config(path: Path) -> Config:
-    """The settings in a TOML file, named as the long flags are; a missing file has none.
+    """Reads the settings from a TOML file; their names are those of the long flags. A missing file has none.
 
-    A name that is no setting, or a value that a setting does not take, is left out and described.
+    Unknown names and invalid values are ignored and described.
 
     Raises:
-        KvchatError: the file can't be read, or is no TOML.
+        KvchatError: the file can't be read, or is not valid TOML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,7 +64,7 @@ def read_config(path: Path) -> Config:
     for name, value in given.items():
         place = f"{path}, {_line_of(text, name)}"
         if (setting := known.get(name.replace("-", "_"))) is None:
-            unknown.append(f"{place}{one_line(name)} is no setting{_meant(name)}. It is left out.")
+            unknown.append(f"{place}{one_line(name)} is not a setting and is ignored. {_suggestion(name)}")
             continue
         try:
             setting.check(value)
@@ -80,20 +79,19 @@ def _why(error: Exception, path: Path) -> str:
 
 
 def _line_of(text: str, name: str) -> str:
-    """`line 3: `, where a key or a table of that name stands: tomllib tells no places. Empty without one."""
+    """`line 3: ` for the first key or table of that name (tomllib gives no lines); empty if not found."""
     spelled = re.compile(rf"""\s*\[*\s*["']?{re.escape(name)}["']?\s*[=.\]]""")
     lines = enumerate(text.splitlines(), start=1)
     return next((f"line {number}: " for number, line in lines if spelled.match(line)), "")
 
 
-def _meant(name: str) -> str:
-    """What was probably meant."""
+def _suggestion(name: str) -> str:
     near = get_close_matches(name.replace("_", "-"), [setting.name for setting in SETTINGS], n=1)
-    return f"; perhaps {near[0]} is meant" if near else "; `kvchat config list` lists them"
+    return f"Did you mean {near[0]}?" if near else "`kvchat config list` lists all settings."
 
 
 def write_setting(path: Path, setting: Setting, value: Value | None) -> None:
-    """Sets one setting in the file, or takes it out; everything else stays as it was, comments too.
+    """Sets one setting in the file, or removes it if `value` is None; the rest is unchanged, with comments.
 
     Raises:
         KvchatError: the file can't be read or written.
@@ -120,7 +118,7 @@ def _put(document: "TOMLDocument", setting: Setting, value: Value | None) -> Non
 
 
 def _replace(path: Path, text: str) -> None:
-    """In one step: whoever reads meanwhile sees the old file or the new one. A link stays a link."""
+    """Replaces the file atomically. Follows symbolic links and preserves the mode."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".config-")

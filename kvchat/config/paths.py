@@ -1,6 +1,6 @@
-"""Where files live: XDG folders, or everything under one `--data-dir`.
+"""Paths of kvchat's files: the XDG folders, or one folder given by `--data-dir`.
 
-Knows folder names only; it creates nothing and reads nothing.
+Only computes paths; must not read or create files.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ APP = "kvchat"
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Every place kvchat writes to or reads from."""
+    """Every file and folder that kvchat reads or writes."""
 
     config_file: Path
     """TOML defaults for the flags."""
     database: Path
-    """Conversations and figures (SQLite)."""
+    """Conversations and turn statistics (SQLite)."""
     models: Path
-    """Fetched and converted models, one folder each."""
+    """Downloaded and converted models, one folder each."""
     compiled: Path
-    """Compiled code, one folder for each model. Nobody else may write to it, or to the folder around it."""
+    """Compiled code, one folder per model. Only the user may have write access to it and to its parent."""
     kv: Path
     """Saved KV caches, one folder per conversation."""
     logs: Path

@@ -1,7 +1,7 @@
-"""Every setting, declared once: the flag, the variable, the line of the file, the settings screen and the
-documentation are made from this table.
+"""The table of settings, from which flags, environment variables, file entries, settings screen and
+documentation are made.
 
-flag > environment > file > default. How the file is read and written is `config_file`'s business.
+Precedence: flag > environment > file > default. The file is read and written by `config.file`.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,16 @@ from math import isfinite
 
 from kvchat.contract import CacheMode, EvictionPolicy, KVPrecision, Sampling
 from kvchat.errors import KvchatError
-from kvchat.models.cards import ModelCard
-from kvchat.text import parse_size
+from kvchat.models.cards import DEFAULT_MODEL, ModelCard
+from kvchat.text import either, parse_size
 from kvchat.validation import bounds
+from kvchat.validation.bounds import Bounds
 
 Value = str | int | float | bool
 
 
 class Kind(StrEnum):
-    """What a setting's value is."""
+    """Type of a setting's value."""
 
     TEXT = "text"
     WHOLE = "a whole number"
@@ -30,7 +31,7 @@ class Kind(StrEnum):
 
 
 class Holds(StrEnum):
-    """From when on a change holds."""
+    """When a change takes effect."""
 
     AT_ONCE = "at once"
     NEW = "for new conversations"
@@ -39,56 +40,52 @@ class Holds(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One thing that can be set."""
+    """One setting."""
 
     name: str
-    """That of the long flag and of the line in the file."""
+    """Name of the long flag and of the key in the file."""
     group: str
     help: str
     kind: Kind = Kind.TEXT
     default: Value | None = None
     otherwise: str = ""
-    """What happens where nothing is set, for a setting without a default."""
+    """What happens if nothing is set, for a setting without a default."""
     choices: tuple[str, ...] = ()
-    lowest: float | None = None
-    """None is no bound."""
-    highest: float | None = None
-    above: bool = False
-    """Whether the value must be above `lowest`; else it may equal it."""
+    bounds: Bounds | None = None
     short: str = ""
     """The short flag."""
     holds: Holds = Holds.START
 
     @property
     def variable(self) -> str:
-        """The environment variable that sets it too."""
+        """Name of its environment variable."""
         return "KVCHAT_" + self.key.upper()
 
     @property
     def key(self) -> str:
-        """The name as Python spells it."""
+        """The name as a Python identifier."""
         return self.name.replace("-", "_")
 
     @property
     def takes(self) -> str:
-        """What may be written, in words."""
+        """Description of the valid values."""
         if self.choices:
-            return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
-        if self.lowest is None:
+            return either(self.choices)
+        if self.bounds is None:
             return self.kind.value
-        least = f"{self.kind.value} {'above' if self.above else 'from'} {self.lowest:,}"
-        return least if self.highest is None else f"{least} to {self.highest:,}"
+        start = "above" if self.bounds.above else "from"
+        return f"{self.kind.value} {start} {self.bounds.lowest:,} to {self.bounds.highest:,}"
 
     @property
     def unset(self) -> str:
-        """What stands where nothing was set."""
+        """The value, or a description of it, if nothing is set."""
         return self.otherwise if self.default is None else shown(self.default)
 
     def parse(self, text: str) -> Value:
-        """A value that somebody wrote.
+        """Converts text from the user into a value.
 
         Raises:
-            KvchatError: it is none, and says what would be one.
+            KvchatError: it is invalid; the message describes valid values.
         """
         try:
             value = self._convert(text.strip())
@@ -99,18 +96,18 @@ class Setting:
         return value
 
     def check(self, value: object) -> None:
-        """Passes a value of the configuration file; text is read as a variable's is.
+        """Validates a value from the configuration file; text is parsed like that of a variable.
 
         Raises:
-            KvchatError: it is none, and says what would be one.
+            KvchatError: it is invalid; the message describes valid values.
         """
         if isinstance(value, str):
             self.parse(value)
-        elif not self._may_be(value):
+        elif not self._is_valid(value):
             raise KvchatError(f"{self.name} is {self.takes}; {shown(value)} is not.")
 
-    def _may_be(self, value: object) -> bool:
-        """Whether a value that TOML does not write as text fits."""
+    def _is_valid(self, value: object) -> bool:
+        """Whether a TOML value other than text is valid."""
         if isinstance(value, bool):
             return self.kind is Kind.SWITCH
         if not isinstance(value, int | float):
@@ -146,10 +143,7 @@ class Setting:
     def _is_within(self, value: Value) -> bool:
         if isinstance(value, str | bool):
             return True
-        if not isfinite(value):
-            return False
-        low = self.lowest is None or value > self.lowest or (value == self.lowest and not self.above)
-        return low and (self.highest is None or value <= self.highest)
+        return value in self.bounds if self.bounds else isfinite(value)
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
@@ -158,14 +152,14 @@ SETTINGS = (
     Setting(
         "model",
         MODEL,
-        "Which model answers: a card's name, a hub id, a folder, or a GGUF file.",
-        otherwise="smollm2-135m-instruct",
+        "The model: a card's name, a hub id, a folder, or a GGUF file.",
+        otherwise=DEFAULT_MODEL,
         short="-m",
     ),
     Setting(
         "precision",
         MODEL,
-        "Of the weights; auto is no lower than the source has them.",
+        "Precision of the weights; auto is at least that of the source.",
         Kind.CHOICE,
         "auto",
         choices=PRECISIONS,
@@ -176,30 +170,23 @@ SETTINGS = (
         "Processor threads for the model.",
         Kind.WHOLE,
         otherwise="every physical core",
-        lowest=bounds.THREADS.lowest,
-        highest=bounds.THREADS.highest,
+        bounds=bounds.THREADS,
     ),
     Setting(
         "context",
         MODEL,
-        "Tokens a conversation may hold at most.",
+        "Context limit of a conversation in tokens.",
         Kind.WHOLE,
         otherwise="what the model was made for",
-        lowest=bounds.CONTEXT.lowest,
-        highest=bounds.CONTEXT.highest,
+        bounds=bounds.CONTEXT,
     ),
     Setting(
-        "device",
-        MODEL,
-        "What computes.",
-        Kind.CHOICE,
-        "auto",
-        choices=("auto", "cpu", "cuda", "mps"),
+        "device", MODEL, "Device of the model.", Kind.CHOICE, "auto", choices=("auto", "cpu", "cuda", "mps")
     ),
     Setting(
         "draft",
         MODEL,
-        "What guesses tokens ahead: lookup (in the conversation itself), off, or a smaller model's name.",
+        "Speculative decoding: lookup (drafts from the conversation itself), off, or a smaller model's name.",
         default="lookup",
     ),
     Setting(
@@ -208,18 +195,16 @@ SETTINGS = (
         "Idle minutes after which the weights leave memory until the next turn; 0 keeps them.",
         Kind.NUMBER,
         30,
-        lowest=bounds.UNLOAD_AFTER.lowest,
-        highest=bounds.UNLOAD_AFTER.highest,
+        bounds=bounds.UNLOAD_AFTER,
     ),
     Setting("system", ANSWERS, "System prompt.", otherwise="the model's own", short="-s", holds=Holds.NEW),
     Setting(
         "max-tokens",
         ANSWERS,
-        "Tokens of an answer at most.",
+        "Maximum length of an answer in tokens.",
         Kind.WHOLE,
         otherwise="the model card's",
-        lowest=bounds.MAX_TOKENS.lowest,
-        highest=bounds.MAX_TOKENS.highest,
+        bounds=bounds.MAX_TOKENS,
         holds=Holds.NEW,
     ),
     Setting(
@@ -228,50 +213,43 @@ SETTINGS = (
         "How freely the next token is drawn; 0 always takes the most probable one.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=bounds.TEMPERATURE.lowest,
-        highest=bounds.TEMPERATURE.highest,
+        bounds=bounds.TEMPERATURE,
         holds=Holds.NEW,
     ),
     Setting(
         "top-p",
         ANSWERS,
-        "Draw from the most probable tokens that together have this probability.",
+        "Sample from the most probable tokens that together have this probability.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=bounds.TOP_P.lowest,
-        highest=bounds.TOP_P.highest,
-        above=True,
+        bounds=bounds.TOP_P,
         holds=Holds.NEW,
     ),
     Setting(
         "top-k",
         ANSWERS,
-        "Draw from so many of the most probable tokens; 0 from all.",
+        "Sample from this number of most probable tokens; 0 samples from all.",
         Kind.WHOLE,
         otherwise="the model card's",
-        lowest=bounds.TOP_K.lowest,
-        highest=bounds.TOP_K.highest,
+        bounds=bounds.TOP_K,
         holds=Holds.NEW,
     ),
     Setting(
         "min-p",
         ANSWERS,
-        "Never draw a token that is less probable than this share of the best one.",
+        "Minimum probability of a token, relative to the most probable one.",
         Kind.NUMBER,
         otherwise="the model card's",
-        lowest=bounds.MIN_P.lowest,
-        highest=bounds.MIN_P.highest,
+        bounds=bounds.MIN_P,
         holds=Holds.NEW,
     ),
     Setting(
         "repeat-penalty",
         ANSWERS,
-        "Makes tokens that were said already less probable; 1 is none.",
+        "Makes tokens that occurred before less probable; 1 changes nothing.",
         Kind.NUMBER,
         otherwise="none",
-        lowest=bounds.REPEAT_PENALTY.lowest,
-        highest=bounds.REPEAT_PENALTY.highest,
-        above=True,
+        bounds=bounds.REPEAT_PENALTY,
         holds=Holds.NEW,
     ),
     Setting(
@@ -280,14 +258,13 @@ SETTINGS = (
         "The same seed gives the same text.",
         Kind.WHOLE,
         otherwise="another one every turn",
-        lowest=bounds.SEED.lowest,
-        highest=bounds.SEED.highest,
+        bounds=bounds.SEED,
         holds=Holds.NEW,
     ),
     Setting(
         "cache",
         CACHE,
-        "What happens to the KV cache: kept across turns, thrown away after each one, or never made.",
+        "KV cache: on (reused across turns), turn (dropped after each turn), or off (none).",
         Kind.CHOICE,
         otherwise="on",
         choices=tuple(mode.value for mode in CacheMode),
@@ -305,7 +282,7 @@ SETTINGS = (
     Setting(
         "policy",
         CACHE,
-        "What is dropped when the context is full.",
+        "Eviction policy: which tokens are evicted when the context is full.",
         Kind.CHOICE,
         otherwise="turns",
         choices=tuple(policy.value for policy in EvictionPolicy),
@@ -330,7 +307,7 @@ SETTINGS = (
     Setting(
         "reduced-motion",
         SCREEN,
-        "Nothing moves by itself: no animations, and answers are drawn less often.",
+        "No animations, and answers are redrawn less often.",
         Kind.SWITCH,
         False,
         holds=Holds.AT_ONCE,
@@ -341,10 +318,10 @@ SETTINGS = (
 
 
 def find_setting(name: str) -> Setting:
-    """The setting of that name, however it is spelled.
+    """The setting of that name, with hyphens or underscores.
 
     Raises:
-        KvchatError: there is none; names them all.
+        KvchatError: there is none; the message lists all names.
     """
     found = next((s for s in SETTINGS if s.key == name.replace("-", "_")), None)
     if found is None:
@@ -355,7 +332,7 @@ def find_setting(name: str) -> Setting:
 def effective(
     setting: Setting, config: Mapping[str, object], environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """(what holds without a flag, where that comes from: a variable's name, `file` or `default`)."""
+    """(value without a flag, its source: the variable's name, `file` or `default`)."""
     if value := environment.get(setting.variable):
         return value, setting.variable
     if setting.key in config:
@@ -364,12 +341,12 @@ def effective(
 
 
 def shown(value: object) -> str:
-    """A value as the file spells it, without quotes."""
+    """A value as in the file, without quotes."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def sampling_of(card: ModelCard | None) -> Sampling:
-    """What the card recommends; greedy where there is no card."""
+    """The sampling that the card recommends; greedy without a card."""
     if card is None:
         return Sampling()
     given = {field.name: getattr(card.defaults, field.name) for field in fields(card.defaults)}
@@ -377,6 +354,6 @@ def sampling_of(card: ModelCard | None) -> Sampling:
 
 
 def changed(sampling: Sampling, given: Mapping[str, object]) -> Sampling:
-    """`sampling` with every value of `given` that is not None and belongs to it."""
+    """`sampling` with every field of `given` that is not None; other names in `given` are ignored."""
     names = {field.name for field in fields(Sampling)}
     return replace(sampling, **{k: v for k, v in given.items() if k in names and v is not None})  # type: ignore[arg-type]

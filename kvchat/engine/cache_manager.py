@@ -338,7 +338,7 @@ class Caches:
             disk_bytes,
             kept.precision.value,
             pinned=name in self._pinned,
-            next_to_go=going[:1] == [name],
+            next_evicted=going[:1] == [name],
             last_used=kept.last_used,
         )
 

@@ -317,7 +317,7 @@ class LocalEngine:
         kept = self.caches.empty(request.kv)
         kept.kv = lender.kv.fork(plan.reused)
         self._event_log.log(
-            request.conversation, CacheEventKind.LEND, plan.reused, note=f"from {source.lender}"
+            request.conversation, CacheEventKind.SHARE, plan.reused, note=f"from {source.lender}"
         )
         return self.caches.put(request.conversation, kept)
 

@@ -99,6 +99,6 @@ def _joined(spans: list[TokenSpan]) -> Iterator[TokenSpan]:
     """One span for each message and fate."""
     counts: dict[tuple[int, TokenStatus], int] = {}
     for span in spans:
-        key = (span.message, span.fate)
+        key = (span.message, span.status)
         counts[key] = counts.get(key, 0) + span.tokens
     return (TokenSpan(message, fate, tokens) for (message, fate), tokens in counts.items())

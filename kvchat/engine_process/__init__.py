@@ -1,1 +1,1 @@
-"""The engine in a child process: the client in the terminal process, the server in the child."""
+"""The engine in a child process: `client` runs in the terminal's process, `server` in the child."""

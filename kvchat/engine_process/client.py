@@ -1,8 +1,7 @@
-"""The engine as the terminal process uses it: starts the child process, sends requests, receives events.
+"""The client of the engine process: starts the child, sends requests, receives events.
 
-The child imports torch, holds the model and may die; none of that may freeze the screen or lose a message. So
-nothing here makes its caller wait for the child, except `turn`: one thread writes requests, one reads events,
-and the process's sentinel shows when the child has ended. Must not import textual, torch or the engine.
+No method but `turn` waits for the child: one thread writes requests, one reads events, and the process's
+sentinel shows when the child has ended. Must not import textual, torch or the engine.
 """
 
 import signal
@@ -34,12 +33,12 @@ LOG_TAIL_LINES = 6
 
 
 def allow_spawning() -> None:
-    """Starts multiprocessing's helper now: it needs a real stderr, and a running screen has none."""
+    """Starts multiprocessing's resource tracker, which needs a real stderr. Call before the screen starts."""
     resource_tracker.ensure_running()
 
 
 class LinkedEngine:
-    """An engine in a child process; satisfies `contract.Engine` and never blocks but in `turn`."""
+    """An engine in a child process; implements `contract.Engine`. Only `turn` blocks."""
 
     def __init__(self, options: EngineOptions, on_status: Callable[[Status], None]) -> None:
         """`on_status` is called from a thread of this object."""
@@ -52,9 +51,9 @@ class LinkedEngine:
         self._dead = False
 
     def start(self) -> None:
-        """Starts the child; `Loading` and then `Ready` or `Died` follow. Also restarts one that died."""
+        """Starts the child, or restarts it after it died; reports `Loading`, then `Ready` or `Died`."""
         if self._dead:
-            # in this order: a turn that sees a living engine must not write to the dead one
+            # in this order: a turn that sees a running engine must not write to the old outbox
             self._outbox = SimpleQueue()
             self._dead = False
         context = get_context("spawn")
@@ -92,19 +91,19 @@ class LinkedEngine:
         """Ends that turn soon."""
         self._outbox.put(Stop(turn))
 
-    def command(self, act: CacheCommand) -> None:
-        """Does something to the caches, after the turn under way; reports come as a status."""
+    def command(self, command: CacheCommand) -> None:
+        """Executes a command after the current turn; the result is reported as a status."""
         if self._dead:
             self._on_status(Refused("The engine is not running."))
         else:
-            self._outbox.put(act)
+            self._outbox.put(command)
 
     def forget(self, conversation: str) -> None:
         """Frees a conversation's cache."""
         self._outbox.put(Forget(conversation))
 
     def close(self) -> None:
-        """Ends the child; kills it if it takes too long."""
+        """Ends the child; kills it after `CLOSING_S`."""
         self._closing = True
         self._outbox.put(None)
         if self._process:
@@ -113,7 +112,7 @@ class LinkedEngine:
             self._process.join()
 
     def _write(self, pipe: Connection, outbox: "SimpleQueue[Request | None]") -> None:
-        with suppress(OSError):  # a dead child: the reader notices and tells
+        with suppress(OSError):  # the child is dead; the reader reports it
             while (request := outbox.get()) is not None:
                 pipe.send(request)
             pipe.send(None)
@@ -136,10 +135,10 @@ class LinkedEngine:
             if process.sentinel in ready and not pipe.poll():
                 break
         process.join()
-        self._bury(failed or _cause_of_death(process.exitcode), explained=bool(failed))
+        self._report_end(failed or _cause_of_death(process.exitcode), explained=bool(failed))
 
-    def _bury(self, reason: str, *, explained: bool) -> None:
-        """The child is gone: whoever waits is told."""
+    def _report_end(self, reason: str, *, explained: bool) -> None:
+        """Reports the child's end: waiting turns fail, and the status is `Died`."""
         self._dead = True
         self._outbox.put(None)
         for turn, events in list(self._waiting.items()):
@@ -150,9 +149,9 @@ class LinkedEngine:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """A process that is started inside the block has SIGINT and SIGHUP blocked, until it ignores them.
+    """A process started inside the block has SIGINT and SIGHUP blocked, until it ignores them.
 
-    The terminal sends them to every process that belongs to it, also to one that has only begun.
+    The terminal sends them to its whole process group, also while a process starts.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -173,7 +172,7 @@ def _cause_of_death(exit_code: int | None) -> str:
 
 
 def log_tail(log_file: Path) -> tuple[str, ...]:
-    """The last lines the engine printed."""
+    """The last lines that are not blank in the engine's log."""
     try:
         lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

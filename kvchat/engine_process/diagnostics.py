@@ -1,6 +1,6 @@
-"""On SIGUSR1 a running kvchat process says what it is doing: its imported packages and its threads' stacks.
+"""Diagnostics of a running process: `kill -USR1 PID` writes `report-PID.txt` into the log folder.
 
-Costs nothing until it is asked. `kill -USR1 PID` writes `report-PID.txt` into the log folder.
+The report lists the imported packages and the stack of every thread.
 """
 
 import os
@@ -14,7 +14,7 @@ from kvchat.system.ownership import make_private
 
 
 def report_on_signal(folder: Path) -> None:
-    """Installs the handler; does nothing where the system has no SIGUSR1. Call from the main thread."""
+    """Installs the signal handler, if the system has SIGUSR1. Call from the main thread."""
     if not hasattr(signal, "SIGUSR1"):
         return
 

@@ -1,6 +1,7 @@
-"""The child process that holds the engine: loads the model, answers requests, ends when the pipe closes.
+"""The child process: loads the model, runs the engine, answers requests, ends when the pipe closes.
 
-Imports the engine, and with it torch, only once it runs: the client imports this module for its values.
+Must import the engine, and with it torch, inside functions only: the client imports this module for its
+dataclasses.
 """
 
 import os
@@ -30,25 +31,25 @@ from kvchat.contract import (
     TurnRequest,
 )
 from kvchat.engine_process.diagnostics import report_on_signal
-from kvchat.engine_process.openmp import wait_politely
+from kvchat.engine_process.openmp import limit_spinning
 from kvchat.errors import KvchatError, as_sentence, cause
 from kvchat.system.interrupts import SIGNALS
 from kvchat.system.ownership import make_private
 from kvchat.validation.checks import InvalidError, checked
 
 BATCH_S = 1 / 15
-"""Tokens cross the wire in batches at most this often."""
+"""Least time between two batches of tokens in the pipe."""
 CLOSING_S = 3.0
-"""How long a closing child may take, to save what is not saved, before it is killed."""
+"""Time for a closing child to save its caches, before it is killed."""
 ENGINE_NICENESS = 5
-"""The model takes every core; with this, a key pressed meanwhile is served first."""
+"""The model uses every core; a lower priority keeps the screen responsive."""
 FROM_TERMINAL = tuple(number for number in SIGNALS if number != signal.SIGTERM)
-"""Signals that a terminal sends to all processes that belong to it."""
+"""Signals that a terminal sends to its whole process group."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the child has to load."""
+    """Options of the child process: what to load, and the limits."""
 
     folder: Path
     name: str
@@ -58,27 +59,31 @@ class EngineOptions:
     context: int | None = None
     device: str = "auto"
     kv_budget: int | None = None
-    """Bytes in memory for all caches; None takes a quarter of what is available."""
+    """Bytes in memory for all caches; None: a quarter of the available memory."""
     kv_folder: Path | None = None
-    """Where caches are saved; None saves none."""
+    """Folder of saved caches; None: nothing is saved."""
     kv_disk: int = 0
-    """Bytes that saved caches may take."""
+    """Limit of all saved caches in bytes."""
     draft: str = "lookup"
     draft_folder: Path | None = None
-    """Of the model that guesses ahead, if one does."""
+    """Folder of the draft model; None without one."""
     unload_after: float = 0
-    """Idle seconds after which the weights leave memory; 0 keeps them."""
+    """Idle seconds until the weights are unloaded; 0: never."""
     compiled: Path | None = None
-    """Where compiled code is loaded from; None loads none."""
+    """Folder of compiled code; None: compiled code is not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
+    """`Engine.stop` as a message."""
+
     turn: str
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
+    """`Engine.forget` as a message."""
+
     conversation: str
 
 
@@ -86,36 +91,36 @@ Request = TurnRequest | Stop | Forget | CacheCommand
 
 
 def batched(events: Iterator[TurnEvent], seconds: float = BATCH_S) -> Iterator[TurnEvent]:
-    """Joins tokens that come within `seconds`; the first ones, and everything else, pass at once."""
-    waiting: Tokens | None = None
-    passed = -seconds
+    """Joins tokens that arrive within `seconds`; the first ones and all other events pass immediately."""
+    batch: Tokens | None = None
+    sent_at = -seconds
     for event in events:
         if isinstance(event, Tokens):
-            waiting = waiting.joined(event) if waiting else event
-            if time.monotonic() - passed < seconds:
+            batch = batch.joined(event) if batch else event
+            if time.monotonic() - sent_at < seconds:
                 continue
-            event, waiting, passed = waiting, None, time.monotonic()
-        elif waiting:
-            yield waiting
-            waiting = None
+            event, batch, sent_at = batch, None, time.monotonic()
+        elif batch:
+            yield batch
+            batch = None
         yield event
-    if waiting:
-        yield waiting
+    if batch:
+        yield batch
 
 
 def serve(pipe: Connection, options: EngineOptions) -> None:
-    """The child's whole life: load, then answer until the other side hangs up."""
+    """Main function of the child: loads the model, then answers requests until the pipe closes."""
     _ignore_terminal()
     _end_with_parent()
     code = 0
     try:
         _redirect_output(options.log_file)
         report_on_signal(options.log_file.parent)
-        wait_politely()
+        limit_spinning()
         os.nice(ENGINE_NICENESS)
         pipe.send(Loading("importing torch"))
         _serve(pipe, options)
-    except BrokenPipeError:  # the other side is gone
+    except BrokenPipeError:  # the client has ended
         pass
     except Exception as error:
         code = 1
@@ -123,11 +128,11 @@ def serve(pipe: Connection, options: EngineOptions) -> None:
             traceback.print_exc()
         with suppress(OSError):
             pipe.send(Died(as_sentence(error)))
-    os._exit(code)  # taking torch down in order takes a second, and nothing is left to save
+    os._exit(code)  # a regular exit with torch takes a second, and everything is saved
 
 
 def _ignore_terminal() -> None:
-    """Ends that block: the other side decides what Ctrl-C and a closed terminal mean."""
+    """Ignores and unblocks the terminal's signals: the client handles Ctrl-C and a closed terminal."""
     for number in FROM_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -135,9 +140,9 @@ def _ignore_terminal() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process soon after the one that started it, even where the model is stuck in a computation.
+    """Ends this process `CLOSING_S` after its parent, even during a long computation.
 
-    A parent that is killed closes nothing in order; what the engine can still save it saves meanwhile.
+    A killed parent sends no closing message. The closed pipe makes the engine save its caches meanwhile.
     """
 
     def watch() -> None:
@@ -189,7 +194,7 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
         elif isinstance(request, Forget):
             try:
                 engine.forget(request.conversation)
-            except KvchatError as error:  # another process holds the shelf, or the folder can't be removed
+            except KvchatError as error:  # another process has locked the disk store, or deleting failed
                 pipe.send(Refused(str(error)))
         elif isinstance(request, TurnRequest):
             for event in batched(engine.turn(request)):
@@ -200,26 +205,26 @@ def _serve(pipe: Connection, options: EngineOptions) -> None:
 
 
 def problem_of(request: Request) -> str:
-    """What is wrong with the values of a request, as a sentence; empty where nothing is."""
+    """A sentence about an invalid request; empty for a valid one."""
     try:
         checked(type(request), request)
     except InvalidError as error:
-        return f"The engine was sent a request with a wrong value: {error}."
+        return f"The engine received an invalid request: {error}."
     return ""
 
 
-def _next(requests: "SimpleQueue[Any]", patience: float, unload: Callable[[], None]) -> Any:  # noqa: ANN401
-    """The next request; where none comes for so many seconds, the weights go first."""
-    if patience:
+def _next(requests: "SimpleQueue[Any]", idle_s: float, unload: Callable[[], None]) -> Any:  # noqa: ANN401
+    """The next request; after `idle_s` seconds without one (0: never), the weights are unloaded."""
+    if idle_s:
         try:
-            return requests.get(timeout=patience)
+            return requests.get(timeout=idle_s)
         except Empty:
             unload()
     return requests.get()
 
 
 def _redirect_output(log_file: Path) -> None:
-    """Points file descriptors 1 and 2 at the log: whatever prints would paint over the screen."""
+    """Redirects stdout and stderr to the log file: output would overwrite the screen."""
     make_private(log_file.parent)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(log, 1)

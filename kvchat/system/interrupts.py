@@ -1,7 +1,7 @@
-"""The signals that ask the program to end: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal was closed).
+"""The signals that end the program: SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed).
 
-`main` makes them raise `Ended`, which unwinds the command; what has something to keep handles them itself
-with `on_signals`. The exit code is 128 and the signal's number, as shells have it.
+`main` makes them raise `Ended`, which unwinds the command; code that has to save something handles them with
+`on_signals`. The exit code is 128 plus the signal's number, as in shells.
 """
 
 import os
@@ -14,11 +14,11 @@ from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 AGAIN_S = 0.05
-"""A signal whose exception was swallowed comes again after so long."""
+"""Delay until a signal is sent again whose exception was swallowed."""
 
 
 class Ended(BaseException):
-    """A signal asks the program to end. No `Exception`: no library may take it for an error of its own."""
+    """A signal ends the program. Not an `Exception`, so that no library catches it as an error of its own."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -31,34 +31,34 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def on_signals(act: Callable[[int], None]) -> Iterator[None]:
-    """Inside the block, `act` is called with a signal's number, in the main thread.
+def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Inside the block, `handler` is called with a signal's number, in the main thread.
 
-    Signals that the process ignores stay so: it may run under nohup. In other threads nothing changes.
+    Ignored signals stay ignored (nohup). In other threads this does nothing.
     """
     if current_thread() is not main_thread():
         yield
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        act(number)
+        handler(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = {number: kept for number, kept in before.items() if kept not in (signal.SIG_IGN, None)}
-    for number in taken:
+    replaced = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, kept in taken.items():
-            signal.signal(number, kept)
+        for number, old in replaced.items():
+            signal.signal(number, old)
 
 
 @contextmanager
 def ending_on_signals() -> Iterator[list[int]]:
-    """Inside the block, a signal raises `Ended`; yields the numbers that came.
+    """Inside the block, a signal raises `Ended`; yields the list of received signal numbers.
 
-    Where Python would print an exception and go on, as in a destructor, the signal comes again.
+    Where Python prints an exception and goes on, as in a destructor, the signal is sent again.
     """
     came: list[int] = []
 
@@ -81,6 +81,6 @@ def ending_on_signals() -> Iterator[list[int]]:
 
 
 def end_silently() -> None:
-    """From here on Ctrl-C ends the process as other signals do, without Python's traceback."""
+    """Restores the default action of Ctrl-C: it ends the process without Python's traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

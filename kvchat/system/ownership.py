@@ -1,6 +1,6 @@
-"""Folders and files that nobody but the user can write, and the digests of what is in them.
+"""Files and folders that only the user can write, and their digests.
 
-Code is loaded from nowhere else: whoever can write a shared library runs code as the one who loads it.
+Compiled code is loaded from such folders only: whoever can write a shared library runs code as its loader.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from kvchat.errors import KvchatError
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 HAS_OWNERS = os.name != "nt"
-"""Windows has access lists in place of modes; a profile's folders are closed to other users there."""
+"""Windows has access control lists instead; other users can't write to a profile's folders there."""
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder and those around it that are missing, each for the user alone, whatever the umask.
+    """Creates a folder and its missing parents with mode 0700, whatever the umask.
 
     Raises:
-        OSError: it can't be made.
+        OSError: it can't be created.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
@@ -29,7 +29,7 @@ def make_private(folder: Path) -> None:
 
 
 def close_to_others(path: Path) -> None:
-    """Takes the right to write from everybody but the owner.
+    """Removes write permission for everybody but the owner.
 
     Raises:
         OSError: the user does not own it.
@@ -40,20 +40,20 @@ def close_to_others(path: Path) -> None:
 
 
 def require_own(path: Path, top: Path) -> None:
-    """Passes what only the user can write: `path`, what lies directly in it, and the folders up to `top`.
+    """Checks that only the user can write `path`, its direct entries, and its parents up to `top`.
 
     Raises:
         KvchatError: somebody else can write one of them, or it is a link.
-        OSError: `path` can't be looked at.
-        ValueError: `path` does not lie in `top`.
+        OSError: `path` can't be read.
+        ValueError: `path` is not inside `top`.
     """
     inside = path.relative_to(top)
-    # the user may have put the whole data folder elsewhere, by a link of their own
+    # `top` itself may be the user's own link
     _require_own(top, top.stat())
     for part in (*reversed(inside.parents[:-1]), inside):
         _require_own(top / part, (top / part).lstat())
     for each in sorted(path.iterdir()):
-        with suppress(FileNotFoundError):  # another process works in a folder there
+        with suppress(FileNotFoundError):  # deleted by another process meanwhile
             _require_own(each, each.lstat())
 
 
@@ -77,5 +77,5 @@ def digest_of(file: Path) -> str:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files that lie directly in a folder, by name."""
+    """The files directly inside a folder, sorted by name."""
     return (path for path in sorted(folder.iterdir()) if path.is_file())

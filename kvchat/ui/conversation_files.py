@@ -30,13 +30,13 @@ class Archive:
         Raises:
             KvchatError: there is nothing to write, or it can't be written there.
         """
-        from kvchat.chat.exporters import evicted_messages, export
+        from kvchat.chat.exporters import export, other_branches
 
         if not self._session.current.messages:
             raise KvchatError("This conversation has no messages yet.")
         conversation = self._session.whole()
         path = export(conversation, where or "md", Path.cwd())
-        lacks = evicted_messages(conversation) if path.suffix.lower() != ".json" else ""
+        lacks = other_branches(conversation) if path.suffix.lower() != ".json" else ""
         self._say(f"Exported to {one_line(str(path))}" + (f"\n{lacks}" if lacks else ""))
 
     async def import_file(self, name: str) -> None:

@@ -1,1 +1,1 @@
-"""What comes in is checked here: bounds, one validation of records, JSON without NaN."""
+"""Checks of untrusted input: bounds, validation of records, JSON without NaN."""

@@ -1,7 +1,7 @@
-"""What the numbers and names of kvchat may be: the bounds as data, and the types that are made from them.
+"""Valid ranges of numbers and patterns of text, and the annotated types made from them.
 
-One place for flags, settings, model cards, imports, rows of the database and requests to the engine. `checks`
-compares values with these types.
+Shared by flags, settings, model cards, imports, database rows and engine requests; `checks` validates values
+against these types.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from msgspec import Meta
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The values a number may have; both ends are finite and belong to it, unless `above`."""
+    """A closed range with finite ends; with `above` the lower end is excluded."""
 
     lowest: float
     highest: float
     above: bool = False
-    """Whether the number must be above `lowest`."""
+    """Whether `lowest` itself is excluded."""
 
     def __contains__(self, value: float) -> bool:
         low = value > self.lowest if self.above else value >= self.lowest
-        return low and value <= self.highest  # NaN is in no bounds
+        return low and value <= self.highest  # NaN is in no range
 
     @property
     def meta(self) -> Meta:
-        """The bounds as msgspec reads them."""
+        """The range for msgspec."""
         if self.above:
             return Meta(gt=self.lowest, le=self.highest)
         return Meta(ge=self.lowest, le=self.highest)
@@ -46,20 +46,20 @@ THREADS = Bounds(1, 4_096)
 UNLOAD_AFTER = Bounds(0, 525_600)
 """Minutes; the highest is a year."""
 MESSAGES = Bounds(0, 2**31 - 1)
-"""How many messages an eviction left out."""
+"""A number of messages."""
 TOKEN_IDS = Bounds(0, 2**31 - 1)
-"""Ids of tokens; the engine compares them with the vocabulary as well."""
+"""Token ids; the engine also checks them against the vocabulary."""
 COUNTS = Bounds(0, INT64)
 """Tokens and bytes."""
 MEASURED = Bounds(-1e18, 1e18)
 """Seconds and rates: any finite number."""
 
 DESCRIBED: dict[str, str] = {}
-"""Regular expression of a text type, as `repr` shows it → the same in words."""
+"""`repr` of a text type's regular expression → its description for error messages."""
 
 
 def matching(pattern: str, words: str) -> Meta:
-    """A text that matches a regular expression, which error sentences call `words`."""
+    """Text that matches a regular expression; error messages describe it as `words`."""
     DESCRIBED[repr(pattern)] = words
     return Meta(pattern=pattern)
 
@@ -71,16 +71,16 @@ MinP = Annotated[float, MIN_P.meta]
 RepeatPenalty = Annotated[float, REPEAT_PENALTY.meta]
 Seed = Annotated[int, SEED.meta]
 MaxTokens = Annotated[int, MAX_TOKENS.meta]
-LeftOut = Annotated[int, MESSAGES.meta]
+MessageCount = Annotated[int, MESSAGES.meta]
 TokenId = Annotated[int, TOKEN_IDS.meta]
 CountTokens = Annotated[int, COUNTS.meta]
 Measured = Annotated[float, MEASURED.meta]
 Text = Annotated[str, matching(r"\A[^\ud800-\udfff]*\Z", "text without lone surrogates")]
-"""Text that UTF-8, SQLite and tokenizers can take: a lone surrogate is half a character."""
+"""Text that UTF-8, SQLite and tokenizers accept."""
 Role = Annotated[str, matching(r"\A(user|assistant)\Z", "user or assistant")]
 PromptRole = Annotated[str, matching(r"\A(system|user|assistant)\Z", "system, user or assistant")]
 Finish = Annotated[
     str,
     matching(r"\A(stop|length|cancelled|context|error)\Z", "stop, length, cancelled, context or error"),
 ]
-"""The words of `contract.FinishReason`."""
+"""The values of `contract.FinishReason`."""

@@ -1,6 +1,6 @@
-"""Values from outside compared with the types they must have: one way for imports, rows, cards and requests.
+"""Validation of untrusted values against types: imports, database rows, model cards and engine requests.
 
-msgspec compares them; an error names the field and says in words what was expected there.
+msgspec validates; errors name the field and describe the expected value in words.
 """
 
 import re
@@ -14,14 +14,14 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import msgspec
 
 from kvchat.errors import KvchatError
-from kvchat.text import one_line
+from kvchat.text import either, one_line, shortened
 from kvchat.validation.bounds import DESCRIBED
 
 Checked = TypeVar("Checked")
 
 PLACE = re.compile(r" - at (`key` in )?`\$?\.?(?P<place>.*)`\Z", re.DOTALL)
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
-"""One step of a place: a field's name, or an index."""
+"""One step of a path: a field's name, or an index."""
 KINDS = {
     "str": "text",
     "int": "a whole number",
@@ -34,29 +34,29 @@ KINDS = {
 """msgspec's names of types, in words."""
 LIMITS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 SHOWN = 40
-"""Characters of a wrong value that a sentence shows."""
+"""Characters of a wrong value in an error message."""
 
 
 class InvalidError(ValueError):
-    """A value is not what it must be."""
+    """A value is invalid."""
 
     def __init__(self, field: str, why: str) -> None:
         super().__init__(f"{field} {why}".strip())
         self.field = field
-        """Where it stands: `sampling.temperature`, `token_ids[3]`; empty for the value as a whole."""
+        """Path of the field: `sampling.temperature`, `token_ids[3]`; empty for the value as a whole."""
         self.why = why
-        """What was expected there: `must be at most 5, not 77`."""
+        """What was expected: `must be at most 5, not 77`."""
 
 
 def checked(kind: type[Checked], given: object) -> Checked:
-    """`given`, a mapping or a dataclass with the same fields, as a value of `kind`.
+    """Validates `given`, a mapping or a dataclass with the same fields, and returns it as a value of `kind`.
 
-    Text is never read as a number, and no number as text.
+    Text and numbers are not converted into each other.
 
     Raises:
-        InvalidError: the first thing that is wrong.
+        InvalidError: for the first invalid field.
     """
-    # msgspec takes an inner dataclass as it is; as a mapping it is compared field by field
+    # msgspec does not look into dataclass instances; it validates mappings field by field
     plain = msgspec.to_builtins(given) if is_dataclass(given) else given
     try:
         return msgspec.convert(plain, kind, str_keys=True)
@@ -76,14 +76,14 @@ def refuse_bytes(text: str, what: str) -> None:
         raise KvchatError(f"{what} is not text: it has bytes that are not UTF-8.") from error
 
 
-def mended(kind: type[Checked], given: Mapping[str, object]) -> tuple[Checked, list[InvalidError]]:
-    """`given` as a value of the dataclass `kind`; a wrong field that has a default gets the default.
+def with_defaults(kind: type[Checked], given: Mapping[str, object]) -> tuple[Checked, list[InvalidError]]:
+    """Like `checked`, but an invalid field with a default gets its default.
 
     Returns:
-        The value, and what was wrong in `given`.
+        The value, and the errors of the fields that were replaced.
 
     Raises:
-        InvalidError: a field without a default is wrong or missing.
+        InvalidError: a field without a default is invalid or missing.
     """
     values, wrong = dict(given), list[InvalidError]()
     optional = _with_default(cast(Hashable, kind))
@@ -113,7 +113,7 @@ def _first_step(place: str) -> str:
 
 
 def _in_words(said: str, kind: object, given: object) -> InvalidError:
-    """msgspec's message as field and expectation."""
+    """msgspec's error message as field and expectation."""
     found = PLACE.search(said)
     place, what = (found["place"], said[: found.start()]) if found else ("", said)
     if missing := re.match(r"Object (missing required|contains unknown) field `(.*)`", what):
@@ -136,7 +136,7 @@ def _expected(what: str, kind: object, steps: list[str | int]) -> str:
 
 
 def _type_at(kind: object, steps: list[str | int]) -> object:
-    """The type that stands at a place inside `kind`."""
+    """The type at a path inside `kind`."""
     for step in steps:
         inner = _without_none(kind)
         kind = get_args(inner)[0] if isinstance(step, int) else get_type_hints(inner)[step]
@@ -151,18 +151,16 @@ def _without_none(kind: object) -> Any:  # noqa: ANN401 - a type
 
 def _words_of(kind: object) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
-        *words, last = [str(each.value) for each in kind]
-        return f"{', '.join(words)} or {last}" if words else last
+        return either([str(each.value) for each in kind])
     return "one of its words"
 
 
 def _shown(given: object, steps: list[str | int]) -> str:
-    """The value at a place, shortened, on one line."""
+    """The value at a path, shortened, on one line."""
     value: Any = given
     for step in steps:
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):
             return "that"
-    text = one_line(repr(value[: 2 * SHOWN] if isinstance(value, str | bytes) else value))
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return shortened(one_line(repr(value[: 2 * SHOWN] if isinstance(value, str | bytes) else value)), SHOWN)

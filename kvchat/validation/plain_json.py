@@ -1,4 +1,4 @@
-"""JSON as the standard has it: what is written never holds `NaN` or `Infinity`."""
+"""Standard JSON: never writes `NaN` or `Infinity`."""
 
 import json
 import math
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST_INT = 20
-"""Digits of an integer that is read as one; a longer number is read as a float."""
+"""Integers with more digits are read as floats."""
 
 
 def write_json(value: object, *, indent: int | None = None, readable: bool = False) -> str:
     """`value` as JSON; a number that is not finite becomes null.
 
     Args:
-        readable: leaves letters beyond ASCII as they are; else they are escaped.
+        readable: write characters beyond ASCII unescaped.
     """
     try:
         return json.dumps(value, indent=indent, ensure_ascii=not readable, allow_nan=False)
@@ -22,16 +22,16 @@ def write_json(value: object, *, indent: int | None = None, readable: bool = Fal
 
 
 def read_json(text: str | bytes) -> Any:  # noqa: ANN401 - whatever is in it
-    """What a JSON text holds; `NaN`, `Infinity` and endless numbers are read as floats, and checked later.
+    """Parses JSON; `NaN`, `Infinity` and very long integers become floats, for validation to reject.
 
     Raises:
-        ValueError, RecursionError: it is no JSON, or nested too deeply.
+        ValueError, RecursionError: invalid JSON, or nested too deeply.
     """
     return json.loads(text, parse_int=_whole)
 
 
 def _whole(digits: str) -> int | float:
-    """Python refuses to read integers of thousands of digits, and nothing here can use more than 64 bits."""
+    """Python refuses integers of thousands of digits; nothing here uses more than 64 bits."""
     return int(digits) if len(digits) <= LONGEST_INT else float(digits)
 
 

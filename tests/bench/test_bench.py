@@ -1,4 +1,4 @@
-"""What `bench` measures has the agreed shape, and what is made of it says the same."""
+"""`kvchat bench`: its rows, reports and plots."""
 
 import json
 import re
@@ -11,27 +11,27 @@ from rich.console import Console
 from kvchat.bench.report import answers, draw, ratios, read_peers, refuse_plot, report
 from kvchat.bench.resume import rounds
 from kvchat.bench.rows import Runner
-from kvchat.bench.run import BenchPlan, Measured, profile_turn, run_bench
+from kvchat.bench.run import BenchOptions, Measured, profile_turn, run_bench
 from kvchat.bench.terminal_plot import Curve, plot
-from kvchat.cli.bench import Announcer
+from kvchat.cli.bench import ProgressLog
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.errors import KvchatError
 
 
 @pytest.fixture(scope="module")
-def plan(tiny: LoadedModel) -> BenchPlan:
-    return BenchPlan([24, 48], 2, 4, fill=True, precisions=["int8"], weights={"bf16": lambda: tiny})
+def options(tiny: LoadedModel) -> BenchOptions:
+    return BenchOptions([24, 48], 2, 4, fill=True, precisions=["int8"], weights={"bf16": lambda: tiny})
 
 
 @pytest.fixture(scope="module")
 def noted() -> list[str]:
-    """Which cases were announced."""
+    """The notes of the run."""
     return []
 
 
 @pytest.fixture(scope="module")
-def measured(tiny: LoadedModel, plan: BenchPlan, noted: list[str]) -> Measured:
-    return run_bench(tiny, plan, Runner(noted.append, row_s=0))
+def measured(tiny: LoadedModel, options: BenchOptions, noted: list[str]) -> Measured:
+    return run_bench(tiny, options, Runner(noted.append, row_s=0))
 
 
 def _printed(renderable: object, width: int = 160) -> str:
@@ -41,7 +41,7 @@ def _printed(renderable: object, width: int = 160) -> str:
     return capture.get()
 
 
-def test_every_case_is_there_with_its_figures(measured: Measured) -> None:
+def test_every_case_has_a_row(measured: Measured) -> None:
     rows = measured["rows"]
     cases = {(row["case"], row["mode"], row.get("kv")) for row in rows if "weights" not in row}
     assert {
@@ -63,7 +63,7 @@ def test_every_case_is_there_with_its_figures(measured: Measured) -> None:
     assert json.loads(json.dumps(measured))["rows"] == rows
 
 
-def test_a_later_turn_reads_its_new_tokens_only_where_the_cache_is_on(measured: Measured) -> None:
+def test_a_later_turn_prefills_only_new_tokens_with_the_cache_on(measured: Measured) -> None:
     read = {
         row["mode"]: int(str(row["read_tokens"]))
         for row in measured["rows"]
@@ -72,7 +72,7 @@ def test_a_later_turn_reads_its_new_tokens_only_where_the_cache_is_on(measured: 
     assert read["on"] < read["turn"] == read["off"]
 
 
-def test_short_turns_are_read_on_top_of_the_context(measured: Measured) -> None:
+def test_short_turns_are_measured_at_each_context(measured: Measured) -> None:
     short = [row for row in measured["rows"] if row["case"] == "short turn" and "weights" not in row]
     assert [(row["context"], row["read_tokens"]) for row in short] == [(24, 16), (24, 64), (48, 16), (48, 64)]
     for row in short:
@@ -80,21 +80,21 @@ def test_short_turns_are_read_on_top_of_the_context(measured: Measured) -> None:
         assert row["tok_s"] == pytest.approx(new / first)
 
 
-def test_other_weights_are_measured_by_their_name(measured: Measured) -> None:
+def test_rows_of_other_weights_have_their_precision(measured: Measured) -> None:
     cases = [(row["case"], row["context"]) for row in measured["rows"] if row.get("weights") == "bf16"]
     assert cases == [
         (case, n) for n in (24, 48) for case in ("prefill", "short turn", "short turn", "decode")
     ]
 
 
-def test_every_case_is_announced(measured: Measured, plan: BenchPlan, noted: list[str]) -> None:
+def test_every_case_is_noted(measured: Measured, options: BenchOptions, noted: list[str]) -> None:
     assert measured["rows"]
-    assert len(noted) == plan.cases
+    assert len(noted) == options.cases
     assert "64 new tokens after 48 cached ones, weights in bf16" in noted
 
 
-def test_an_announcement_says_which_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
-    announce = Announcer(10)
+def test_the_progress_log_counts_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    announce = ProgressLog(10)
     announce("prefill")
     announce("decode")
     out, err = capsys.readouterr()
@@ -106,8 +106,8 @@ def test_an_announcement_says_which_of_how_many(capsys: pytest.CaptureFixture[st
     ("row_s", "runs", "warmed"),
     [(0, [0], [0]), (5.9, [0], [0]), (6, [0, 1], [1]), (8.9, [0, 1], [1]), (100, [0, 1, 2, 3], [1, 2, 3])],
 )
-def test_a_row_is_repeated_while_another_run_fits(row_s: float, runs: list[int], warmed: list[int]) -> None:
-    """Runs take three seconds by a clock of their own."""
+def test_runs_are_repeated_within_the_time_limit(row_s: float, runs: list[int], warmed: list[int]) -> None:
+    """With a fake clock, by which each run takes three seconds."""
 
     def counted(repeat: Callable[[Runner, Callable[[], int]], list[int]]) -> list[int]:
         begun: list[int] = []
@@ -122,7 +122,7 @@ def test_a_row_is_repeated_while_another_run_fits(row_s: float, runs: list[int],
     assert counted(lambda runner, measure: runner.warmed(measure, 3)) == warmed
 
 
-def test_turns_that_are_measured_fit_into_the_context() -> None:
+def test_measured_turns_fit_into_the_context() -> None:
     assert rounds(10**6, 25) == (11, 5)
     for room in (120, 192, 400, 700):
         pairs, restores = rounds(room, 25)
@@ -139,7 +139,7 @@ def test_the_report_shows_every_row(measured: Measured) -> None:
     assert "restored" in shown
 
 
-def test_a_report_fits_in_80_columns_without_colour(
+def test_the_report_fits_into_80_columns_without_colour(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
@@ -151,7 +151,7 @@ def test_a_report_fits_in_80_columns_without_colour(
     assert shown.count("o cache on   + cache turn   x cache off") == 2
 
 
-def test_a_narrow_table_leaves_columns_out_and_cuts_none(measured: Measured) -> None:
+def test_a_narrow_table_drops_optional_columns(measured: Measured) -> None:
     shown = _printed(report(measured["rows"], 60), width=60)
     assert shown.split("\n", 1)[0].split() == [
         "case",
@@ -166,7 +166,7 @@ def test_a_narrow_table_leaves_columns_out_and_cuts_none(measured: Measured) -> 
     assert "…" not in shown
 
 
-def test_the_speed_of_an_answer_counts_its_first_token() -> None:
+def test_the_rate_of_an_answer_includes_its_ttft() -> None:
     rows = [
         {"case": "prefill", "context": 100, "mode": "on", "tok_s": 50.0},
         {"case": "short turn", "context": 100, "mode": "on", "tok_s": 16.0, "ttft_s": 1.0, "read_tokens": 16},
@@ -179,7 +179,7 @@ def test_the_speed_of_an_answer_counts_its_first_token() -> None:
     assert speeds == pytest.approx({"on": 64 / (1 + 1), "turn": 64 / (2 + 1), "off": 0.5})
 
 
-def test_curves_in_text_have_their_marks_where_the_axes_say() -> None:
+def test_marks_are_at_the_positions_of_the_axes() -> None:
     lines = plot([Curve("on", [(1, 10), (2, 20), (3, 30)])], "turn", "seconds", 60)
     assert lines[0] == "seconds"
     marks = [(row, line.index("o")) for row, line in enumerate(lines[1:13]) if "o" in line]
@@ -193,7 +193,7 @@ def test_curves_in_text_have_their_marks_where_the_axes_say() -> None:
     assert [lines[-2].strip(), lines[-1].strip()] == ["turn", "o on"]
 
 
-def test_a_wide_range_is_drawn_by_logarithms_and_says_so() -> None:
+def test_a_wide_range_gets_a_labelled_log_scale() -> None:
     curves = [Curve("on", [(256, 100), (1024, 100)]), Curve("off", [(256, 1), (1024, 0.01), (4096, 0.01)])]
     lines = plot(curves, "tokens", "tok/s", 80)
     assert (lines[0], lines[-2].strip()) == ("tok/s, log scale", "tokens, log scale")
@@ -205,7 +205,7 @@ def test_a_wide_range_is_drawn_by_logarithms_and_says_so() -> None:
     assert lines[-3].split() == ["256", "1,024", "4,096"]
 
 
-def test_marks_that_meet_are_told_and_one_point_is_no_curve() -> None:
+def test_overlapping_marks_have_a_legend_and_one_point_has_no_plot() -> None:
     same = [(1.0, 5.0), (2.0, 5.0)]
     lines = plot([Curve("on", same), Curve("off", same)], "turn", "s", 70)
     assert sum(line.count("*") for line in lines[:-1]) == 2
@@ -222,7 +222,7 @@ def test_every_axis_has_ticks_within_its_range(low: float, factor: float) -> Non
     assert all(tick <= low * factor * 1.06 for tick in ticks)
 
 
-def test_ratios_are_ours_over_theirs(tmp_path: Path) -> None:
+def test_ratios_compare_equal_cases(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     rows = [
         {"case": "decode", "context": 256, "mode": "on", "tok_s": 50.0},
@@ -250,32 +250,32 @@ def test_ratios_are_ours_over_theirs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"context": 1}]}', "{}"])
-def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_peers_file_without_rows_is_an_error(tmp_path: Path, content: str) -> None:
     file = tmp_path / "other.json"
     file.write_text(content)
     with pytest.raises(KvchatError, match=r"other\.json has no rows"):
         read_peers(file)
 
 
-def test_curves_are_drawn(measured: Measured, tmp_path: Path) -> None:
+def test_draw_writes_an_svg_file(measured: Measured, tmp_path: Path) -> None:
     file = tmp_path / "curves.svg"
     refuse_plot(file)
     draw(measured["rows"], file)
     assert "<svg" in file.read_text(encoding="utf-8")
 
 
-def test_another_kind_of_picture_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_plot_format_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KvchatError, match=r"neither \.svg nor \.png"):
         refuse_plot(tmp_path / "curves.gif")
 
 
-def test_a_trace_holds_the_turn(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_the_trace_contains_the_turn(tiny: LoadedModel, tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     profile_turn(tiny, file)
     names = {event.get("name", "") for event in json.loads(file.read_text())["traceEvents"]}
     assert any(name.startswith("aten::") for name in names)
 
 
-def test_a_context_beyond_the_model_is_refused(tiny: LoadedModel) -> None:
-    with pytest.raises(KvchatError, match="holds"):
-        run_bench(tiny, BenchPlan([10**6], 1, 2), Runner(lambda _words: None))
+def test_a_context_beyond_the_models_limit_is_an_error(tiny: LoadedModel) -> None:
+    with pytest.raises(KvchatError, match="needs 160 more"):
+        run_bench(tiny, BenchOptions([10**6], 1, 2), Runner(lambda _words: None))

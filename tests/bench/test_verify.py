@@ -1,4 +1,4 @@
-"""`kvchat verify`: it says that a right cache changes nothing, and it says so of no wrong one."""
+"""`kvchat verify`: a correct cache passes, and each defect fails its own checks."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ CHECKS = [
     "after snapkv",
 ]
 TOKENS, LONG = 8, 60
-"""Of an answer; a long one fills the context in its middle."""
+"""Tokens of an answer; during a long one the context becomes full."""
 
 
 def table(done: Done) -> dict[str, tuple[int, str, float]]:
@@ -41,10 +41,10 @@ def table(done: Done) -> dict[str, tuple[int, str, float]]:
     return {name: (int(tokens), difference, float(gap)) for name, tokens, difference, gap in found}
 
 
-# a right cache
+# correct caches
 
 
-def test_a_right_cache_changes_nothing(ask: Asking) -> None:
+def test_a_correct_cache_passes_all_checks(ask: Asking) -> None:
     done = ask.shell("verify", "-m", ask.folder, "--threads", "1", "--tokens", str(TOKENS))
     checks = table(done)
     assert list(checks) == CHECKS
@@ -55,7 +55,7 @@ def test_a_right_cache_changes_nothing(ask: Asking) -> None:
     assert ask.shell.files() == []
 
 
-def test_the_questions_of_a_conversation_are_asked_again(ask: Asking) -> None:
+def test_verify_uses_the_questions_of_a_conversation(ask: Asking) -> None:
     talk = ask.json(FIRST, SECOND).turns[0]["conversation"]
     before = ask.shell.saved(talk)
     done = ask.shell("verify", talk[:6], "--threads", "1", "--tokens", str(TOKENS))
@@ -63,19 +63,19 @@ def test_the_questions_of_a_conversation_are_asked_again(ask: Asking) -> None:
     assert ask.shell.saved(talk) == before
 
 
-def test_what_has_nothing_to_verify_is_one_sentence(ask: Asking) -> None:
+def test_too_few_questions_and_unknown_ids_are_one_sentence(ask: Asking) -> None:
     talk = ask.json(FIRST).turn["conversation"]
     assert "fewer than two questions" in ask.shell("verify", talk).complaint
     assert ask.shell("verify", "zzz").complaint.startswith("No conversation starts with 'zzz'")
 
 
-def test_equality_is_promised_in_fp32_only(tiny: LoadedModel) -> None:
+def test_checks_require_fp32(tiny: LoadedModel) -> None:
     rounded = replace(tiny, facts=replace(tiny.facts, weights_dtype="bf16"))
     with pytest.raises(ValueError, match="fp32 only"):
         next(run_checks(rounded, QUESTIONS, TOKENS))
 
 
-def test_models_that_can_have_no_gap_are_checked_without_the_policies_that_leave_one(
+def test_models_without_gap_support_skip_sinks_and_snapkv(
     tiny: LoadedModel,
 ) -> None:
     refusing = replace(tiny, facts=replace(tiny.facts, gap_refusal="its mask counts indices."))
@@ -85,7 +85,7 @@ def test_models_that_can_have_no_gap_are_checked_without_the_policies_that_leave
 
 
 def repeating(loaded: LoadedModel) -> LoadedModel:
-    """A model that says its last token again: the head is the embedding, and layers add little to it."""
+    """A model that repeats its last token: output and input embeddings are equal, and layers add little."""
     model = deepcopy(loaded.model)
     with torch.no_grad():
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
@@ -95,10 +95,8 @@ def repeating(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, open_model=lambda: model)
 
 
-def test_long_answers_that_were_drafted_are_compared_row_by_row(
-    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One pass gives several rows then, and the context fills in the middle of an answer."""
+def test_drafted_answers_are_compared_row_by_row(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass gives several rows of logits, and the context becomes full during an answer."""
     accepted: list[int] = []
     judge = PromptLookup.judge
 
@@ -116,12 +114,12 @@ def test_long_answers_that_were_drafted_are_compared_row_by_row(
     assert 0 < compared["after turns"] < LONG, "what was said before the oldest turns went is not compared"
 
 
-# a wrong one: something small is broken, and only what rests on it may fail
+# defects: each must fail exactly the checks that depend on it
 
 
 @torch.inference_mode()
 def exchange_heads(layers: Sequence[object]) -> None:
-    """The values of the KV heads change places."""
+    """Swaps the values of the KV heads."""
     for layer in layers:
         assert isinstance(layer, DenseLayer)
         assert layer.values is not None
@@ -150,7 +148,7 @@ def spoiling_forks(patch: pytest.MonkeyPatch) -> None:
 
 
 def keeping_what_was_replaced(patch: pytest.MonkeyPatch) -> None:
-    """A crop has the right length, and its last token is the one that came after it before."""
+    """A truncated cache has the right length, but its last row is that of the next token."""
     right = ConversationKV.truncate
 
     @torch.inference_mode()
@@ -165,7 +163,7 @@ def keeping_what_was_replaced(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgetting_positions(patch: pytest.MonkeyPatch) -> None:
-    """After an eviction the next token goes where it would stand without the gap."""
+    """After an eviction the next token gets the position that ignores the gap."""
     patch.setattr(ConversationKV, "next_position", property(len))
 
 
@@ -181,7 +179,7 @@ SPOILED: list[tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "wrong"), SPOILED, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_wrong_cache_is_found_by_its_check_and_no_other(
+def test_a_defect_fails_exactly_its_checks(
     tiny: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[pytest.MonkeyPatch], None],
@@ -193,7 +191,7 @@ def test_a_wrong_cache_is_found_by_its_check_and_no_other(
     assert all(check.gap > TOLERANCE for check in checks if check.name in wrong)
 
 
-def test_a_cache_that_changes_an_answer_ends_with_one_and_names_the_token(
+def test_a_changed_answer_exits_with_1_and_names_the_token(
     ask: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoiling_restores(monkeypatch)
@@ -207,9 +205,7 @@ def test_a_cache_that_changes_an_answer_ends_with_one_and_names_the_token(
     assert re.fullmatch(rf"token [1-{TOKENS}]", differing["restored from disk"])
 
 
-def test_a_restore_that_is_refused_is_no_restore_that_was_verified(
-    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_restore_is_an_error(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ValueError("nothing fits")
 
@@ -218,10 +214,10 @@ def test_a_restore_that_is_refused_is_no_restore_that_was_verified(
         list(run_checks(tiny, QUESTIONS, TOKENS))
 
 
-# what such a cache is compared with
+# the expected logits
 
 
-def test_the_mask_hides_what_went_from_what_was_read_after_it_went() -> None:
+def test_the_mask_hides_evicted_tokens_from_later_ones() -> None:
     visible = hiding_mask(5, [(3, frozenset({0, 2}))])[0, 0] == 0
     assert visible.int().tolist() == [
         [1, 0, 0, 0, 0],

@@ -1,4 +1,4 @@
-"""Files in messages: composed, parsed, completed, and refused where they are no text."""
+"""Attachments: composing, parsing, completion, and errors of files that are not text."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ OTHER = Attachment("b.txt", "")
 WORDS = st.sampled_from(["a", "\n", "\n\n", '<file name="x">', "</file>", "\n</file>", ' @"b c"'])
 
 
-def test_a_message_with_files_is_one_text_and_comes_apart_again() -> None:
+def test_compose_and_parse_are_inverses() -> None:
     text = compose("Explain @src/notes.md", [NOTES, OTHER])
     assert text.startswith('Explain @src/notes.md\n\n<file name="src/notes.md">\n# Notes')
     assert text.endswith('</file>\n\n<file name="b.txt">\n\n</file>')
@@ -33,12 +33,12 @@ def test_a_message_with_files_is_one_text_and_comes_apart_again() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "Hello", '<file name="x">', 'Say\n\n<file name="x">\nopen', "</file>"])
-def test_other_texts_have_no_files(text: str) -> None:
+def test_text_without_attachments_has_no_files(text: str) -> None:
     assert parse_attachments(text) == (text, ())
 
 
 @given(parts=st.lists(WORDS))
-def test_what_is_parsed_composes_to_the_same_text(parts: list[str]) -> None:
+def test_parsing_then_composing_gives_the_same_text(parts: list[str]) -> None:
     text = "".join(parts)
     written, attached = parse_attachments(text)
     assert compose(written, attached) == text
@@ -58,12 +58,12 @@ def test_mentions(text: str, found: list[str]) -> None:
     assert mentions(text) == found
 
 
-def test_a_title_is_made_of_words_else_of_file_names() -> None:
+def test_the_title_uses_text_else_file_names() -> None:
     assert title_from(compose("Explain this", [NOTES])) == "Explain this"
     assert title_from(compose("", [NOTES, OTHER])) == "src/notes.md, b.txt"
 
 
-def test_a_text_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_text_files_are_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffGrüße\r\n[/b]\n".encode())
     assert read_attachment("a.txt", tmp_path) == Attachment("a.txt", "Grüße\r\n[/b]")
 
@@ -73,10 +73,10 @@ def test_a_text_file_is_read_as_it_is(tmp_path: Path) -> None:
     [
         (b"\x89PNG\r\n\x1a\n", "only text files can be attached"),
         (b"a\0b", "is binary"),
-        (b"x" * (LARGEST_BYTES + 1), "more than any context here holds"),
+        (b"x" * (LARGEST_BYTES + 1), "files of at most 1.0 MB can be attached"),
     ],
 )
-def test_what_is_no_text_is_refused_politely(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_files_that_are_not_text_are_errors(tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(KvchatError, match=sentence):
         read_attachment("file", tmp_path)
@@ -85,7 +85,7 @@ def test_what_is_no_text_is_refused_politely(tmp_path: Path, content: bytes, sen
 @pytest.mark.parametrize(
     ("name", "sentence"), [(".", "is a folder"), ("missing", "There is no file missing")]
 )
-def test_folders_and_missing_files_are_refused(tmp_path: Path, name: str, sentence: str) -> None:
+def test_folders_and_missing_files_are_errors(tmp_path: Path, name: str, sentence: str) -> None:
     with pytest.raises(KvchatError, match=sentence):
         read_attachment(name, tmp_path)
 
@@ -112,11 +112,11 @@ def test_paths_are_completed(tmp_path: Path) -> None:
         ("", "more", "more"),
     ],
 )
-def test_two_messages_become_one(first: str, second: str, both: str) -> None:
+def test_joined_merges_two_messages(first: str, second: str, both: str) -> None:
     assert joined(first, second) == both
 
 
-def test_files_of_one_name_in_two_messages_both_stay() -> None:
+def test_joined_renames_files_with_equal_names() -> None:
     first = compose("See @pasted-1", [Attachment("pasted-1", "one")])
     second = compose(
         "And @pasted-1, @pasted-10", [Attachment("pasted-1", "two"), Attachment("pasted-10", "x")]

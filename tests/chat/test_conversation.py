@@ -1,4 +1,4 @@
-"""Messages, the path through their tree, what an engine gets to read, and titles."""
+"""The message tree, prompts and titles."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ def message(number: int, parent: int | None, role: str = "user", text: str = "")
     return Message(number, parent, role, text or f"text {number}", "", ids, TOKENIZER if ids else "")
 
 
-def test_a_path_goes_from_the_root_to_the_head_past_other_branches() -> None:
+def test_path_to_has_only_the_branch_of_the_head() -> None:
     question, first, second = message(1, None), message(2, 1, "assistant"), message(3, 1, "assistant")
     later, other_root = message(5, 3), message(4, None)
     tree = {m.id: m for m in (question, first, second, later, other_root)}
@@ -24,7 +24,7 @@ def test_a_path_goes_from_the_root_to_the_head_past_other_branches() -> None:
     assert path_to(tree, None) == ()
 
 
-def test_of_the_branches_below_a_message_the_newest_is_followed_to_its_end() -> None:
+def test_newest_leaf_follows_the_newest_branch() -> None:
     parents = {1: None, 2: 1, 3: 2, 4: 1, 5: 4, 6: 2, 7: None}
     tree = {number: message(number, parent) for number, parent in parents.items()}
     assert {number: newest_leaf(tree, number) for number in tree} == {
@@ -38,7 +38,7 @@ def test_of_the_branches_below_a_message_the_newest_is_followed_to_its_end() -> 
     }
 
 
-def test_the_prompt_carries_texts_ids_and_the_system_prompt() -> None:
+def test_the_prompt_has_system_prompt_texts_and_token_ids() -> None:
     talk = Conversation(
         "c", system_prompt="Be brief.", messages=(message(1, None), message(2, 1, "assistant"))
     )
@@ -49,12 +49,12 @@ def test_the_prompt_carries_texts_ids_and_the_system_prompt() -> None:
     )
 
 
-def test_an_empty_system_prompt_is_no_message() -> None:
+def test_an_empty_system_prompt_adds_no_message() -> None:
     assert Conversation("c", messages=(message(1, None),)).prompt() == (PromptMessage("user", "text 1"),)
     assert Conversation("c").prompt() == ()
 
 
-def test_unanswered_questions_become_one_message() -> None:
+def test_consecutive_questions_become_one_prompt_message() -> None:
     path = (message(1, None), message(2, 1), message(3, 2), message(4, 3, "assistant"), message(5, 4))
     assert Conversation("c", messages=path).prompt() == (
         PromptMessage("user", "text 1\n\ntext 2\n\ntext 3"),
@@ -63,7 +63,7 @@ def test_unanswered_questions_become_one_message() -> None:
     )
 
 
-def test_a_question_does_not_run_into_the_system_prompt() -> None:
+def test_the_system_prompt_is_not_merged_with_a_question() -> None:
     talk = Conversation("c", system_prompt="Be brief.", messages=(message(1, None), message(2, 1)))
     assert [m.role for m in talk.prompt()] == ["system", "user"]
 
@@ -77,7 +77,7 @@ def test_a_question_does_not_run_into_the_system_prompt() -> None:
         ((message(1, None), message(3, 1), message(4, 3, "assistant")), "", ((1, 3), (4,))),
     ],
 )
-def test_a_place_in_the_prompt_has_the_messages_that_are_read_there(
+def test_places_map_prompt_indices_to_message_ids(
     path: tuple[Message, ...], system: str, places: tuple[tuple[int, ...], ...]
 ) -> None:
     talk = Conversation("c", system_prompt=system, messages=path)
@@ -85,7 +85,7 @@ def test_a_place_in_the_prompt_has_the_messages_that_are_read_there(
     assert len(talk.places) == len(talk.prompt())
 
 
-def test_the_head_is_the_last_message() -> None:
+def test_head_is_the_last_message() -> None:
     last = message(2, 1)
     assert Conversation("c", messages=(message(1, None), last)).head == last
     assert Conversation("c").head is None
@@ -105,16 +105,16 @@ def test_the_head_is_the_last_message() -> None:
         ("5月に開いている峠はどれですか。", "5月に開いている峠はどれですか。"),
     ],
 )
-def test_a_title_is_the_first_line_cut_at_a_word(text: str, title: str) -> None:
+def test_the_title_is_the_first_line_cut_at_a_word(text: str, title: str) -> None:
     assert title_from(text) == title
 
 
 @pytest.mark.parametrize("text", ["word " * 30, "山" * 90, "a" * 49, "a " + "b" * 90, "é" * 200])
-def test_a_title_is_never_longer_than_a_list_can_show(text: str) -> None:
+def test_the_title_has_a_maximum_length(text: str) -> None:
     assert 1 < len(title_from(text)) <= TITLE_LENGTH + 1
 
 
-def test_what_was_not_sent_is_in_no_prompt_and_has_no_number() -> None:
+def test_questions_that_were_not_sent_are_not_in_the_prompt() -> None:
     lost = Message(3, 2, "user", "Lost", "", not_sent=True)
     messages = (message(1, None), message(2, 1, "assistant"), lost, message(4, 3), message(5, 4, "assistant"))
     talk = Conversation("a", system_prompt="Be brief.", messages=messages)

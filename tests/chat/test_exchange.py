@@ -1,4 +1,4 @@
-"""Conversations into files and back: our own formats lose nothing, and others' are read as far as they go."""
+"""Exports and their import: JSON and Markdown are lossless, HTML is escaped."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def said(conversation: Conversation) -> list[tuple[str, str, str, str | None]]:
 
 
 def read_conversations(file: Path) -> list[Conversation]:
-    """What a file holds, all of which comes in."""
+    """The conversations of a file, imported without problems."""
     found = read_import(file)
     assert not found.problems
     return list(found.conversations)
@@ -82,7 +82,7 @@ def written(folder: Path, name: str, text: str) -> Path:
 # --- our own ---------------------------------------------------------------------------------------------
 
 
-def test_json_loses_nothing(tmp_path: Path) -> None:
+def test_json_export_is_lossless(tmp_path: Path) -> None:
     (back,) = read_conversations(export(TALK, "talk.json", tmp_path))
     assert replace(back, id=TALK.id) == TALK
 
@@ -99,7 +99,7 @@ BRANCHED = replace(
 """Two answers to a question, and another question in its place."""
 
 
-def test_json_has_all_branches_and_an_import_brings_them_back(tmp_path: Path) -> None:
+def test_json_round_trip_preserves_all_branches(tmp_path: Path) -> None:
     (back,) = read_conversations(export(BRANCHED, "talk.json", tmp_path))
     assert replace(back, id=TALK.id) == BRANCHED
     store = Store(None)
@@ -115,7 +115,7 @@ LOST = Message(3, 2, "user", "Too long", "2026-05-17T20:15:03+00:00", not_sent=T
 
 
 @pytest.mark.parametrize("ending", ["json", "md"])
-def test_what_was_not_sent_stays_so_in_a_file_and_back(tmp_path: Path, ending: str) -> None:
+def test_not_sent_survives_a_round_trip(tmp_path: Path, ending: str) -> None:
     talk = replace(TALK, messages=(*TALK.messages, LOST))
     (back,) = read_conversations(export(talk, f"talk.{ending}", tmp_path))
     assert [m.not_sent for m in back.messages] == [False, False, True]
@@ -124,13 +124,13 @@ def test_what_was_not_sent_stays_so_in_a_file_and_back(tmp_path: Path, ending: s
     assert [m.text for m in store.add(back).prompt()[1:]] == [m.raw for m in TALK.messages]
 
 
-def test_what_was_not_sent_on_another_branch_stays_so(tmp_path: Path) -> None:
+def test_not_sent_on_another_branch_survives_a_round_trip(tmp_path: Path) -> None:
     talk = replace(BRANCHED, other_branches=(*BRANCHED.other_branches, replace(LOST, id=6, parent_id=2)))
     (back,) = read_conversations(export(talk, "talk.json", tmp_path))
     assert replace(back, id=TALK.id) == talk
 
 
-def test_a_mark_that_an_answer_contradicts_is_not_believed(tmp_path: Path) -> None:
+def test_not_sent_is_ignored_for_answered_questions(tmp_path: Path) -> None:
     given = json.loads(to_json(TALK))
     for message in given["conversations"][0]["messages"]:
         message["not_sent"] = True
@@ -141,12 +141,14 @@ def test_a_mark_that_an_answer_contradicts_is_not_believed(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("write", "words"), [(to_html, "you · not sent"), (to_markdown, "### You (not sent)")]
 )
-def test_what_is_read_says_what_was_not_sent(write: Callable[[Conversation], str], words: str) -> None:
+def test_readable_exports_label_questions_that_were_not_sent(
+    write: Callable[[Conversation], str], words: str
+) -> None:
     assert words not in write(TALK)
     assert write(replace(TALK, messages=(*TALK.messages, LOST))).count(words) == 1
 
 
-def test_a_json_export_from_before_branches_is_read_as_it_was(tmp_path: Path) -> None:
+def test_json_exports_without_branches_are_read(tmp_path: Path) -> None:
     old = json.loads(to_json(TALK))
     del old["conversations"][0]["other_branches"]
     (back,) = read_conversations(written(tmp_path, "old.json", json.dumps(old)))
@@ -154,13 +156,13 @@ def test_a_json_export_from_before_branches_is_read_as_it_was(tmp_path: Path) ->
     assert back.id == read_conversations(export(TALK, "new.json", tmp_path))[0].id
 
 
-def test_files_that_differ_in_other_branches_only_are_two_conversations(tmp_path: Path) -> None:
+def test_the_content_id_includes_other_branches(tmp_path: Path) -> None:
     fewer = replace(BRANCHED, other_branches=BRANCHED.other_branches[:1])
     ids = {read_conversations(export(t, "json", tmp_path))[0].id for t in (TALK, fewer, BRANCHED)}
     assert len(ids) == 3
 
 
-def test_a_conversation_that_was_cleared_keeps_its_branches(tmp_path: Path) -> None:
+def test_a_cleared_conversation_keeps_its_branches(tmp_path: Path) -> None:
     everything = (*BRANCHED.messages, *BRANCHED.other_branches)
     cleared = replace(TALK, messages=(), other_branches=tuple(sorted(everything, key=lambda m: m.id)))
     (back,) = read_conversations(export(cleared, "talk.json", tmp_path))
@@ -170,7 +172,7 @@ def test_a_conversation_that_was_cleared_keeps_its_branches(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ending", ["md", "html"])
-def test_a_file_with_one_branch_says_how_much_is_on_others(tmp_path: Path, ending: str) -> None:
+def test_exports_of_one_branch_count_the_missing_messages(tmp_path: Path, ending: str) -> None:
     text = export(BRANCHED, f"talk.{ending}", tmp_path).read_text()
     assert "3 messages on other branches are not in this file" in text
     assert "An older answer" not in text
@@ -179,13 +181,13 @@ def test_a_file_with_one_branch_says_how_much_is_on_others(tmp_path: Path, endin
     assert "branch" not in FORMATS[ending](TALK)
 
 
-def test_what_markdown_says_of_branches_is_no_message(tmp_path: Path) -> None:
+def test_the_markdown_note_about_branches_is_not_imported(tmp_path: Path) -> None:
     (back,) = read_conversations(export(BRANCHED, "talk.md", tmp_path))
     assert said(back) == said(BRANCHED)
     assert back.other_branches == ()
 
 
-def test_markdown_loses_no_text_and_no_setting(tmp_path: Path) -> None:
+def test_markdown_round_trip_preserves_text_and_settings(tmp_path: Path) -> None:
     (back,) = read_conversations(export(TALK, "talk.md", tmp_path))
     assert said(back) == said(TALK)
     assert replace(back, id=TALK.id, messages=()) == replace(TALK, messages=())
@@ -193,7 +195,7 @@ def test_markdown_loses_no_text_and_no_setting(tmp_path: Path) -> None:
 
 
 @given(question=TEXTS, reply=TEXTS, title=TEXTS)
-def test_whatever_a_message_says_comes_back(
+def test_any_message_text_survives_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory, question: str, reply: str, title: str
 ) -> None:
     folder = tmp_path_factory.mktemp("exports")
@@ -205,7 +207,7 @@ def test_whatever_a_message_says_comes_back(
         assert (back.title, back.system_prompt) == (title, reply)
 
 
-def test_importing_twice_adds_nothing_and_an_edited_file_is_another_conversation(tmp_path: Path) -> None:
+def test_a_second_import_adds_nothing_and_an_edited_file_is_new(tmp_path: Path) -> None:
     store = Store(None)
     path = export(TALK, "talk.md", tmp_path)
     assert store.import_all(read_conversations(path)) == 1
@@ -216,7 +218,7 @@ def test_importing_twice_adds_nothing_and_an_edited_file_is_another_conversation
     assert said(store.load(store.summaries()[0].id))[0] == said(TALK)[0]
 
 
-def test_a_file_of_the_format_alone_is_named_after_the_title_and_replaces_nothing(tmp_path: Path) -> None:
+def test_a_format_alone_takes_the_title_as_name_and_overwrites_nothing(tmp_path: Path) -> None:
     names = [export(TALK, "md", tmp_path).name for _ in range(3)]
     assert names == ["trip-b.md", "trip-b-2.md", "trip-b-3.md"]
     assert file_name("../../etc/passwd") == "etc-passwd"
@@ -225,9 +227,13 @@ def test_a_file_of_the_format_alone_is_named_after_the_title_and_replaces_nothin
 
 @pytest.mark.parametrize(
     ("where", "sentence"),
-    [("talk.pdf", "ends in no format"), ("there.md", "exists already"), ("no/folder.md", "can't be written")],
+    [
+        ("talk.pdf", "has no known extension"),
+        ("there.md", "exists already"),
+        ("no/folder.md", "can't be written"),
+    ],
 )
-def test_an_export_that_cannot_be_written_says_why(tmp_path: Path, where: str, sentence: str) -> None:
+def test_export_errors_are_sentences(tmp_path: Path, where: str, sentence: str) -> None:
     (tmp_path / "there.md").write_text("mine")
     with pytest.raises(KvchatError, match=sentence):
         export(TALK, where, tmp_path)
@@ -235,7 +241,7 @@ def test_an_export_that_cannot_be_written_says_why(tmp_path: Path, where: str, s
 
 
 class Tags(HTMLParser):
-    """What a browser would make of a page."""
+    """The elements of a page, as a browser parses it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +252,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_html_runs_nothing_of_what_was_written(text: str) -> None:
+def test_html_escapes_all_text(text: str) -> None:
     messages = (replace(TALK.messages[0], text=text), replace(TALK.messages[1], text=text, thinking=text))
     page = to_html(replace(TALK, title=text, system_prompt=text, model=text, messages=messages))
     tags = Tags()
@@ -260,7 +266,7 @@ def test_html_runs_nothing_of_what_was_written(text: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_html_shows_questions_answers_and_folded_thinking() -> None:
+def test_html_has_questions_answers_and_folded_thinking() -> None:
     page = to_html(TALK)
     assert "Which pass?" in page
     assert "<strong>Brenner</strong>" in page
@@ -282,7 +288,7 @@ def test_html_shows_questions_answers_and_folded_thinking() -> None:
         ("", False),
     ],
 )
-def test_a_fence_that_a_message_left_open_is_closed_in_markdown_and_comes_back_open(
+def test_an_open_code_fence_is_closed_in_markdown_and_restored(
     tmp_path: Path, text: str, closed: bool
 ) -> None:
     talk = replace(TALK, messages=(replace(TALK.messages[0], text=text), TALK.messages[1]))
@@ -294,7 +300,7 @@ def test_a_fence_that_a_message_left_open_is_closed_in_markdown_and_comes_back_o
     assert said(back) == said(talk)
 
 
-def test_ids_have_one_form_whether_new_or_read_from_a_file(tmp_path: Path) -> None:
+def test_new_and_imported_ids_have_the_same_form(tmp_path: Path) -> None:
     (back,) = read_conversations(export(TALK, "json", tmp_path))
     for each in (new_id(), back.id):
         assert re.fullmatch("[0-9a-f]{12}", each)

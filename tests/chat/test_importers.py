@@ -1,4 +1,4 @@
-"""Files of other programs, and damaged ones of our own: each record comes in, or is named with its place."""
+"""Imports from other programs and of damaged files: each record is imported, or reported with its place."""
 
 import json
 import sqlite3
@@ -15,7 +15,7 @@ from kvchat.chat.conversation import Conversation
 from kvchat.chat.exporters import to_json, to_markdown
 from kvchat.chat.importers import Import, read_import
 from kvchat.chat.importers.page import markdown_of
-from kvchat.chat.importers.talk import moment
+from kvchat.chat.importers.parsed import timestamp
 from kvchat.chat.store import Store
 from kvchat.errors import KvchatError
 from tests.chat.test_exchange import BRANCHED, TALK, said, written
@@ -27,7 +27,7 @@ def read(folder: Path, document: object) -> Import:
 
 
 def one(folder: Path, document: object) -> Conversation:
-    """The only conversation of a document, all of which comes in."""
+    """The only conversation of a document, imported without problems."""
     found = read(folder, document)
     assert found.problems == ()
     (talk,) = found.conversations
@@ -78,7 +78,7 @@ PASSES = chatgpt(
 SHORT = {"a": node(None, "user", "Which?"), "b": node("a", "assistant", "The Brenner.")}
 
 
-def test_a_chatgpt_export_is_read_with_its_open_branch_and_the_others(tmp_path: Path) -> None:
+def test_chatgpt_conversations_have_all_branches(tmp_path: Path) -> None:
     talk = one(tmp_path, [PASSES])
     assert talk.title == "Passes"
     assert talk.created_at.startswith("2026-05-17T")
@@ -96,7 +96,7 @@ def test_a_chatgpt_export_is_read_with_its_open_branch_and_the_others(tmp_path: 
 
 
 @pytest.mark.parametrize("prefix", ["", "export-2026/"])
-def test_numbered_files_of_a_zip_are_read_in_their_order(tmp_path: Path, prefix: str) -> None:
+def test_numbered_files_of_a_zip_are_read_in_numeric_order(tmp_path: Path, prefix: str) -> None:
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for number in (10, 2):
@@ -110,7 +110,7 @@ def test_numbered_files_of_a_zip_are_read_in_their_order(tmp_path: Path, prefix:
     assert problems(found) == [f"{prefix}conversations-3.json is damaged: no JSON; it was skipped"]
 
 
-def test_a_folder_that_was_unpacked_is_read_as_its_zip(tmp_path: Path) -> None:
+def test_an_unpacked_folder_is_read_like_the_zip(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "user.json").write_text("{}")
     (tmp_path / "deep" / "conversations-000.json").write_text(json.dumps([chatgpt(SHORT, "b"), {"id": "x"}]))
@@ -121,7 +121,7 @@ def test_a_folder_that_was_unpacked_is_read_as_its_zip(tmp_path: Path) -> None:
     ]
 
 
-def test_entries_that_are_no_conversations_are_counted_and_named(tmp_path: Path) -> None:
+def test_records_that_are_not_conversations_are_counted_and_reported(tmp_path: Path) -> None:
     folder = {"id": "g", "name": "My project", "type": "folder"}
     found = read(tmp_path, [folder, chatgpt(SHORT, "b"), 5, chatgpt({}, None, "Empty")])
     assert [talk.title for talk in found.conversations] == ["Passes"]
@@ -147,7 +147,7 @@ def test_entries_that_are_no_conversations_are_counted_and_named(tmp_path: Path)
         ),
     ],
 )
-def test_parts_of_other_kinds_are_read(tmp_path: Path, content: object, text: str) -> None:
+def test_chatgpt_content_types_become_text(tmp_path: Path, content: object, text: str) -> None:
     answer = node("a", "assistant") | {
         "message": {"author": {"role": "assistant"}, "content": content, "create_time": None}
     }
@@ -175,20 +175,18 @@ def test_without_a_current_node_the_newest_branch_is_shown(tmp_path: Path) -> No
     dangling = read(tmp_path, [chatgpt(tree, "zz")])
     assert words(dangling.conversations[0]) == words(talk)
     assert problems(dangling) == [
-        "conversation 1 \"Passes\": its last message 'zz' is not there; the newest one is shown"
+        "conversation 1 \"Passes\": its last message 'zz' is missing; the newest one is shown"
     ]
 
 
-def test_messages_in_a_circle_are_left_out_and_the_rest_comes_in(tmp_path: Path) -> None:
+def test_messages_in_a_cycle_are_dropped_and_reported(tmp_path: Path) -> None:
     tree = SHORT | {"x": node("y", "user", "One"), "y": node("x", "assistant", "Two")}
     found = read(tmp_path, [chatgpt(tree, "b")])
     assert words(found.conversations[0]) == [("user", "Which?"), ("assistant", "The Brenner.")]
-    assert problems(found) == [
-        'conversation 1 "Passes": 2 of its messages follow each other in a circle; they were left out'
-    ]
+    assert problems(found) == ['conversation 1 "Passes": 2 of its messages form a cycle; they were left out']
 
 
-def test_a_message_without_content_is_left_out_and_what_follows_it_stays(tmp_path: Path) -> None:
+def test_children_of_a_message_without_content_are_kept(tmp_path: Path) -> None:
     broken = {"parent": None, "message": {"author": {"role": "user"}, "content": None}}
     found = read(tmp_path, [chatgpt(SHORT | {"a": broken}, "b")])
     assert words(found.conversations[0]) == [("assistant", "The Brenner.")]
@@ -210,17 +208,17 @@ def test_a_message_without_content_is_left_out_and_what_follows_it_stays(tmp_pat
         ("2026-05-17T20:15:00+00:00", "2026-05-17T20:15:00+00:00"),
     ],
 )
-def test_a_date_is_utc_whatever_it_was(given: object, expected: str) -> None:
-    assert moment(given) == expected
+def test_timestamps_become_utc(given: object, expected: str) -> None:
+    assert timestamp(given) == expected
 
 
 @pytest.mark.parametrize(
     "given",
     [1e20, 1e300, -1e20, float("nan"), float("inf"), "yesterday", "", True, [], "0001-01-01T00:00:00+14:00"],
 )
-def test_a_date_that_is_none_is_replaced_and_named(tmp_path: Path, given: object) -> None:
+def test_an_invalid_date_is_replaced_and_reported(tmp_path: Path, given: object) -> None:
     with pytest.raises(ValueError, match="must be seconds since 1970 or a date"):
-        moment(given)
+        timestamp(given)
     if given:
         found = read(tmp_path, [chatgpt(SHORT, "b") | {"create_time": given}])
         assert found.conversations[0].created_at.startswith("2026-05-17T20:15:00")
@@ -230,7 +228,7 @@ def test_a_date_that_is_none_is_replaced_and_named(tmp_path: Path, given: object
 # --- Claude ----------------------------------------------------------------------------------------------
 
 
-def test_claude_has_blocks_attachments_and_no_parents(tmp_path: Path) -> None:
+def test_claude_blocks_and_attachments_are_read(tmp_path: Path) -> None:
     talk = one(
         tmp_path,
         [
@@ -266,7 +264,7 @@ def test_claude_has_blocks_attachments_and_no_parents(tmp_path: Path) -> None:
     ]
 
 
-def test_claude_with_parents_has_branches_and_older_exports_have_texts(tmp_path: Path) -> None:
+def test_claude_branches_and_older_exports_are_read(tmp_path: Path) -> None:
     root = "00000000-0000-4000-8000-000000000000"
     messages = [
         {"uuid": "a", "parent_message_uuid": root, "sender": "human", "text": "Which?"},
@@ -279,7 +277,7 @@ def test_claude_with_parents_has_branches_and_older_exports_have_texts(tmp_path:
     assert [m.text for m in talk.other_branches] == ["Darjeeling."]
 
 
-def test_tools_of_claude_are_counted_and_an_unknown_sender_is_named(tmp_path: Path) -> None:
+def test_claude_tool_blocks_and_unknown_senders_are_reported(tmp_path: Path) -> None:
     tools = [{"type": "tool_use"}, {"type": "tool_result"}, {"type": "text", "text": "Done."}]
     messages = [
         {"sender": "human", "text": "Search."},
@@ -299,7 +297,7 @@ def test_tools_of_claude_are_counted_and_an_unknown_sender_is_named(tmp_path: Pa
 # --- Open WebUI, Gemini, OpenAI --------------------------------------------------------------------------
 
 
-def test_open_webui_has_a_tree_a_system_prompt_and_folded_reasoning(tmp_path: Path) -> None:
+def test_open_webui_tree_system_prompt_and_reasoning_are_read(tmp_path: Path) -> None:
     reasoning = (
         '<details type="reasoning" done="true" duration="2">\n<summary>Thought for 2 seconds</summary>\n'
         "&gt; 1 &lt; 2\n</details>\nYes."
@@ -323,7 +321,7 @@ def test_open_webui_has_a_tree_a_system_prompt_and_folded_reasoning(tmp_path: Pa
     assert words(one(tmp_path, chat)) == words(talk)
 
 
-def test_an_activity_of_gemini_is_a_question_and_its_answer(tmp_path: Path) -> None:
+def test_a_gemini_activity_is_a_question_and_an_answer(tmp_path: Path) -> None:
     entry = {
         "header": "Gemini Apps",
         "title": "Prompted Which pass?",
@@ -344,7 +342,7 @@ def test_an_activity_of_gemini_is_a_question_and_its_answer(tmp_path: Path) -> N
     ]
 
 
-def test_an_answer_in_html_keeps_its_paragraphs_lists_and_code() -> None:
+def test_html_answers_become_markdown() -> None:
     html = (
         "<h3>Passes</h3><p>Two:</p><ol><li><p>Brenner</p></li><li>Reschen</li></ol>"
         "<pre><code>a\n\n  b</code></pre><p>one<br>two <code>x</code></p><script>alert(1)</script>"
@@ -390,13 +388,13 @@ def test_an_answer_in_html_keeps_its_paragraphs_lists_and_code() -> None:
     ],
     ids=["AI Studio", "contents", "messages", "a list of messages"],
 )
-def test_chats_of_gemini_and_messages_of_openai_say_the_same(tmp_path: Path, document: object) -> None:
+def test_gemini_chats_and_openai_messages_give_equal_conversations(tmp_path: Path, document: object) -> None:
     talk = one(tmp_path, document)
     assert (talk.title, talk.system_prompt) == ("Which?", "Be brief.")
     assert words(talk) == [("user", "Which?"), ("assistant", "<think>\nHm.\n</think>\n\nThe Brenner.")]
 
 
-def test_a_document_on_each_line_is_a_conversation_each(tmp_path: Path) -> None:
+def test_json_lines_are_one_conversation_each(tmp_path: Path) -> None:
     lines = [json.dumps({"messages": [{"role": "user", "content": f"Number {n}"}]}) for n in (1, 2)]
     found = read_import(written(tmp_path, "file.jsonl", "\n".join(lines) + "\n"))
     assert [talk.title for talk in found.conversations] == ["Number 1", "Number 2"]
@@ -427,7 +425,7 @@ insert into parts (message_hash, position, type, text) values
 """
 
 
-def test_the_logs_of_llm_are_read(tmp_path: Path) -> None:
+def test_llm_logs_with_old_tables_are_read(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "logs.db")) as db:
         db.executescript(LLM)
     talk, alone = read_import(tmp_path / "logs.db").conversations
@@ -438,7 +436,7 @@ def test_the_logs_of_llm_are_read(tmp_path: Path) -> None:
     assert talk.created_at == "2026-05-17T20:15:00.000000+00:00"
 
 
-def test_the_newer_logs_of_llm_are_read(tmp_path: Path) -> None:
+def test_llm_logs_with_new_tables_are_read(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "logs.db")) as db:
         db.executescript(LLM_THREADS)
     (talk,) = read_import(tmp_path / "logs.db").conversations
@@ -462,12 +460,12 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("text", UNKNOWN.values(), ids=UNKNOWN.keys())
-def test_a_file_that_is_no_export_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
-    with pytest.raises(KvchatError, match="no export that kvchat knows"):
+def test_an_unknown_format_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(KvchatError, match="has an unknown format"):
         read_import(written(tmp_path, "file.md", text))
 
 
-def test_a_file_without_anything_to_import_says_why(tmp_path: Path) -> None:
+def test_a_file_with_nothing_to_import_is_an_error_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(KvchatError) as caught:
         read(tmp_path, [chatgpt({}, "x"), {"mapping": None}])
     assert str(caught.value).endswith(
@@ -475,14 +473,14 @@ def test_a_file_without_anything_to_import_says_why(tmp_path: Path) -> None:
     )
 
 
-def test_other_databases_a_folder_a_missing_file_and_a_newer_export(tmp_path: Path) -> None:
+def test_unreadable_and_newer_files_are_errors(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "other.db")) as db:
         db.execute("create table things (id)")
     (tmp_path / "no.zip").write_bytes(b"PK\3\4 no zip")
     for name, sentence in (
         ("other.db", "no export"),
         ("no.zip", "can't be read"),
-        (".", "no export"),
+        (".", "unknown format"),
         ("missing.md", "can't be read"),
     ):
         with pytest.raises(KvchatError, match=sentence):
@@ -522,7 +520,7 @@ def changed(field: str, value: object, *, message: int | None = None) -> dict[st
         ("model", None, "model must be text, not None"),
     ],
 )
-def test_a_wrong_setting_gets_its_default_and_the_rest_comes_in(
+def test_an_invalid_setting_gets_its_default_and_is_reported(
     tmp_path: Path, field: str, value: object, what: str
 ) -> None:
     found = read(tmp_path, changed(field, value))
@@ -550,7 +548,7 @@ def test_a_wrong_setting_gets_its_default_and_the_rest_comes_in(
         ("stats.kv_bytes", "many", "stats.kv_bytes must be a whole number, not 'many'"),
     ],
 )
-def test_a_wrong_field_of_a_message_is_left_out_and_the_message_comes_in(
+def test_an_invalid_message_field_gets_its_default_and_is_reported(
     tmp_path: Path, field: str, value: object, what: str
 ) -> None:
     found = read(tmp_path, changed(field, value, message=1))
@@ -573,7 +571,7 @@ def test_a_wrong_field_of_a_message_is_left_out_and_the_message_comes_in(
         ("role", "system", "role must be user or assistant, not 'system'"),
     ],
 )
-def test_a_wrong_message_is_left_out_and_what_follows_it_stays(
+def test_an_invalid_message_is_dropped_and_its_children_are_kept(
     tmp_path: Path, field: str, value: object, what: str
 ) -> None:
     found = read(tmp_path, changed(field, value, message=0))
@@ -582,22 +580,22 @@ def test_a_wrong_message_is_left_out_and_what_follows_it_stays(
     assert talk.messages == (replace(TALK.messages[1], id=1, parent_id=None),)
 
 
-def test_ids_of_a_question_are_left_out(tmp_path: Path) -> None:
+def test_token_ids_of_a_question_are_dropped(tmp_path: Path) -> None:
     document = changed("token_ids", [1, 2], message=0)
     found = read(tmp_path, document)
     assert found.conversations[0].messages == TALK.messages
     assert "message 1: token_ids belong to answers only" in problems(found)[0]
 
 
-def test_half_a_character_is_replaced_and_named_and_two_halves_are_joined(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced_and_pairs_are_joined(tmp_path: Path) -> None:
     found = read(tmp_path, changed("text", "a\ud83db \ud83d\ude42", message=0))
     (talk,) = found.conversations
     assert talk.messages[0].text == "a\ufffdb 🙂"
-    assert "message 1: text has half a character" in problems(found)[0]
+    assert "message 1: text has a lone surrogate" in problems(found)[0]
     assert one(tmp_path, changed("text", "\ud83d\ude42", message=0)).messages[0].text == "🙂"
 
 
-def test_a_message_with_the_number_of_another_and_one_of_an_unknown_parent(tmp_path: Path) -> None:
+def test_duplicate_ids_and_unknown_parents_are_handled(tmp_path: Path) -> None:
     document = json.loads(to_json(BRANCHED))
     others = document["conversations"][0]["other_branches"]
     others[0]["parent_id"] = 99
@@ -612,7 +610,7 @@ def test_a_message_with_the_number_of_another_and_one_of_an_unknown_parent(tmp_p
     assert "has the id of an earlier message" in problems(found)[0]
 
 
-def test_a_comment_of_markdown_that_is_damaged_costs_its_fields_only(tmp_path: Path) -> None:
+def test_a_damaged_markdown_comment_loses_its_fields_only(tmp_path: Path) -> None:
     text = to_markdown(TALK).replace('kvchat:user {"created_at"', "kvchat:user {created_at")
     found = read_import(written(tmp_path, "talk.md", text))
     assert [(m.role, m.raw) for m in found.conversations[0].messages] == [
@@ -623,7 +621,7 @@ def test_a_comment_of_markdown_that_is_damaged_costs_its_fields_only(tmp_path: P
     ]
 
 
-def test_equal_conversations_of_a_file_come_in_once_and_are_named(tmp_path: Path) -> None:
+def test_duplicate_conversations_are_imported_once_and_reported(tmp_path: Path) -> None:
     document = json.loads(to_json(TALK))
     document["conversations"] *= 2
     document["conversations"].append(json.loads(to_json(BRANCHED))["conversations"][0])
@@ -635,7 +633,7 @@ def test_equal_conversations_of_a_file_come_in_once_and_are_named(tmp_path: Path
     assert len(store.summaries()) == 2
 
 
-def test_an_import_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_import_saves_nothing(tmp_path: Path) -> None:
     good = one(tmp_path, json.loads(to_json(TALK)))
     bad = replace(good, id="bad", messages=(replace(good.messages[0], parent_id=77),))
     store = Store(tmp_path / "kvchat.db")
@@ -680,7 +678,7 @@ WHOLE = [
 
 
 def places(value: object, way: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-    """Every place in a document."""
+    """The path of every value in a document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [way, *(found for key, each in inner for found in places(each, (*way, key)))]
 
@@ -696,7 +694,7 @@ def with_junk(document: object, way: tuple[object, ...], junk: object) -> object
 
 @settings(max_examples=60)
 @given(data=st.data(), junk=JUNK)
-def test_whatever_stands_in_a_file_is_read_or_refused_and_what_is_read_can_be_kept(
+def test_any_json_is_imported_or_rejected_and_imports_can_be_saved(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, junk: object
 ) -> None:
     document = data.draw(st.sampled_from(WHOLE))

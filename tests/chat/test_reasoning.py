@@ -1,4 +1,4 @@
-"""Thinking is told apart from the answer, whole or in pieces, and nothing of a text is lost."""
+"""Splitting thinking and answer is lossless, for whole texts and streams."""
 
 import pytest
 from hypothesis import given
@@ -25,17 +25,17 @@ PIECES = st.lists(
 
 
 @pytest.mark.parametrize(("text", "thinking", "answer"), CASES.values(), ids=CASES.keys())
-def test_where_the_thinking_ends(text: str, thinking: str, answer: str) -> None:
+def test_split_thinking_separates_thinking_and_answer(text: str, thinking: str, answer: str) -> None:
     assert split_thinking(text) == (thinking, answer)
 
 
-def test_the_tags_are_not_shown() -> None:
+def test_inner_thinking_has_no_tags() -> None:
     assert inner_thinking("<think>\na\n</think>\n\n") == "a"
     assert inner_thinking("<think>a") == "a"
 
 
 @given(PIECES)
-def test_pieces_are_split_as_the_whole_text_is_and_nothing_is_lost(pieces: list[str]) -> None:
+def test_streaming_gives_the_same_split_as_the_whole_text(pieces: list[str]) -> None:
     text = "".join(pieces)
     thinking, answer = split_thinking(text)
     assert thinking + answer == text

@@ -1,4 +1,4 @@
-"""Conversations on disk: what goes in comes out, processes share the file, a crash harms nothing."""
+"""The store: round trips, migrations, concurrent processes, crashes and damaged rows."""
 
 import json
 import os
@@ -99,25 +99,25 @@ def ask(store: Store, conversation: str = TALK.id, parent: int | None = None) ->
 
 
 def rows(path: Path, query: str) -> list[tuple[object, ...]]:
-    """What another program sees in the file."""
+    """Rows read through a separate connection."""
     with closing(sqlite3.connect(path)) as connection:
         return connection.execute(query).fetchall()
 
 
 def reopened(path: Path, conversation: str = TALK.id) -> Conversation:
-    """The conversation as the next start of the program reads it."""
+    """The conversation as a new store loads it."""
     with closing(Store(path)) as store:
         return store.load(conversation)
 
 
 def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
-    """Another process that runs `script` when it is told to."""
+    """A process that runs `script` after a signal to start."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def let_go_together(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    """Starts their work at once when all are ready; returns what each said at its end."""
+    """Starts all scripts at the same time, when all are ready; returns their last lines."""
     for process in processes:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
@@ -130,12 +130,12 @@ def let_go_together(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return said
 
 
-def test_every_field_of_a_conversation_comes_back(store: Store, path: Path) -> None:
+def test_all_conversation_fields_are_stored(store: Store, path: Path) -> None:
     store.create(TALK)
     assert reopened(path) == TALK
 
 
-def test_every_field_of_a_message_comes_back(store: Store, path: Path) -> None:
+def test_all_message_fields_are_stored(store: Store, path: Path) -> None:
     store.create(TALK)
     question = store.add_message(TALK.id, user("Which\x1b[31m pass\0? 🏔"))
     reply = Message(
@@ -149,7 +149,7 @@ def test_every_field_of_a_message_comes_back(store: Store, path: Path) -> None:
     assert (reply.parent_id, reply.created_at) == (question.id, "2026-01-02T03:04:05")
 
 
-def test_figures_are_saved_again_when_a_message_changes(store: Store) -> None:
+def test_statistics_are_updated_with_the_message(store: Store) -> None:
     store.create(TALK)
     _, reply = ask(store)
     for kv_tokens in (10, 20):
@@ -158,7 +158,7 @@ def test_figures_are_saved_again_when_a_message_changes(store: Store) -> None:
     assert saved == replace(FIGURES, kv_tokens=20)
 
 
-def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Path) -> None:
+def test_the_turns_table_matches_turn_stats(store: Store, path: Path) -> None:
     columns = {str(name): kind for _, name, kind, *_ in rows(path, "pragma table_info(turns)")}
     assert set(columns) == {"message"} | {field.name for field in fields(TurnStats)}
     kinds = {str: "TEXT", int: "INTEGER", float: ("FLOAT", "REAL")}
@@ -167,7 +167,7 @@ def test_the_turns_table_has_the_figures_of_the_contract(store: Store, path: Pat
         assert columns[field.name] in kinds[types[field.name]], field.name
 
 
-def test_a_conversation_without_a_date_gets_that_of_its_first_save_for_good(store: Store) -> None:
+def test_created_at_is_set_by_the_first_save_only(store: Store) -> None:
     store.create(replace(TALK, created_at=""))
     created_at = store.load(TALK.id).created_at
     assert created_at.endswith("+00:00")
@@ -175,7 +175,7 @@ def test_a_conversation_without_a_date_gets_that_of_its_first_save_for_good(stor
     assert store.load(TALK.id).created_at == created_at
 
 
-def test_settings_come_back_and_touch_nothing_else(store: Store) -> None:
+def test_saving_settings_changes_nothing_else(store: Store) -> None:
     store.create(TALK)
     store.create(replace(TALK, id="other"))
     _, reply = ask(store)
@@ -198,7 +198,7 @@ def test_settings_come_back_and_touch_nothing_else(store: Store) -> None:
     assert store.load("other") == replace(TALK, id="other")
 
 
-def test_a_second_answer_is_a_branch_and_the_first_one_stays(store: Store, path: Path) -> None:
+def test_a_second_answer_is_a_new_branch(store: Store, path: Path) -> None:
     store.create(TALK)
     question, first = ask(store)
     second = store.add_message(TALK.id, answer("The Gotthard.", question.id))
@@ -210,7 +210,7 @@ def test_a_second_answer_is_a_branch_and_the_first_one_stays(store: Store, path:
     assert rows(path, "select count(*) from messages") == [(3,)]
 
 
-def test_a_long_path_comes_back_in_order(store: Store) -> None:
+def test_a_long_path_is_loaded_in_order(store: Store) -> None:
     store.create(TALK)
     parent = None
     for _ in range(50):
@@ -221,7 +221,7 @@ def test_a_long_path_comes_back_in_order(store: Store) -> None:
     assert [message.role for message in path] == ["user", "assistant"] * 50
 
 
-def test_summaries_name_the_last_used_first(store: Store) -> None:
+def test_summaries_are_sorted_by_last_use(store: Store) -> None:
     for name in ("first", "second", "third"):
         store.create(replace(TALK, id=name, title=name.title()))
     ask(store, "first")
@@ -234,7 +234,7 @@ def test_summaries_name_the_last_used_first(store: Store) -> None:
     assert [s.updated_at for s in found] == sorted((s.updated_at for s in found), reverse=True)
 
 
-def test_delete_takes_everything_of_a_conversation_and_nothing_of_another(store: Store, path: Path) -> None:
+def test_delete_removes_all_rows_of_one_conversation(store: Store, path: Path) -> None:
     for name in ("gone", "stays"):
         store.create(replace(TALK, id=name))
         _, reply = ask(store, name)
@@ -254,7 +254,7 @@ def test_delete_takes_everything_of_a_conversation_and_nothing_of_another(store:
     assert rows(path, "select conversation from drafts") == [("stays",)]
 
 
-def test_a_message_for_a_deleted_conversation_is_refused(store: Store, path: Path) -> None:
+def test_adding_to_a_deleted_conversation_is_an_error(store: Store, path: Path) -> None:
     store.create(TALK)
     store.delete(TALK.id)
     with pytest.raises(KvchatError, match="'abcd1234' was deleted"):
@@ -262,7 +262,7 @@ def test_a_message_for_a_deleted_conversation_is_refused(store: Store, path: Pat
     assert rows(path, "select count(*) from messages") == [(0,)]
 
 
-def test_find_takes_a_prefix_that_fits_one(store: Store) -> None:
+def test_find_accepts_a_unique_prefix(store: Store) -> None:
     for name in ("abcd1234", "abff0000", "1234abcd"):
         store.create(replace(TALK, id=name))
     assert store.find("1") == "1234abcd"
@@ -279,19 +279,19 @@ def test_find_takes_a_prefix_that_fits_one(store: Store) -> None:
         ("abcd12345", "No conversation starts with"),
     ],
 )
-def test_find_says_what_does_not_fit(store: Store, prefix: str, sentence: str) -> None:
+def test_find_rejects_ambiguous_and_unknown_prefixes(store: Store, prefix: str, sentence: str) -> None:
     store.create(TALK)
     store.create(replace(TALK, id="abff0000"))
     with pytest.raises(KvchatError, match=sentence):
         store.find(prefix)
 
 
-def test_loading_what_is_not_there(store: Store) -> None:
+def test_loading_an_unknown_conversation_is_an_error(store: Store) -> None:
     with pytest.raises(KvchatError, match="There is no conversation 'nothing'"):
         store.load("nothing")
 
 
-def test_drafts_are_kept_for_each_conversation_and_for_none(store: Store) -> None:
+def test_drafts_are_stored_per_conversation(store: Store) -> None:
     assert store.draft(UNSAVED) == ""
     store.save_draft(UNSAVED, "begun\n")
     store.save_draft("a", "one")
@@ -301,7 +301,7 @@ def test_drafts_are_kept_for_each_conversation_and_for_none(store: Store) -> Non
     assert (store.draft(UNSAVED), store.draft("a")) == ("begun\n", "")
 
 
-def test_only_the_user_can_read_the_file_and_its_folder(path: Path) -> None:
+def test_file_and_folder_are_private(path: Path) -> None:
     before = os.umask(0)
     try:
         with closing(Store(path)) as store:
@@ -314,7 +314,7 @@ def test_only_the_user_can_read_the_file_and_its_folder(path: Path) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_the_file_has_a_write_ahead_log_and_knows_its_migrations(store: Store, path: Path) -> None:
+def test_the_file_uses_wal_and_records_migrations(store: Store, path: Path) -> None:
     assert rows(path, "pragma journal_mode") == [("wal",)]
     applied = rows(path, "select migration_set, name from _sqlite_migrations order by id")
     assert applied == [("kvchat", name) for name in MIGRATIONS]
@@ -337,11 +337,11 @@ insert into drafts (conversation, text) values ('abcd1234', 'begun');
 OLD_FIGURES = replace(
     FIGURES, evicted_tokens=0, restored_tokens=0, restore_s=0.0, drafted_tokens=0, accepted_tokens=0
 )
-"""What a file without columns for evictions and restores says of a turn."""
+"""Statistics of a turn in a file without columns for evictions and restores."""
 
 
 def old_file(path: Path, first_missing: str) -> Database:
-    """A file of the kvchat that knew the migrations before that one only, with a conversation in it."""
+    """A database with the migrations before that one only, with a conversation."""
     path.parent.mkdir()
     db = Database(sqlite3.connect(path))
     migrations.apply(db, stop_before=first_missing)
@@ -350,7 +350,7 @@ def old_file(path: Path, first_missing: str) -> Database:
 
 
 def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
-    """It is as it was, set to what a new one is set to by default."""
+    """Checks that the conversation is unchanged, with defaults for new settings."""
     question = Message(1, None, "user", "Which pass?", "2026-01-02")
     reply = Message(
         2, 1, "assistant", "The Brenner.", "2026-01-03", (1, 2), "0123456789abcdef", "stop", stats
@@ -372,7 +372,7 @@ def check_old_conversation(store: Store, stats: TurnStats | None) -> None:
     assert store.last_turn(TALK.id) == {}
 
 
-def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+def test_migration_from_before_statistics_preserves_data(path: Path) -> None:
     old_file(path, "m002_turns").close()
     with closing(Store(path)) as migrated:
         check_old_conversation(migrated, None)
@@ -381,7 +381,7 @@ def test_a_file_from_before_the_figures_is_migrated_and_keeps_what_it_holds(path
         check_old_conversation(migrated, FIGURES)
 
 
-def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(path: Path) -> None:
+def test_migration_from_before_saved_caches_preserves_data(path: Path) -> None:
     with closing(old_file(path, "m003_cache")) as old, old.conn:
         figures = {n: v for n, v in asdict(FIGURES).items() if n in old.table("turns").columns_dict}
         later = {"evicted_tokens", "restored_tokens", "restore_s", "drafted_tokens", "accepted_tokens"}
@@ -393,7 +393,7 @@ def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(pat
     assert rows(path, "select name from _sqlite_migrations order by id") == [(name,) for name in MIGRATIONS]
 
 
-def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> None:
+def test_a_migrated_file_stores_everything_that_a_new_one_does(path: Path) -> None:
     old_file(path, "m003_cache").close()
     with closing(Store(path)) as migrated:
         migrated.save_settings(TALK)
@@ -412,7 +412,7 @@ def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> No
         assert migrated.events(TALK.id) == list(EVENTS)
 
 
-def test_what_the_last_turn_did_comes_back_and_only_the_last_one(store: Store, path: Path) -> None:
+def test_only_the_last_turns_token_statuses_are_stored(store: Store, path: Path) -> None:
     store.create(TALK)
     store.save_last_turn(TALK.id, {1: {TokenStatus.READ: 5}})
     told = {2: {fate: n for n, fate in enumerate(TokenStatus)}, 3: {TokenStatus.WRITTEN: 7}}
@@ -424,7 +424,7 @@ def test_what_the_last_turn_did_comes_back_and_only_the_last_one(store: Store, p
     assert store.last_turn(store.add(replace(TALK, id="forked00")).id) == store.last_turn("another") == {}
 
 
-def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Path) -> None:
+def test_cache_events_are_loaded_in_order(store: Store, path: Path) -> None:
     store.create(TALK)
     first, second, *later = EVENTS
     store.add_events([*later, second])
@@ -434,14 +434,14 @@ def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Pa
         assert again.events("another") == []
 
 
-def test_events_of_the_same_moment_stay_in_the_order_they_came_in(store: Store) -> None:
+def test_events_with_equal_time_keep_insertion_order(store: Store) -> None:
     store.create(TALK)
-    events = [CacheEvent(TALK.id, CacheEventKind.LEND, tokens, at=5.0) for tokens in (3, 1, 2)]
+    events = [CacheEvent(TALK.id, CacheEventKind.SHARE, tokens, at=5.0) for tokens in (3, 1, 2)]
     store.add_events(events)
     assert store.events(TALK.id) == events
 
 
-def test_events_of_conversations_that_are_not_saved_are_left_out(store: Store, path: Path) -> None:
+def test_events_of_unknown_conversations_are_ignored(store: Store, path: Path) -> None:
     store.create(TALK)
     store.add_events([replace(EVENTS[0], conversation="unknown"), EVENTS[0]])
     assert rows(path, "select conversation from cache_events") == [(TALK.id,)]
@@ -450,7 +450,7 @@ def test_events_of_conversations_that_are_not_saved_are_left_out(store: Store, p
     assert rows(path, "select count(*) from cache_events") == [(0,)]
 
 
-def test_a_fork_in_the_store_has_messages_and_figures_of_its_own(store: Store, path: Path) -> None:
+def test_an_added_copy_has_its_own_messages_and_statistics(store: Store, path: Path) -> None:
     store.create(TALK)
     question, reply = ask(store)
     reply = replace(reply, stats=FIGURES)
@@ -494,9 +494,7 @@ def a_file_for_a_folder(path: Path) -> None:
     [no_database, another_database, a_folder_in_its_place, a_file_for_a_folder],
     ids=lambda f: f.__name__,
 )
-def test_a_file_that_cannot_be_opened_is_named_in_a_sentence(
-    path: Path, spoil: Callable[[Path], None]
-) -> None:
+def test_a_file_that_cannot_be_opened_is_one_sentence(path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(path)
     before = path.read_bytes() if path.is_file() else b""
     with pytest.raises(KvchatError, match=r"can't be opened: .+ choose another folder") as caught:
@@ -506,7 +504,7 @@ def test_a_file_that_cannot_be_opened_is_named_in_a_sentence(
         assert path.read_bytes() == before
 
 
-def test_a_write_that_fails_is_a_sentence_and_the_next_one_works(
+def test_a_failed_write_is_one_sentence_and_the_next_works(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvchat.chat.migrations.BUSY_S", 0.0)
@@ -521,9 +519,7 @@ def test_a_write_that_fails_is_a_sentence_and_the_next_one_works(
         assert store.load(TALK.id).messages == (saved,)
 
 
-def test_a_change_that_fails_half_way_leaves_nothing_of_itself(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_transaction_is_rolled_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.create(TALK)
     question, reply = ask(store)
 
@@ -593,12 +589,12 @@ with store._writing() as db:
 """
 
 
-def test_processes_that_open_a_new_file_at_once_all_succeed(path: Path) -> None:
+def test_concurrent_first_opens_succeed(path: Path) -> None:
     assert let_go_together([start(OPEN, path) for _ in range(OPENERS)]) == ["0\n"] * OPENERS
     assert rows(path, "select count(*) from _sqlite_migrations") == [(len(MIGRATIONS),)]
 
 
-def test_processes_that_write_to_one_conversation_lose_nothing(store: Store, path: Path) -> None:
+def test_concurrent_writes_to_one_conversation_lose_nothing(store: Store, path: Path) -> None:
     store.create(TALK)
     let_go_together([start(APPEND, path, TALK.id, writer, MESSAGES) for writer in range(WRITERS)])
     saved = {
@@ -618,9 +614,7 @@ def test_processes_that_write_to_one_conversation_lose_nothing(store: Store, pat
 
 
 @pytest.mark.parametrize(("how", "code"), [("exit", 3), ("kill", -9)])
-def test_a_crash_in_a_transaction_leaves_the_file_as_it_was(
-    store: Store, path: Path, how: str, code: int
-) -> None:
+def test_a_crash_in_a_transaction_changes_nothing(store: Store, path: Path, how: str, code: int) -> None:
     store.create(TALK)
     ask(store)
     before = store.load(TALK.id)
@@ -632,7 +626,7 @@ def test_a_crash_in_a_transaction_leaves_the_file_as_it_was(
     assert rows(path, "pragma integrity_check") == [("ok",)]
 
 
-def test_token_ids_are_plain_json_in_the_file(store: Store, path: Path) -> None:
+def test_token_ids_are_stored_as_json(store: Store, path: Path) -> None:
     store.create(TALK)
     ask(store)
     ((ids,),) = rows(path, "select token_ids from messages where role = 'assistant'")
@@ -669,9 +663,7 @@ update conversations set head = 6;
     ],
     ids=["no answer follows", "read together with an answered one", "an answer that was not written again"],
 )
-def test_questions_of_an_older_file_that_nobody_answered_were_not_sent(
-    path: Path, later: str, texts: list[str]
-) -> None:
+def test_migration_marks_unanswered_questions_as_not_sent(path: Path, later: str, texts: list[str]) -> None:
     with closing(old_file(path, "m007_not_sent")) as old:
         old.executescript(later)
     with closing(Store(path)) as store:
@@ -693,7 +685,7 @@ def test_questions_of_an_older_file_that_nobody_answered_were_not_sent(
         ("kv = null, policy = null", replace(TALK, kv=KVPrecision.AUTO, policy=EvictionPolicy.TURNS)),
     ],
 )
-def test_a_damaged_setting_is_read_as_its_default(
+def test_a_damaged_setting_gets_its_default(
     store: Store, path: Path, change: str, expected: Conversation
 ) -> None:
     store.create(TALK)
@@ -707,7 +699,7 @@ def test_a_damaged_setting_is_read_as_its_default(
     "change",
     ["token_ids = '[1, -5]'", "token_ids = 'no json'", "finish_reason = 'bored'", "tokenizer = x'ff'"],
 )
-def test_a_damaged_field_of_a_message_costs_that_field(store: Store, path: Path, change: str) -> None:
+def test_a_damaged_message_field_gets_its_default(store: Store, path: Path, change: str) -> None:
     store.create(TALK)
     question, saved = ask(store)
     with closing(sqlite3.connect(path)) as db, db:
@@ -725,9 +717,7 @@ def test_a_damaged_field_of_a_message_costs_that_field(store: Store, path: Path,
 
 
 @pytest.mark.parametrize("change", ["role = 'robot'", "text = null", "text = x'ff'"])
-def test_a_damaged_message_costs_that_message_and_what_follows_it_stays(
-    store: Store, path: Path, change: str
-) -> None:
+def test_children_of_a_damaged_message_are_kept(store: Store, path: Path, change: str) -> None:
     store.create(TALK)
     first, answered = ask(store)
     second, last = ask(store, parent=answered.id)
@@ -739,7 +729,7 @@ def test_a_damaged_message_costs_that_message_and_what_follows_it_stays(
     assert store.load(TALK.id).messages == (first, replace(second, parent_id=first.id))
 
 
-def test_messages_that_follow_each_other_in_a_circle_end_somewhere(store: Store, path: Path) -> None:
+def test_a_cycle_of_messages_terminates(store: Store, path: Path) -> None:
     store.create(TALK)
     first, last = ask(store)
     with closing(sqlite3.connect(path)) as db, db:
@@ -747,7 +737,7 @@ def test_messages_that_follow_each_other_in_a_circle_end_somewhere(store: Store,
     assert [each.id for each in store.load(TALK.id).messages] == [first.id, last.id]
 
 
-def test_what_the_last_turn_did_is_nothing_where_it_is_damaged(store: Store, path: Path) -> None:
+def test_damaged_token_statuses_are_empty(store: Store, path: Path) -> None:
     store.create(TALK)
     for damaged in ("no json", "[]", '{"a": 1}', '{"1": {"lost": 2}}'):
         with closing(sqlite3.connect(path)) as db, db:
@@ -755,7 +745,7 @@ def test_what_the_last_turn_did_is_nothing_where_it_is_damaged(store: Store, pat
         assert store.last_turn(TALK.id) == {}
 
 
-def test_an_import_through_another_connection_is_seen_here(store: Store, path: Path) -> None:
+def test_an_import_through_another_connection_is_visible(store: Store, path: Path) -> None:
     question = Message(1, None, "user", "Which?", TALK.created_at)
     assert store_module.import_into(path, [replace(TALK, messages=(question,))]) == 1
     assert store.load(TALK.id).messages[0].text == "Which?"

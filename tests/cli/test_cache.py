@@ -1,4 +1,4 @@
-"""`kvchat cache`: what lies on disk is listed, shown, deleted and cleaned up, without an engine."""
+"""`kvchat cache`: listing, showing and deleting saved caches without an engine."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def add_events(shell: Shell, *events: CacheEvent) -> None:
 # ls
 
 
-def test_ls_lists_the_cache_used_last_first(ask: Asking) -> None:
+def test_ls_is_sorted_by_last_use(ask: Asking) -> None:
     first, second = (ask.json(text).turn for text in (FIRST, SECOND))
     third = ask.json("-r", first["conversation"], "More").turn
     listed = ask.shell("cache", "ls")
@@ -54,7 +54,7 @@ def test_ls_lists_the_cache_used_last_first(ask: Asking) -> None:
     assert (listed.code, listed.err) == (0, f"2 caches, {megabytes(sum(sizes))}\n")
 
 
-def test_ls_as_json_has_every_field_and_the_title(ask: Asking) -> None:
+def test_ls_json_has_all_fields_and_the_title(ask: Asking) -> None:
     turn = ask.json(FIRST, "--kv", "bf16").turn
     (entry,) = json.loads(ask.shell("cache", "ls", "--json").out)
     assert (entry["conversation"], entry["title"], entry["damage"]) == (turn["conversation"], FIRST, "")
@@ -64,14 +64,14 @@ def test_ls_as_json_has_every_field_and_the_title(ask: Asking) -> None:
     assert isinstance(entry["last_used"], float)
 
 
-def test_ls_without_anything_saved(kvchat: Shell) -> None:
+def test_ls_without_saved_caches(kvchat: Shell) -> None:
     assert kvchat("cache", "ls") == Done(
-        0, "", "Nothing is saved yet. Every turn of a chat saves its cache.\n"
+        0, "", "No caches are saved yet. Every turn of a chat saves its cache.\n"
     )
     assert kvchat("cache", "ls", "--json").out == "[]\n"
 
 
-def test_a_damaged_cache_and_an_empty_folder_are_listed_with_what_is_wrong(ask: Asking) -> None:
+def test_ls_describes_damaged_caches_and_empty_folders(ask: Asking) -> None:
     talk = ask.json(FIRST).turn["conversation"]
     (segment,) = ask.shell.segments(talk)
     segment.write_bytes(segment.read_bytes()[:-1])
@@ -88,7 +88,7 @@ def test_a_damaged_cache_and_an_empty_folder_are_listed_with_what_is_wrong(ask: 
     assert "save" in shown.out  # the timeline is there all the same
 
 
-def test_hostile_words_do_not_reach_the_terminal(ask: Asking) -> None:
+def test_terminal_escapes_are_not_printed(ask: Asking) -> None:
     folder = ask.shell.home / "tiny\x1b[31m\nmodel"
     shutil.copytree(ask.folder, folder)
     talk = Asking(ask.shell, folder).json(HOSTILE).turn["conversation"]
@@ -110,7 +110,7 @@ def test_hostile_words_do_not_reach_the_terminal(ask: Asking) -> None:
 # show
 
 
-def test_show_prints_what_it_was_made_by_its_segments_and_its_timeline(ask: Asking) -> None:
+def test_show_prints_fingerprint_segments_and_timeline(ask: Asking) -> None:
     first, second = ask.json(FIRST, SECOND).turns
     talk = first["conversation"]
     held, all_held = (turn["stats"]["kv_tokens"] for turn in (first, second))
@@ -128,7 +128,7 @@ def test_show_prints_what_it_was_made_by_its_segments_and_its_timeline(ask: Aski
     assert "reuse" in kinds
 
 
-def test_show_as_json_and_as_csv_says_what_the_store_says(ask: Asking) -> None:
+def test_show_json_and_csv_match_the_store(ask: Asking) -> None:
     turn = ask.json(FIRST).turn
     talk = turn["conversation"]
     odd = CacheEvent(talk, CacheEventKind.EVICT, 7, 8, 0.5, 'turns, "oldest"; 旅行', 1.5)
@@ -146,7 +146,7 @@ def test_show_as_json_and_as_csv_says_what_the_store_says(ask: Asking) -> None:
     assert rows == [{name: str(value) for name, value in asdict(event).items()} for event in events]
 
 
-def test_show_of_a_conversation_without_a_cache_has_its_timeline(ask: Asking) -> None:
+def test_show_without_a_cache_prints_the_timeline(ask: Asking) -> None:
     talk = ask.json(FIRST).turn["conversation"]
     ask.shell("cache", "rm", talk)
     lines = without_times(ask.shell("cache", "show", talk))
@@ -158,18 +158,18 @@ def test_show_of_a_conversation_without_a_cache_has_its_timeline(ask: Asking) ->
 # rm
 
 
-def test_rm_deletes_the_cache_and_leaves_the_conversation(ask: Asking) -> None:
+def test_rm_deletes_the_cache_but_not_the_conversation(ask: Asking) -> None:
     gone, kept = (ask.json(text).turn["conversation"] for text in (FIRST, SECOND))
     saved, size = ask.shell.saved(gone), bytes_on_disk(ask.shell, gone)
     removed = ask.shell("cache", "rm", gone[:6], gone)
-    assert removed == Done(0, "", f"1 cache deleted; {megabytes(size)} are free again.\n")
+    assert removed == Done(0, "", f"1 cache deleted; {megabytes(size)} freed.\n")
     assert {path.parent.name for path in ask.shell.segments()} == {kept}
     assert ask.shell.saved(gone) == saved
     again = ask.json("-r", gone, "More").stats
     assert (again["restored_tokens"], again["reuse_note"]) == (0, "not read since the engine started")
 
 
-def test_rm_all_deletes_every_cache_and_no_conversation(ask: Asking) -> None:
+def test_rm_all_deletes_all_caches_but_no_conversation(ask: Asking) -> None:
     talks = [ask.json(text).turn["conversation"] for text in (FIRST, SECOND)]
     assert ask.shell("cache", "rm", "--all").err.startswith("2 caches deleted; ")
     assert ask.shell.segments() == []
@@ -178,7 +178,7 @@ def test_rm_all_deletes_every_cache_and_no_conversation(ask: Asking) -> None:
 
 
 def save_folders(shell: Shell, *names: str) -> list[Path]:
-    """Folders that pass for saved caches."""
+    """Creates folders that look like saved caches."""
     folders = [shell.data / "kv" / name for name in names]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -199,7 +199,7 @@ def save_folders(shell: Shell, *names: str) -> list[Path]:
         (("rm",), "Which cache? `kvchat cache ls` lists them; --all deletes every one."),
     ],
 )
-def test_what_names_no_cache_is_one_sentence_and_deletes_nothing(
+def test_rm_rejects_unknown_and_ambiguous_prefixes(
     kvchat: Shell, arguments: tuple[str, ...], sentence: str
 ) -> None:
     folders = save_folders(kvchat, "aaa00000", "abb00000")
@@ -210,7 +210,7 @@ def test_what_names_no_cache_is_one_sentence_and_deletes_nothing(
 # gc
 
 
-def test_gc_deletes_what_belongs_to_no_conversation_and_what_a_killed_process_left(ask: Asking) -> None:
+def test_gc_deletes_orphaned_caches_and_partial_files(ask: Asking) -> None:
     kept, gone = (ask.json(text).turn["conversation"] for text in (FIRST, SECOND))
     with closing(Store(ask.shell.data / "kvchat.db")) as store:
         store.delete(gone)
@@ -218,12 +218,12 @@ def test_gc_deletes_what_belongs_to_no_conversation_and_what_a_killed_process_le
     before = {path: path.read_bytes() for path in ask.shell.segments(kept)}
     half_written.write_bytes(b"\0" * 2_000_000)
     freed = bytes_on_disk(ask.shell, gone) + 2_000_000
-    assert ask.shell("cache", "gc") == Done(0, "", f"{megabytes(freed)} are free again.\n")
+    assert ask.shell("cache", "gc") == Done(0, "", f"{megabytes(freed)} freed.\n")
     assert {path: path.read_bytes() for path in ask.shell.segments()} == before
-    assert ask.shell("cache", "gc").err == "0.0 MB are free again.\n"
+    assert ask.shell("cache", "gc").err == "0.0 MB freed.\n"
     assert ask.json("-r", kept, "More").stats["restored_tokens"] > 0
 
 
-def test_gc_of_nothing_makes_nothing(kvchat: Shell) -> None:
-    assert kvchat("cache", "gc") == Done(0, "", "0.0 MB are free again.\n")
+def test_gc_without_caches_creates_nothing(kvchat: Shell) -> None:
+    assert kvchat("cache", "gc") == Done(0, "", "0.0 MB freed.\n")
     assert kvchat.files() == []

@@ -1,4 +1,4 @@
-"""The command line: what goes to which stream, which setting wins, what is said when something is wrong."""
+"""The command line: output streams, precedence of settings, error messages, exit codes."""
 
 import io
 import json
@@ -58,13 +58,13 @@ STATS = {
 FIRST, SECOND = "Which pass is open?", "How long is the drive?"
 LONG = "Which pass over the mountains is open in May? " * 3
 SMALL = ("--context", "128")
-"""Room for two turns with that question."""
+"""Context limit for two turns with that question."""
 PATIENCE_S = 120
 
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -96,7 +96,7 @@ class Done:
 
 
 class Terminal(io.StringIO):
-    """Standard input where nobody types."""
+    """Standard input of a terminal without input."""
 
     def isatty(self) -> bool:
         return True
@@ -104,7 +104,7 @@ class Terminal(io.StringIO):
 
 @dataclass
 class Shell:
-    """Runs `kvchat` in this process, in folders and an environment of its own."""
+    """Runs `kvchat` in this process, with its own folders and environment."""
 
     home: Path
     monkeypatch: pytest.MonkeyPatch
@@ -212,7 +212,7 @@ def process(*arguments: str | Path, **options: Any) -> "subprocess.Popen[str]": 
 # kvchat run
 
 
-def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(ask: Asking) -> None:
+def test_run_prints_the_answer_on_stdout_and_statistics_on_stderr(ask: Asking) -> None:
     done = ask(FIRST, "--max-tokens", "8")
     conversation = ask.shell.saved()
     assert done.code == 0
@@ -223,7 +223,7 @@ def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(ask: Asking) -> Non
     )
 
 
-def test_json_has_the_names_that_were_agreed_on(ask: Asking) -> None:
+def test_run_json_has_the_documented_fields(ask: Asking) -> None:
     first, second = ask.json(FIRST, SECOND).turns
     for turn in (first, second):
         assert list(turn) == ["text", "conversation", "stats"]
@@ -231,7 +231,7 @@ def test_json_has_the_names_that_were_agreed_on(ask: Asking) -> None:
     assert first["conversation"] == second["conversation"]
 
 
-def test_the_second_turn_reads_its_new_tokens_only(ask: Asking) -> None:
+def test_the_second_turn_prefills_only_new_tokens(ask: Asking) -> None:
     first, second = (turn["stats"] for turn in ask.json(FIRST, SECOND).turns)
     assert (first["reused_tokens"], first["prefilled_tokens"]) == (0, first["prompt_tokens"])
     assert second["reused_tokens"] == first["kv_tokens"] == first["prompt_tokens"] + 7
@@ -240,7 +240,7 @@ def test_the_second_turn_reads_its_new_tokens_only(ask: Asking) -> None:
     assert second["reuse_note"] == ""
 
 
-def test_everything_of_a_turn_is_saved(ask: Asking) -> None:
+def test_all_fields_of_a_turn_are_saved(ask: Asking) -> None:
     turn = ask.json(FIRST, "-s", "Be brief.").turn
     saved = ask.shell.saved(turn["conversation"])
     assert (saved.title, saved.system_prompt, saved.model) == (FIRST, "Be brief.", str(ask.folder))
@@ -261,7 +261,7 @@ def test_the_cache_modes(ask: Asking, mode: str, kept: bool) -> None:
     assert bool(second["reuse_note"]) is not kept
 
 
-def test_a_seed_repeats_an_answer(ask: Asking) -> None:
+def test_equal_seeds_give_equal_answers(ask: Asking) -> None:
     hot = (FIRST, "--temperature", "1.5", "--top-p", "1")
     texts = [ask.json(*hot, "--seed", seed).turn["text"] for seed in ("7", "7", "8")]
     assert texts[0] == texts[1] != texts[2]
@@ -277,7 +277,7 @@ def test_private_writes_nothing(ask: Asking) -> None:
     assert ask.shell.files() == []
 
 
-def test_private_leaves_what_was_saved_as_it_is(ask: Asking) -> None:
+def test_private_changes_no_saved_data(ask: Asking) -> None:
     ask.json(FIRST)
     before = {path: path.read_bytes() for path in ask.shell.segments()}
     assert before
@@ -290,25 +290,25 @@ def test_private_leaves_what_was_saved_as_it_is(ask: Asking) -> None:
 # where prompts come from
 
 
-def test_a_dash_and_a_pipe_read_standard_input(ask: Asking) -> None:
+def test_a_dash_or_a_pipe_reads_standard_input(ask: Asking) -> None:
     ask.json(stdin="From a\npipe\n\n")
     assert ask.shell.saved().messages[0].text == "From a\npipe"
     ask.json(FIRST, "-", stdin="From a pipe\n")
     assert [m.text for m in ask.shell.saved().messages if m.role == "user"] == [FIRST, "From a pipe"]
 
 
-def test_a_prompt_leaves_standard_input_alone(ask: Asking) -> None:
+def test_a_prompt_argument_does_not_read_standard_input(ask: Asking) -> None:
     stdin = io.StringIO("For somebody else\n")
     ask(FIRST, "--max-tokens", "1", stdin=stdin)
     assert stdin.read() == "For somebody else\n"
 
 
-def test_without_a_prompt_at_a_terminal_it_asks_for_one(ask: Asking) -> None:
+def test_run_without_a_prompt_at_a_terminal_is_an_error(ask: Asking) -> None:
     assert ask(stdin=Terminal()).complaint.startswith("What is the prompt?")
 
 
 @pytest.mark.parametrize("prompts", [("",), (" \n\t",), (FIRST, ""), ("-",), ()])
-def test_an_empty_prompt_is_refused_before_anything_is_asked(ask: Asking, prompts: tuple[str, ...]) -> None:
+def test_an_empty_prompt_is_an_error_before_any_turn(ask: Asking, prompts: tuple[str, ...]) -> None:
     assert ask(*prompts).complaint == "The prompt is empty."
     assert ask.shell.files() == []
 
@@ -316,7 +316,7 @@ def test_an_empty_prompt_is_refused_before_anything_is_asked(ask: Asking, prompt
 # going on
 
 
-def test_continue_takes_the_conversation_used_last(ask: Asking) -> None:
+def test_continue_opens_the_most_recently_used_conversation(ask: Asking) -> None:
     first, second = (ask.json(text).turn["conversation"] for text in (FIRST, SECOND))
     assert ask.json("-c", "More").turn["conversation"] == second
     assert ask.json("-r", first[:5], "More").turn["conversation"] == first
@@ -328,7 +328,7 @@ def test_continue_takes_the_conversation_used_last(ask: Asking) -> None:
     ]
 
 
-def test_a_continued_conversation_goes_on_where_it_was(ask: Asking) -> None:
+def test_a_continued_conversation_has_its_history(ask: Asking) -> None:
     first = ask.json(FIRST).turn
     (_, answer) = ask.shell.saved().messages
     second = ask.json("-c", SECOND).turn["stats"]
@@ -343,7 +343,7 @@ def test_a_continued_conversation_goes_on_where_it_was(ask: Asking) -> None:
     assert ask.shell.saved().messages[1] == answer
 
 
-def test_a_restored_conversation_goes_on_as_one_that_was_never_left(ask: Asking) -> None:
+def test_a_restored_cache_gives_the_same_answer_as_a_resident_one(ask: Asking) -> None:
     together = [turn["text"] for turn in ask.json(FIRST, SECOND, "More").turns]
     apart = [ask.json(FIRST).turn["text"], *(ask.json("-c", text).turn["text"] for text in (SECOND, "More"))]
     assert apart == together
@@ -352,7 +352,7 @@ def test_a_restored_conversation_goes_on_as_one_that_was_never_left(ask: Asking)
     assert kinds == [CacheEventKind.SAVE, *again, *again]
 
 
-def test_a_conversation_whose_cache_is_gone_is_read_again(ask: Asking) -> None:
+def test_a_conversation_without_saved_cache_is_prefilled_again(ask: Asking) -> None:
     first = ask.json(FIRST).turn["conversation"]
     shutil.rmtree(ask.shell.data / "kv")
     second = ask.json("-c", SECOND).turn
@@ -362,7 +362,7 @@ def test_a_conversation_whose_cache_is_gone_is_read_again(ask: Asking) -> None:
     assert CacheEventKind.MISS in ask.shell.happened(first)
 
 
-def test_a_saved_cache_of_another_model_is_refused_with_words(ask: Asking) -> None:
+def test_a_saved_cache_of_another_model_is_refused_with_a_reason(ask: Asking) -> None:
     ask.json(FIRST)
     stats = ask("--json", "--precision", "bf16", "-c", SECOND, "--max-tokens", "2").stats
     assert (stats["restored_tokens"], stats["weights_dtype"]) == (0, "bf16")
@@ -370,7 +370,7 @@ def test_a_saved_cache_of_another_model_is_refused_with_words(ask: Asking) -> No
 
 
 @pytest.mark.parametrize("where", ["header", "tensors", "end"])
-def test_a_damaged_cache_is_refused_with_words_and_the_answer_is_the_same(ask: Asking, where: str) -> None:
+def test_a_damaged_cache_is_refused_and_the_answer_is_the_same(ask: Asking, where: str) -> None:
     together = [turn["text"] for turn in ask.json(FIRST, SECOND).turns]
     talk = ask.json(FIRST).turn["conversation"]
     (segment,) = ask.shell.segments(talk)
@@ -390,7 +390,7 @@ def test_a_damaged_cache_is_refused_with_words_and_the_answer_is_the_same(ask: A
 # what a cache may take
 
 
-def test_a_cache_is_stored_as_the_flag_says_and_stays_so(ask: Asking) -> None:
+def test_kv_precision_is_saved_with_the_conversation(ask: Asking) -> None:
     plain = ask.json(LONG * 4).stats
     first = ask.json(LONG * 4, "--kv", "int8").stats
     assert (plain["kv_dtype"], first["kv_dtype"]) == ("fp32", "int8")
@@ -404,7 +404,7 @@ def test_a_cache_is_stored_as_the_flag_says_and_stays_so(ask: Asking) -> None:
     assert ask.shell.saved().kv is KVPrecision.FP32
 
 
-def test_a_full_context_drops_the_oldest_turns_and_that_stays(ask: Asking) -> None:
+def test_policy_turns_evicts_the_oldest_turns_for_good(ask: Asking) -> None:
     turns = [turn["stats"] for turn in ask.json(LONG, LONG, LONG, LONG, *SMALL).turns]
     assert turns[0]["evicted_tokens"] == 0
     assert sum(stats["evicted_tokens"] for stats in turns) > 0
@@ -418,7 +418,7 @@ def test_a_full_context_drops_the_oldest_turns_and_that_stays(ask: Asking) -> No
     assert whole["prompt_tokens"] < 4 * turns[0]["prompt_tokens"]
 
 
-def test_the_policy_none_refuses_what_turns_would_answer(ask: Asking) -> None:
+def test_policy_none_fails_when_the_context_is_full(ask: Asking) -> None:
     refused = ask(LONG, LONG, LONG, LONG, "--policy", "none", "--max-tokens", "8", *SMALL)
     assert refused.code == 1
     assert "the context holds 128" in refused.err.splitlines()[-1]
@@ -427,7 +427,7 @@ def test_the_policy_none_refuses_what_turns_would_answer(ask: Asking) -> None:
 
 
 @pytest.mark.parametrize("policy", ["sinks", "snapkv"])
-def test_a_policy_that_leaves_gaps_keeps_every_message_in_the_prompt(ask: Asking, policy: str) -> None:
+def test_policies_with_gaps_keep_all_messages_in_the_prompt(ask: Asking, policy: str) -> None:
     turns = [turn["stats"] for turn in ask.json(LONG, LONG, LONG, "--policy", policy, *SMALL).turns]
     assert sum(stats["evicted_tokens"] for stats in turns) > 0
     assert all(stats["kv_tokens"] <= 128 for stats in turns)
@@ -436,7 +436,7 @@ def test_a_policy_that_leaves_gaps_keeps_every_message_in_the_prompt(ask: Asking
     assert ask.json("-c", "More", *SMALL).stats["restored_tokens"] > 0
 
 
-def test_a_budget_is_a_context_limit_where_it_is_smaller(ask: Asking) -> None:
+def test_a_small_budget_limits_the_context(ask: Asking) -> None:
     limits = [
         ask.json(FIRST, *budget).stats["context_limit"]
         for budget in ((), ("--kv-budget", "2GB"), ("--kv-budget", "600kB"), ("--kv-budget", "600000"))
@@ -445,13 +445,13 @@ def test_a_budget_is_a_context_limit_where_it_is_smaller(ask: Asking) -> None:
     assert 256 <= limits[2] == limits[3] < 600
 
 
-def test_a_disk_of_nothing_saves_nothing(ask: Asking) -> None:
+def test_kv_disk_0_saves_nothing(ask: Asking) -> None:
     ask.json(FIRST, "--kv-disk", "0")
     assert ask.shell.segments() == []
     assert ask.json("-c", SECOND).stats["restored_tokens"] == 0
 
 
-def test_a_cache_that_does_not_fit_on_the_disk_is_told(ask: Asking) -> None:
+def test_a_cache_above_the_disk_limit_is_reported(ask: Asking) -> None:
     talk = ask.json(FIRST, "--kv-disk", "10 kB").turn["conversation"]
     assert ask.shell.segments() == []
     refusals = ask.shell.events(talk)  # after the turn, and perhaps once more when the engine closes
@@ -459,7 +459,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_told(ask: Asking) -> None:
     assert all("all of them may take 0.0 MB" in refusal.note for refusal in refusals)
 
 
-def test_the_disk_keeps_the_conversations_used_last(ask: Asking) -> None:
+def test_the_disk_limit_evicts_least_recently_used_caches(ask: Asking) -> None:
     first = ask.json(FIRST).turn["conversation"]
     size = sum(path.stat().st_size for path in ask.shell.segments(first))
     second = ask.json(FIRST, "--kv-disk", str(int(1.5 * size))).turn["conversation"]
@@ -468,18 +468,18 @@ def test_the_disk_keeps_the_conversations_used_last(ask: Asking) -> None:
     assert ask.json("-r", first, SECOND).stats["restored_tokens"] == 0
 
 
-def test_continue_without_conversations_begins_one(ask: Asking) -> None:
+def test_continue_without_conversations_starts_one(ask: Asking) -> None:
     assert ask.json("-c", FIRST).turn["conversation"] == ask.shell.saved().id
 
 
-def test_a_wrong_id_is_a_sentence(ask: Asking) -> None:
+def test_an_unknown_id_is_one_sentence(ask: Asking) -> None:
     ask.json(FIRST)
     complaint = ask("-r", "zzz", SECOND).complaint
     assert complaint == "No conversation starts with 'zzz'. `kvchat sessions` lists them."
     assert len(ask.shell.saved().messages) == 2
 
 
-def test_the_environment_can_say_continue(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continue_can_be_set_by_the_environment(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ask.json(FIRST).turn["conversation"]
     monkeypatch.setenv("KVCHAT_CONTINUE", "1")
     assert ask.json(SECOND).turn["conversation"] == first
@@ -488,7 +488,7 @@ def test_the_environment_can_say_continue(ask: Asking, monkeypatch: pytest.Monke
 # settings
 
 
-def test_flag_over_environment_over_file_over_default(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precedence_is_flag_environment_file_default(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     ask("--context", "40", FIRST)
     assert ask.shell.saved().sampling.max_tokens == 512
     ask.shell.configure("max-tokens = 3\ntemperature = 0.5")
@@ -499,7 +499,7 @@ def test_flag_over_environment_over_file_over_default(ask: Asking, monkeypatch: 
     assert (ask.shell.saved().sampling.temperature, ask.shell.saved().sampling.max_tokens) == (0.5, 5)
 
 
-def test_every_kind_of_setting_comes_from_the_environment(
+def test_every_type_of_setting_can_be_set_by_the_environment(
     ask: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {
@@ -533,7 +533,7 @@ def test_sizes_in_the_configuration_are_numbers_or_text(ask: Asking) -> None:
     assert "KV budget" in ask(FIRST).complaint or ask.json(FIRST).stats["context_limit"] < 1024
 
 
-def test_a_continued_conversation_keeps_its_settings(ask: Asking) -> None:
+def test_a_continued_conversation_has_its_own_settings(ask: Asking) -> None:
     kept = ("--cache", "off", "-s", "Sing.", "--top-k", "7", "--kv", "int8", "--policy", "none")
     ask.json(FIRST, *kept, tokens=3)
     before = ask.shell.saved()
@@ -549,7 +549,9 @@ def test_a_continued_conversation_keeps_its_settings(ask: Asking) -> None:
     assert (after.kv, after.policy) == (KVPrecision.INT8, EvictionPolicy.NONE)
 
 
-def test_flags_change_a_continued_conversation_for_good(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_flags_change_the_settings_of_a_continued_conversation(
+    ask: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ask.json(FIRST, "--cache", "off", "-s", "Sing.", tokens=3)
     stats = ask.resumed("-c", SECOND, "--cache", "turn", "--max-tokens", "2").stats
     assert (stats["generated_tokens"], stats["cache_mode"]) == (2, "turn")
@@ -561,26 +563,28 @@ def test_flags_change_a_continued_conversation_for_good(ask: Asking, monkeypatch
     assert saved.system_prompt == ""
 
 
-def test_a_model_that_is_none_is_not_remembered(ask: Asking) -> None:
+def test_an_unknown_model_is_not_saved(ask: Asking) -> None:
     ask.json(FIRST)
     assert "There is no model 'tinny'" in ask.shell("run", "-c", "-m", "tinny", SECOND).complaint
     assert ask.resumed("-c", SECOND, "--max-tokens", "2").code == 0
 
 
-def test_a_model_folder_is_found_again_from_elsewhere(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_model_folder_is_saved_as_an_absolute_path(
+    ask: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ask.folder.parent)
     assert ask("-m", ask.folder.name, FIRST, "--max-tokens", "2").code == 0
     monkeypatch.chdir(ask.shell.home)
     assert ask.resumed("-c", SECOND).code == 0
 
 
-def test_a_conversation_that_is_too_long_says_so_and_stays(ask: Asking) -> None:
+def test_a_conversation_longer_than_the_context_is_an_error_and_unchanged(ask: Asking) -> None:
     done = ask("--context", "64", "Which pass over the mountains is open in May? " * 20)
     assert re.fullmatch(r"This conversation is \d{3} tokens and the context holds 64, .*", done.complaint)
     assert [m.role for m in ask.shell.saved().messages] == ["user"]
 
 
-def test_an_answer_ends_at_the_context(ask: Asking) -> None:
+def test_an_answer_ends_at_the_context_limit(ask: Asking) -> None:
     stats = ask.json(FIRST, "--context", "40", tokens=100).stats
     assert (stats["finish_reason"], stats["context_limit"]) == ("context", 40)
     assert stats["prompt_tokens"] + stats["generated_tokens"] == 40
@@ -608,10 +612,13 @@ def test_an_answer_ends_at_the_context(ask: Asking) -> None:
         (("models", "path"), "is not here yet. `kvchat models pull smollm2-135m-instruct` fetches it."),
         (("models", "rm", "nothing"), "There is no prepared model 'nothing'"),
         (("sessions", "--data-dir", "{home}/file"), "can't be opened"),
-        (("sessions", "search", " "), "Which words?"),
+        (("sessions", "search", " "), "There are no words to search for."),
         (("sessions", "import", "{home}/none.json"), "none.json can't be read: No such file or directory."),
         (("models", "pull", "--data-dir", "/dev/null/none"), "Models cannot be written to /dev/null/none"),
-        (("bench", "--plot", "{home}/none/x.svg"), "x.svg can't be written: {home}/none is no folder"),
+        (
+            ("bench", "--plot", "{home}/none/x.svg"),
+            "x.svg can't be written: {home}/none is not a writable folder",
+        ),
         (("bench", "--profile", "{home}"), "can't be written"),
         (("run", "--data-dir", "{home}/file", "Hello"), "can't be opened"),
         ((), "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."),
@@ -625,7 +632,7 @@ def test_failures_are_one_sentence(kvchat: Shell, arguments: tuple[str, ...], se
     assert sentence.replace("{home}", str(kvchat.home)) in done.complaint
 
 
-def test_a_file_that_is_no_database_is_one_sentence(kvchat: Shell) -> None:
+def test_a_file_that_is_not_a_database_is_one_sentence(kvchat: Shell) -> None:
     kvchat.data.mkdir()
     (kvchat.data / "kvchat.db").write_text("This is a letter. " * 100)
     assert "kvchat.db can't be opened: file is not a database." in kvchat("sessions").complaint
@@ -648,12 +655,12 @@ def test_a_database_with_a_damaged_page_is_one_sentence(kvchat: Shell, command: 
     assert "The conversations can't be read: database disk image is malformed." in kvchat(*command).complaint
 
 
-def test_a_device_that_is_not_there_is_one_sentence(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_one_sentence(ask: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "There is no device cuda" in ask("--device", "cuda", FIRST).complaint
 
 
-def test_weights_that_are_not_compiled_are_told_before_anything_is_measured(ask: Asking) -> None:
+def test_bench_checks_compiled_weights_before_measuring(ask: Asking) -> None:
     done = ask.shell("bench", "-m", ask.folder, "--precision", "fp32", "--weights", "int4")
     assert f"`kvchat models prepare {ask.folder} --precision int4` does that." in done.complaint
 
@@ -665,13 +672,13 @@ def test_damaged_weights_are_one_sentence(ask: Asking) -> None:
     assert "the weights in" in ask("-m", damaged, FIRST).complaint
 
 
-def test_standard_input_that_is_no_text_is_one_sentence(ask: Asking) -> None:
+def test_standard_input_that_is_not_utf8_is_one_sentence(ask: Asking) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
     done = ask("-", stdin=stdin)  # type: ignore[arg-type]
     assert done.complaint.startswith("Standard input is not text: ")
 
 
-def test_a_wrong_flag_is_answered_with_flags_that_help_lists(kvchat: Shell) -> None:
+def test_an_unknown_flag_suggests_existing_ones(kvchat: Shell) -> None:
     assert "--tour" not in kvchat("--bogus").err
     assert kvchat("--tour").code == 2
 
@@ -715,7 +722,7 @@ def test_a_wrong_flag_is_answered_with_flags_that_help_lists(kvchat: Shell) -> N
         ("models", "rm"),
     ],
 )
-def test_wrong_usage_ends_with_two_and_names_it(kvchat: Shell, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_exits_with_2_and_names_the_argument(kvchat: Shell, arguments: tuple[str, ...]) -> None:
     done = kvchat(*arguments)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("Usage: kvchat ")
@@ -723,22 +730,20 @@ def test_wrong_usage_ends_with_two_and_names_it(kvchat: Shell, arguments: tuple[
     assert kvchat.files() == []
 
 
-def test_an_unknown_name_in_the_configuration_is_a_warning_with_its_line(kvchat: Shell) -> None:
+def test_an_unknown_setting_is_a_warning_with_its_line(kvchat: Shell) -> None:
     file = kvchat.configure("threads = 1\ntemprature = 1")
     done = kvchat("paths")
     assert (done.code, "database" in done.out) == (0, True)
     assert done.err == (
-        f"kvchat: warning: {file}, line 2: temprature is no setting; perhaps temperature is meant. "
-        "It is left out.\n"
+        f"kvchat: warning: {file}, line 2: temprature is not a setting and is ignored. "
+        "Did you mean temperature?\n"
     )
     assert kvchat("sessions").code == 0
     assert kvchat("--version").err == ""
 
 
 @pytest.mark.parametrize("text", ["max-tokens = ", "theme = 5\nmax-tokens = [1]", "private = 'perhaps'"])
-def test_whatever_is_wrong_with_the_configuration_what_helps_to_find_it_works(
-    kvchat: Shell, text: str
-) -> None:
+def test_diagnosing_commands_work_with_an_invalid_configuration(kvchat: Shell, text: str) -> None:
     file = kvchat.configure(text)
     for command in (("paths",), ("doctor",), ("config", "path")):
         done = kvchat(*command)
@@ -749,12 +754,12 @@ def test_whatever_is_wrong_with_the_configuration_what_helps_to_find_it_works(
 
 
 @pytest.mark.parametrize("name", ["resume", "continue", "resume-latest", "json"])
-def test_what_belongs_to_one_run_is_no_setting(kvchat: Shell, name: str) -> None:
+def test_flags_of_one_run_are_not_settings(kvchat: Shell, name: str) -> None:
     kvchat.configure(f"{name} = true")
-    assert f"line 1: {name} is no setting" in kvchat("paths").err
+    assert f"line 1: {name} is not a setting" in kvchat("paths").err
 
 
-def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> None:
+def test_an_invalid_value_in_the_configuration_is_a_usage_error(kvchat: Shell) -> None:
     kvchat.configure('max-tokens = "many"')
     done = kvchat("run", "Hello")
     assert done.code == 2
@@ -763,7 +768,7 @@ def test_a_wrong_value_in_the_configuration_is_wrong_usage(kvchat: Shell) -> Non
 
 
 @pytest.mark.parametrize("size", ['"much"', "-5", "true", "[1]", "inf"])
-def test_a_wrong_size_in_the_configuration_is_wrong_usage(kvchat: Shell, size: str) -> None:
+def test_an_invalid_size_in_the_configuration_is_a_usage_error(kvchat: Shell, size: str) -> None:
     kvchat.configure(f"kv-budget = {size}")
     done = kvchat("run", "Hello")
     assert (done.code, done.out) == (2, "")
@@ -771,7 +776,7 @@ def test_a_wrong_size_in_the_configuration_is_wrong_usage(kvchat: Shell, size: s
     assert len(kvchat.files()) == 1
 
 
-def test_ctrl_c_while_it_waits_for_input_is_no_traceback(kvchat: Shell) -> None:
+def test_ctrl_c_during_input_has_no_traceback(kvchat: Shell) -> None:
     class Interrupted(io.StringIO):
         def read(self, size: int | None = -1) -> str:
             raise KeyboardInterrupt
@@ -781,7 +786,7 @@ def test_ctrl_c_while_it_waits_for_input_is_no_traceback(kvchat: Shell) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_download_that_is_told_to_end_unwinds_and_says_so_by_its_code(
+def test_a_signal_ends_a_download_with_its_exit_code(
     kvchat: Shell, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
 ) -> None:
     unwound = []
@@ -813,7 +818,7 @@ def test_help_and_version(kvchat: Shell) -> None:
     assert kvchat("--version").out.split()[-1] == version("kvchat")
 
 
-def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_xdg_folders_or_in_the_data_dir(kvchat: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def paths(*arguments: str | Path) -> dict[str, str]:
         return dict(line.split(maxsplit=1) for line in kvchat("paths", *arguments).out.splitlines())
 
@@ -840,14 +845,14 @@ def test_paths_go_by_xdg_or_lie_in_one_folder(kvchat: Shell, monkeypatch: pytest
 
 
 def save_conversations(shell: Shell, *titles: str) -> list[str]:
-    """Conversations of these titles; returns their ids, the last one first."""
+    """Creates conversations with these titles; returns their ids, last one first."""
     with closing(Store(shell.data / "kvchat.db")) as store:
         for number, title in enumerate(titles):
             store.create(Conversation(f"{number}000abcd", title))
         return [summary.id for summary in store.summaries()]
 
 
-def test_sessions_lists_the_last_used_first(kvchat: Shell) -> None:
+def test_sessions_are_sorted_by_last_use(kvchat: Shell) -> None:
     ids = save_conversations(kvchat, "Trip to the Alps", "Bread")
     lines = kvchat("sessions").out.splitlines()
     assert [line.split()[0] for line in lines] == ids
@@ -865,12 +870,12 @@ def test_sessions_as_json(kvchat: Shell) -> None:
     assert listed[0]["title"] == "\x1b[31mBread"
 
 
-def test_sessions_without_any(kvchat: Shell) -> None:
+def test_sessions_without_conversations(kvchat: Shell) -> None:
     assert kvchat("sessions") == Done(0, "", "No conversations yet. `kvchat` starts one.\n")
     assert kvchat("sessions", "--json").out == "[]\n"
 
 
-def test_escapes_in_titles_do_not_reach_the_terminal(kvchat: Shell) -> None:
+def test_terminal_escapes_in_titles_are_not_printed(kvchat: Shell) -> None:
     save_conversations(kvchat, "\x1b]0;owned\x07\x1b[2JTrip\n\u202eto \x9bthe\rAlps")
     assert kvchat("sessions").out.splitlines()[0].endswith("  ]0;owned[2JTrip to theAlps")
 
@@ -893,12 +898,12 @@ def test_sessions_are_exported_imported_and_searched(kvchat: Shell, tmp_path: Pa
     ids = {each["id"] for each in json.loads(kvchat("sessions", "--json").out)}
     assert {hit["conversation"] for hit in hits} == ids
     assert "\x1b" not in kvchat("sessions", "search", "brenner").out
-    assert kvchat("sessions", "search", "zzz") == Done(1, "", "No conversation holds zzz.\n")
-    assert "no export that kvchat knows" in kvchat("sessions", "import", __file__).complaint
+    assert kvchat("sessions", "search", "zzz") == Done(1, "", "No conversation contains zzz.\n")
+    assert "has an unknown format" in kvchat("sessions", "import", __file__).complaint
 
 
 def install(models: Path, name: str) -> Path:
-    """A folder that passes for a prepared model."""
+    """Creates a folder that looks like a prepared model."""
     folder = models / name
     folder.mkdir(parents=True)
     for file in ("config.json", "kvchat.json", "tokenizer.json"):
@@ -911,52 +916,50 @@ def test_models_are_listed_found_and_removed(kvchat: Shell) -> None:
     name = "smollm2-135m-instruct"
     folder = install(kvchat.data / "models", name)
     listed = {line.split()[0]: line for line in kvchat("models", "list").out.splitlines()}
-    assert "here, 2.0 MB" in listed[name]
-    assert "not here" in listed["qwen3-0.6b"]
+    assert "installed, 2.0 MB" in listed[name]
+    assert "not installed" in listed["qwen3-0.6b"]
     assert kvchat("models", "path").out == f"{folder}\n"
     removed = kvchat("models", "rm", name)
     assert (removed.code, removed.out) == (0, "")
-    assert "2.0 MB are free again" in removed.err
+    assert "2.0 MB freed" in removed.err
     assert not folder.exists()
-    assert "not here" in next(
+    assert "not installed" in next(
         line for line in kvchat("models", "list").out.splitlines() if line.startswith(name)
     )
 
 
 def compiled_of(kvchat: Shell, folder: Path) -> Path:
-    """A folder that passes for what was compiled of a model."""
+    """Creates a folder that looks like a model's compiled packages."""
     made = compiled_folder(kvchat.data / "compiled", folder)
     (made / "fp32-some").mkdir(parents=True)
     (made / "fp32-some" / "weights.safetensors").write_bytes(b"\0" * 1_000_000)
     return made
 
 
-def test_what_was_compiled_counts_and_goes_with_its_model(kvchat: Shell) -> None:
+def test_compiled_packages_count_and_are_deleted_with_the_model(kvchat: Shell) -> None:
     name = "smollm2-135m-instruct"
     folder = install(kvchat.data / "models", name)
     assert "not compiled" in kvchat("models", "path", "--compiled").complaint
     made, other = compiled_of(kvchat, folder), compiled_of(kvchat, kvchat.home)
     assert kvchat("models", "path", "--compiled").out == f"{made}\n"
-    assert "here, 3.0 MB" in kvchat("models", "list").out
-    assert "3.0 MB are free again" in kvchat("models", "rm", name).err
+    assert "installed, 3.0 MB" in kvchat("models", "list").out
+    assert "3.0 MB freed" in kvchat("models", "rm", name).err
     assert (made.exists(), other.exists()) == (False, True)
 
 
-def test_of_a_folder_of_the_users_own_only_what_was_compiled_is_removed(kvchat: Shell) -> None:
+def test_rm_of_a_users_folder_deletes_only_compiled_packages(kvchat: Shell) -> None:
     folder = install(kvchat.home, "own")
     made = compiled_of(kvchat, folder)
     removed = kvchat("models", "rm", folder)
     assert removed.code == 0
-    assert "1.0 MB are free again" in removed.err
+    assert "1.0 MB freed" in removed.err
     assert f"stays in {folder}" in removed.err
     assert (made.exists(), folder.exists()) == (False, True)
     assert "no prepared model" in kvchat("models", "rm", folder).complaint
     assert folder.exists()
 
 
-def test_the_configured_folder_is_the_one_of_the_models_commands_too(
-    kvchat: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_commands_use_the_configured_data_dir(kvchat: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVCHAT_DATA_DIR")
     folder = install(kvchat.home / "elsewhere" / "models", "smollm2-135m-instruct")
     kvchat.configure(f'data-dir = "{kvchat.home / "elsewhere"}"')
@@ -982,7 +985,7 @@ print(json.dumps(seen))
 """
 
 
-def test_commands_that_only_look_import_nothing_heavy(kvchat: Shell) -> None:
+def test_listing_commands_import_no_heavy_packages(kvchat: Shell) -> None:
     save_conversations(kvchat, "Trip to the Alps")
     install(kvchat.data / "models", "smollm2-135m-instruct")
     commands = [
@@ -1007,7 +1010,7 @@ def test_commands_that_only_look_import_nothing_heavy(kvchat: Shell) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {" ".join(command): [] for command in commands}
 
 
-def test_another_process_goes_on_with_the_cache_that_the_first_one_saved(ask: Asking) -> None:
+def test_another_process_restores_the_saved_cache(ask: Asking) -> None:
     """The first prompt is piped into it."""
     done = []
     for stdin, arguments in ((FIRST, ("-",)), (None, ("-c", SECOND))):
@@ -1021,7 +1024,7 @@ def test_another_process_goes_on_with_the_cache_that_the_first_one_saved(ask: As
     assert [turn["text"] for turn in ask.json(FIRST, SECOND).turns] == [turn["text"] for turn in done]
 
 
-def test_ctrl_c_in_mid_answer_keeps_what_was_written(ask: Asking) -> None:
+def test_ctrl_c_during_an_answer_saves_the_partial_answer(ask: Asking) -> None:
     with process(*ask.command("--max-tokens", "900", "--cache", "off", FIRST, SECOND)) as running:
         assert running.stdout
         first = os.read(running.stdout.fileno(), 1).decode()
@@ -1036,7 +1039,7 @@ def test_ctrl_c_in_mid_answer_keeps_what_was_written(ask: Asking) -> None:
     assert 0 < len(answer.token_ids) < 900
 
 
-def test_a_reader_that_leaves_gets_no_traceback_and_the_answer_stays(ask: Asking) -> None:
+def test_a_closed_pipe_has_no_traceback_and_the_answer_is_saved(ask: Asking) -> None:
     with process(*ask.command("--max-tokens", "900", FIRST)) as running:
         assert running.stdout
         first = os.read(running.stdout.fileno(), 1).decode()
@@ -1050,7 +1053,7 @@ def test_a_reader_that_leaves_gets_no_traceback_and_the_answer_stays(ask: Asking
     assert 0 < len(answer.token_ids) < 900
 
 
-def test_a_list_that_nobody_reads_gets_no_traceback(kvchat: Shell) -> None:
+def test_a_list_into_a_closed_pipe_has_no_traceback(kvchat: Shell) -> None:
     save_conversations(kvchat, *["A long title of a conversation about nothing much"] * 2000)
     with process("sessions") as running:
         assert running.stdout
@@ -1061,7 +1064,7 @@ def test_a_list_that_nobody_reads_gets_no_traceback(kvchat: Shell) -> None:
     assert running.returncode == 141
 
 
-def test_a_terminal_that_lacks_letters_gets_the_others(
+def test_characters_the_terminal_cannot_encode_are_replaced(
     kvchat: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_conversations(kvchat, "Trip 旅行 to the Alps")
@@ -1073,11 +1076,11 @@ def test_a_terminal_that_lacks_letters_gets_the_others(
 
 
 @pytest.mark.parametrize("arguments", [("run",), ("run", "-"), ()])
-def test_without_standard_input_there_is_a_sentence(kvchat: Shell, arguments: tuple[str, ...]) -> None:
+def test_closed_standard_input_is_one_sentence(kvchat: Shell, arguments: tuple[str, ...]) -> None:
     assert kvchat(*arguments, stdin=None).complaint
 
 
-def test_the_installed_command_is_the_same(kvchat: Shell) -> None:
+def test_the_installed_script_is_the_same_command(kvchat: Shell) -> None:
     with process("paths") as running:
         out, _ = running.communicate()
     command = [str(Path(sys.executable).with_name("kvchat")), "paths"]
@@ -1096,7 +1099,7 @@ def smollm2_paths(smollm2: LoadedModel) -> tuple[Path, Path]:
 
 
 @pytest.mark.model
-def test_the_real_model_reads_its_new_tokens_only(kvchat: Shell, smollm2_paths: tuple[Path, Path]) -> None:
+def test_the_real_model_prefills_only_new_tokens(kvchat: Shell, smollm2_paths: tuple[Path, Path]) -> None:
     smollm2_folder, compiled = smollm2_paths
     shutil.copytree(compiled, kvchat.data / "compiled")  # else it would be compiled again
     questions = ("Name three rivers of Europe.", "Which of them is the longest?")

@@ -38,8 +38,8 @@ Printed = pytest.CaptureFixture[str]
 class PlayedEngine(samples.PlayedEngine):
     """An engine that plays turns; its caches can't be acted upon."""
 
-    def command(self, act: CacheCommand) -> None:
-        raise AssertionError(f"a turn without a screen does nothing to caches: {act}")
+    def command(self, command: CacheCommand) -> None:
+        raise AssertionError(f"a turn without a screen sends no cache commands: {command}")
 
 
 def finished(

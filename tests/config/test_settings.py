@@ -1,4 +1,4 @@
-"""The configuration file, and how settings combine."""
+"""The configuration file, and precedence and validation of settings."""
 
 from pathlib import Path
 
@@ -18,26 +18,26 @@ def config(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_a_file_sets_what_the_long_flags_set(tmp_path: Path) -> None:
+def test_the_file_sets_settings_by_the_name_of_their_long_flag(tmp_path: Path) -> None:
     path = config(tmp_path, 'max-tokens = 7\ntemperature = 0.5\nmodel = "maker/model"\n')
     assert read_config(path).values == {"max_tokens": 7, "temperature": 0.5, "model": "maker/model"}
 
 
-def test_underscores_do_as_well(tmp_path: Path) -> None:
+def test_names_may_use_underscores(tmp_path: Path) -> None:
     assert read_config(config(tmp_path, "max_tokens = 7")).values == {"max_tokens": 7}
 
 
-def test_no_file_sets_nothing(tmp_path: Path) -> None:
+def test_a_missing_file_is_empty(tmp_path: Path) -> None:
     assert read_config(tmp_path / "none.toml") == Config()
 
 
-def test_an_unknown_name_is_left_out_and_named_with_its_line(tmp_path: Path) -> None:
+def test_an_unknown_name_is_ignored_and_reported_with_its_line(tmp_path: Path) -> None:
     path = config(tmp_path, "temprature = 1\nmax-tokens = 3\n[xyz]\na = 1")
     found = read_config(path)
     assert found.values == {"max_tokens": 3}
     assert found.unknown == (
-        f"{path}, line 1: temprature is no setting; perhaps temperature is meant. It is left out.",
-        f"{path}, line 3: xyz is no setting; `kvchat config list` lists them. It is left out.",
+        f"{path}, line 1: temprature is not a setting and is ignored. Did you mean temperature?",
+        f"{path}, line 3: xyz is not a setting and is ignored. `kvchat config list` lists all settings.",
     )
 
 
@@ -50,7 +50,7 @@ def test_an_unknown_name_is_left_out_and_named_with_its_line(tmp_path: Path) -> 
         *("private = 1", "private = 'perhaps'", "kv-budget = -1", "kv-budget = nan", "kv-disk = true"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_left_out_and_named_with_its_line(tmp_path: Path, line: str) -> None:
+def test_an_invalid_value_is_ignored_and_reported_with_its_line(tmp_path: Path, line: str) -> None:
     found = read_config(config(tmp_path, f"seed = 4\n{line}"))
     assert found.values == {"seed": 4}
     ((key, sentence),) = found.wrong.items()
@@ -59,25 +59,25 @@ def test_a_value_of_the_wrong_type_is_left_out_and_named_with_its_line(tmp_path:
 
 
 @pytest.mark.parametrize("text", ["max-tokens = ", "[unclosed", b"model = '\xff'"])
-def test_a_broken_file_is_named(tmp_path: Path, text: str | bytes) -> None:
+def test_invalid_toml_is_an_error_with_the_path(tmp_path: Path, text: str | bytes) -> None:
     path = config(tmp_path, text)
     with pytest.raises(KvchatError, match="can't be read") as caught:
         read_config(path)
     assert str(path) in str(caught.value)
 
 
-def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KvchatError, match="can't be read"):
         read_config(tmp_path)
 
 
-def test_a_card_recommends_how_to_sample() -> None:
+def test_sampling_defaults_come_from_the_model_card() -> None:
     card = find_card(DEFAULT_MODEL)
     assert sampling_of(card) == Sampling(temperature=0.2, top_p=0.9, max_tokens=512)
     assert sampling_of(None) == Sampling(temperature=0.0)
 
 
-def test_given_values_win_zero_counts_and_none_does_not() -> None:
+def test_changed_applies_every_value_but_none() -> None:
     before = Sampling(temperature=0.7, top_k=40, seed=1)
     given = {"temperature": 0.0, "top_k": 0, "seed": None, "model": "not of sampling"}
     assert changed(before, given) == Sampling(temperature=0.0, top_k=0, seed=1)
@@ -98,7 +98,7 @@ def test_given_values_win_zero_counts_and_none_does_not() -> None:
         ("system", "Be brief.", "Be brief."),
     ],
 )
-def test_what_is_written_becomes_a_value(name: str, text: str, value: object) -> None:
+def test_parse_converts_text_to_the_type_of_the_setting(name: str, text: str, value: object) -> None:
     assert find_setting(name).parse(text) == value
 
 
@@ -119,17 +119,17 @@ def test_what_is_written_becomes_a_value(name: str, text: str, value: object) ->
         ("cache", "ON", "cache is on, turn or off; 'ON' is not"),
     ],
 )
-def test_what_is_no_value_is_refused_with_what_would_be_one(name: str, text: str, words: str) -> None:
+def test_parse_rejects_invalid_text_and_describes_valid_values(name: str, text: str, words: str) -> None:
     with pytest.raises(KvchatError, match=words):
         find_setting(name).parse(text)
 
 
-def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
+def test_an_unknown_setting_is_an_error_that_lists_all_names() -> None:
     with pytest.raises(KvchatError, match=r"no setting colour\. Settings: model, precision"):
         find_setting("colour")
 
 
-def test_a_variable_wins_over_the_file_and_the_file_over_the_default() -> None:
+def test_precedence_is_variable_then_file_then_default() -> None:
     temperature = find_setting("temperature")
     assert effective(temperature, {}, {}) == ("the model card's", "default")
     assert effective(temperature, {"temperature": 0.5}, {}) == ("0.5", "file")
@@ -137,7 +137,7 @@ def test_a_variable_wins_over_the_file_and_the_file_over_the_default() -> None:
     assert given == ("1", "KVCHAT_TEMPERATURE")
 
 
-def test_every_setting_is_a_flag_of_the_chat_with_its_variable() -> None:
+def test_every_setting_is_a_chat_flag_with_an_environment_variable() -> None:
     flags = {param.name: param for param in cli.commands["chat"].params}
     for setting in SETTINGS:
         assert flags[setting.key].envvar == setting.variable
@@ -158,7 +158,7 @@ panel = "f9"  # my thumb
 """
 
 
-def test_writing_a_setting_keeps_comments_keys_and_spelling(tmp_path: Path) -> None:
+def test_writing_a_setting_preserves_comments_keys_and_spelling(tmp_path: Path) -> None:
     path = config(tmp_path, WITH_COMMENTS)
     write_setting(path, find_setting("max-tokens"), 128)
     assert path.read_text() == WITH_COMMENTS.replace("64", "128")
@@ -169,7 +169,7 @@ def test_writing_a_setting_keeps_comments_keys_and_spelling(tmp_path: Path) -> N
     assert all(line in text for line in ("# how I like it", "# not too wild", "# my thumb"))
 
 
-def test_taking_a_setting_out_leaves_the_rest(tmp_path: Path) -> None:
+def test_removing_a_setting_preserves_the_rest(tmp_path: Path) -> None:
     path = config(tmp_path, WITH_COMMENTS)
     write_setting(path, find_setting("max-tokens"), None)
     write_setting(path, find_setting("theme"), None)
@@ -177,7 +177,7 @@ def test_taking_a_setting_out_leaves_the_rest(tmp_path: Path) -> None:
     assert "# how I like it" in path.read_text()
 
 
-def test_the_first_setting_makes_the_file_and_its_folder(tmp_path: Path) -> None:
+def test_writing_creates_the_file_and_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "config.toml"
     write_setting(path, find_setting("reduced-motion"), True)
     assert read_config(path).values == {"reduced_motion": True}
@@ -185,7 +185,7 @@ def test_the_first_setting_makes_the_file_and_its_folder(tmp_path: Path) -> None
     assert [each.name for each in path.parent.iterdir()] == ["config.toml"]
 
 
-def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
+def test_writing_follows_symlinks_and_preserves_the_mode(tmp_path: Path) -> None:
     real = config(tmp_path, "threads = 1\n")
     real.chmod(0o640)
     link = tmp_path / "link.toml"
@@ -196,7 +196,7 @@ def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
     assert real.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_file_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_with_the_path(tmp_path: Path) -> None:
     broken = config(tmp_path, "max-tokens = ")
     with pytest.raises(KvchatError, match="can't be changed") as caught:
         write_setting(broken, find_setting("threads"), 2)
@@ -206,6 +206,6 @@ def test_a_file_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
         write_setting(broken / "below" / "config.toml", find_setting("threads"), 2)
 
 
-def test_keys_are_no_setting(tmp_path: Path) -> None:
+def test_the_keys_table_is_not_a_setting(tmp_path: Path) -> None:
     path = config(tmp_path, 'threads = 2\n[keys]\nnonsense = "f9"\n')
     assert read_config(path) == Config({"threads": 2}, {"nonsense": "f9"})

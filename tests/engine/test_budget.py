@@ -121,7 +121,7 @@ def test_the_least_recently_used_conversation_is_spilled(tiny: LoadedModel, tmp_
         assert going(played) == leaves
         used = [*(each for each in used if each != name), name]
         assert set(house.hot) == set(used[-2:])
-        assert [c.conversation for c in house.pool.caches if c.next_to_go] == used[-2:-1]
+        assert [c.conversation for c in house.pool.caches if c.next_evicted] == used[-2:-1]
     house.engine.close()
 
 
@@ -164,7 +164,7 @@ def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
     assert house.chat("a").kv.ids == tuple(rendered(tiny, [first, *house.chat("b").messages[1:]]))[:prefix]
     played = house.ask("b")
     assert (played.started.reused_tokens, played.started.miss) == (prefix, None)
-    assert [e.note for e in timeline(played, CacheEventKind.LEND)] == ["from a"]
+    assert [e.note for e in timeline(played, CacheEventKind.SHARE)] == ["from a"]
     assert_equals_cold(played, tiny)
     house.engine.close()
 

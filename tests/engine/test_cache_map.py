@@ -60,7 +60,7 @@ def whose(blocks: tuple[CacheBlock, ...]) -> list[tuple[int | None, str]]:
 def statuses(spans: tuple[TokenSpan, ...]) -> dict[int, dict[TokenStatus, int]]:
     told: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
-        told.setdefault(span.message, {})[span.fate] = span.tokens
+        told.setdefault(span.message, {})[span.status] = span.tokens
     return told
 
 
@@ -77,7 +77,7 @@ def test_the_blocks_are_the_cache_in_order_and_their_bytes_are_all_of_its_bytes(
     assert sum(b.bytes for b in blocks) == pytest.approx(chat.kv.used_bytes, abs=len(blocks))
     assert (told.bytes, told.disk_bytes, told.shared_with) == (chat.kv.storage_bytes, 0, ())
     assert "".join(b.text for b in blocks) == loaded.tokenizer.decode(chat.kv.ids, skip_special_tokens=False)
-    assert {(b.held, b.saved, b.precision) for b in blocks} == {(True, False, "fp32")}
+    assert {(b.in_memory, b.on_disk, b.precision) for b in blocks} == {(True, False, "fp32")}
     assert sum(b.tokens for b in blocks if b.sink) == 4
 
 
@@ -118,9 +118,9 @@ def test_evicted_tokens_are_a_gap_of_no_bytes(loaded: LoadedModel) -> None:
     chat = talk(engine, engine._loaded, policy=EvictionPolicy.SINKS)
     chat.ask(sentences(9))
     assert chat.kv.has_gap
-    gone = [b for b in map_of(chat, reports).blocks if not b.held]
+    gone = [b for b in map_of(chat, reports).blocks if not b.in_memory]
     assert sum(b.tokens for b in gone) == len(chat.kv.ids) - len(chat.kv)
-    assert {(b.bytes, b.precision, b.saved) for b in gone} == {(0, "", False)}
+    assert {(b.bytes, b.precision, b.on_disk) for b in gone} == {(0, "", False)}
 
 
 def test_a_fork_shares_what_both_have_read(loaded: LoadedModel) -> None:
@@ -157,16 +157,16 @@ def test_what_is_saved_is_marked_and_what_is_on_disk_only_is_shown_from_there(
     engine, reports = reported(loaded, DiskTier(DiskStore(tmp_path / "shelf", 1 << 30)))
     chat = talk(engine, loaded)
     told = map_of(chat, reports)
-    assert {(b.held, b.saved) for b in told.blocks} == {(True, True)}
+    assert {(b.in_memory, b.on_disk) for b in told.blocks} == {(True, True)}
     assert told.disk_bytes > 0
     tokens = len(chat.kv)
     engine.command(Spill(chat.name))
     told = map_of(chat, reports)
     assert sum(b.tokens for b in told.blocks) == tokens
-    assert {b.saved for b in told.blocks} == {True}
+    assert {b.on_disk for b in told.blocks} == {True}
     assert {b.precision for b in told.blocks} == {"fp32"}
     # the system prefix may stay in memory
-    assert not any(b.held for b in told.blocks if b.message)
+    assert not any(b.in_memory for b in told.blocks if b.message)
     engine.close()
 
 
@@ -254,10 +254,10 @@ def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded, policy=EvictionPolicy.SINKS)
     played = chat.ask(sentences(9))
-    gone = sum(span.tokens for span in played.finished.spans if span.fate is TokenStatus.EVICTED)
+    gone = sum(span.tokens for span in played.finished.spans if span.status is TokenStatus.EVICTED)
     assert gone == len(chat.kv.ids) - len(chat.kv) > 0
     again = chat.ask("And?")
-    evicted = [span for span in again.started.spans if span.fate is TokenStatus.EVICTED]
+    evicted = [span for span in again.started.spans if span.status is TokenStatus.EVICTED]
     assert sum(span.tokens for span in evicted) >= gone
 
 

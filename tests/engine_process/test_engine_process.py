@@ -1,4 +1,4 @@
-"""The engine in a real child process: what crosses the wire, and what happens when a side of it is gone."""
+"""The engine in a child process: messages over the pipe, and the end of either process."""
 
 import shutil
 import signal
@@ -52,16 +52,16 @@ from kvchat.contract import (
     Warm,
     WarmCache,
 )
-from kvchat.engine_process import client
+from kvchat.engine_process import client, server
 from kvchat.engine_process.client import LOG_TAIL_LINES, LinkedEngine, log_tail
 from kvchat.engine_process.server import BATCH_S, EngineOptions, batched
 from tests.support.samples import TOKENIZER, finished, piece
 
 PATIENCE_S = 120.0
-"""Nothing takes so long; what does is broken."""
+"""Timeout of every wait."""
 DISK = 1_000_000_000
 OPENING = 17
-"""Tokens that the template writes before every first question: any conversation lends them to a new one."""
+"""Tokens of the template before the first question: a prefix that all conversations share."""
 LONG = 700
 """Tokens of an answer that is interrupted."""
 
@@ -77,7 +77,7 @@ class Linked:
     log_file: Path
     kv_folder: Path
     reports: list[Status] = field(default_factory=list)
-    """What it said until it was ready."""
+    """Statuses until it was ready."""
 
     def status(self) -> Status:
         """The next report."""
@@ -127,7 +127,7 @@ def linked(folder: Path, log_file: Path) -> Linked:
 
 
 def cache_of(pool: PoolState, conversation: str) -> WarmCache | None:
-    """What is kept of a conversation, in memory or on disk."""
+    """The cache of a conversation, in memory or on disk."""
     return next((cache for cache in pool.caches if cache.conversation == conversation), None)
 
 
@@ -138,7 +138,7 @@ def hot(pool: PoolState) -> set[str]:
 
 @pytest.fixture(scope="module")
 def running(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Linked]:
-    """One child for the tests that leave it as it was: use a conversation of your own."""
+    """A shared child: each test uses its own conversation."""
     started = linked(tiny_folder, tmp_path_factory.mktemp("log") / "engine.log")
     started.engine.start()
     started.reports = started.until_ready()
@@ -148,14 +148,14 @@ def running(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def own(tiny_folder: Path, tmp_path: Path) -> Iterator[Linked]:
-    """A child of one's own, not started yet."""
+    """A child for one test, not started yet."""
     mine = linked(tiny_folder, tmp_path / "log" / "engine.log")
     yield mine
     mine.engine.close()
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Waits until it holds."""
+    """Waits until the condition is true."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
@@ -163,7 +163,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def is_gone(process: psutil.Process) -> bool:
-    """Whether it ended; one whose parent is dead too may not have been buried yet."""
+    """Whether it ended; an orphan may still be a zombie."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -177,7 +177,7 @@ def ask(
     mode: CacheMode = CacheMode.ON,
     before: TurnRequest | None = None,
 ) -> TurnRequest:
-    """A turn that asks the texts."""
+    """A turn with these questions and answers."""
     messages = (before.messages if before else ()) + tuple(PromptMessage("user", text) for text in texts)
     number = next(numbers)
     talk = talk or (before.conversation if before else f"talk-{number}")
@@ -208,10 +208,10 @@ def run_until_tokens(turn: Iterator[TurnEvent]) -> list[TurnEvent]:
     return events
 
 
-# a child that lives
+# turns
 
 
-def test_it_reports_loading_and_then_ready_with_the_facts(running: Linked) -> None:
+def test_start_reports_loading_then_ready_with_model_facts(running: Linked) -> None:
     *loading, ready, pool = running.reports
     assert loading == [Loading("importing torch"), Loading("loading tiny")]
     assert isinstance(ready, Ready)
@@ -224,7 +224,7 @@ def test_it_reports_loading_and_then_ready_with_the_facts(running: Linked) -> No
     assert pool.budget_bytes > 0
 
 
-def test_the_events_of_a_turn_come_in_order_and_complete(running: Linked) -> None:
+def test_turn_events_arrive_in_order(running: Linked) -> None:
     request = ask("The drive over the pass takes three hours. " * 60, tokens=30)
     started, *progress, last = running.engine.turn(request)
     assert isinstance(started, TurnStarted)
@@ -239,7 +239,7 @@ def test_the_events_of_a_turn_come_in_order_and_complete(running: Linked) -> Non
     assert {event.turn for event in (started, *progress, last)} == {request.turn}
 
 
-def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
+def test_later_turns_reuse_the_cache(running: Linked) -> None:
     request = ask("Bread is made from flour, water and salt.")  # nobody else asks it, and could lend it
     held, reused = {0, OPENING}, []
     for question in ("How long is the drive?", "And the train?", "Why?"):
@@ -252,7 +252,7 @@ def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
     assert request.conversation in hot(answer.pool)
 
 
-def test_forgetting_frees_one_conversation(running: Linked) -> None:
+def test_forget_frees_one_conversation(running: Linked) -> None:
     forgotten, kept = ask("Mix the flour and the water."), ask("The train takes two hours.")
     first, second = (ended(list(running.engine.turn(request))) for request in (forgotten, kept))
     running.engine.forget(forgotten.conversation)
@@ -267,7 +267,7 @@ def test_forgetting_frees_one_conversation(running: Linked) -> None:
     assert cold.stats.reuse_note == "not read since the engine started"
 
 
-def test_what_cannot_be_forgotten_is_told_and_the_engine_goes_on(running: Linked) -> None:
+def test_a_failed_forget_is_reported_and_the_engine_goes_on(running: Linked) -> None:
     running.engine.forget("../elsewhere")
     while not isinstance(status := running.status(), Refused):
         pass  # what earlier acts reported
@@ -275,7 +275,7 @@ def test_what_cannot_be_forgotten_is_told_and_the_engine_goes_on(running: Linked
     assert running.answer(ask("Still there?")).text
 
 
-def test_a_stop_ends_the_answer_and_keeps_its_text(running: Linked) -> None:
+def test_stop_ends_the_turn_and_keeps_the_partial_answer(running: Linked) -> None:
     turn = running.engine.turn(request := ask_for_much())
     events = run_until_tokens(turn)
     running.engine.stop(request.turn)
@@ -286,7 +286,7 @@ def test_a_stop_ends_the_answer_and_keeps_its_text(running: Linked) -> None:
     assert answer.text == "".join(event.text for event in events if isinstance(event, Tokens))
 
 
-def test_a_stop_for_another_turn_changes_nothing(running: Linked) -> None:
+def test_stop_of_another_turn_has_no_effect(running: Linked) -> None:
     turn = running.engine.turn(ask("Which pass is open?", tokens=40))
     events = run_until_tokens(turn)
     running.engine.stop("another turn")
@@ -295,7 +295,7 @@ def test_a_stop_for_another_turn_changes_nothing(running: Linked) -> None:
     assert len(ended(events).token_ids) == 40
 
 
-def test_ctrl_c_in_the_terminal_is_not_for_the_child(running: Linked) -> None:
+def test_the_child_ignores_signals_of_the_terminal(running: Linked) -> None:
     turn = running.engine.turn(ask("Which pass is open?", tokens=40))
     events = run_until_tokens(turn)
     running.child.send_signal(signal.SIGINT)
@@ -303,7 +303,7 @@ def test_ctrl_c_in_the_terminal_is_not_for_the_child(running: Linked) -> None:
     assert ended(list(running.engine.turn(ask("Still there?")))).text
 
 
-def test_a_turn_begun_before_the_last_one_ended_gets_its_own_events(running: Linked) -> None:
+def test_overlapping_turns_get_their_own_events(running: Linked) -> None:
     first, second = ask_for_much(), ask("Which pass is open?")
     turn = running.engine.turn(first)
     run_until_tokens(turn)
@@ -315,7 +315,7 @@ def test_a_turn_begun_before_the_last_one_ended_gets_its_own_events(running: Lin
     assert ended(list(turn)).stats.finish_reason == "cancelled"
 
 
-def test_whoever_stops_listening_does_not_disturb_the_next_turn(running: Linked) -> None:
+def test_abandoning_a_turn_does_not_affect_the_next(running: Linked) -> None:
     left = ask("Which pass is open?", tokens=40)
     turn = running.engine.turn(left)
     next(turn)
@@ -325,7 +325,7 @@ def test_whoever_stops_listening_does_not_disturb_the_next_turn(running: Linked)
     assert left.conversation in hot(answer.pool)
 
 
-def test_a_turn_that_is_refused_says_why(running: Linked) -> None:
+def test_an_impossible_turn_fails_with_a_reason(running: Linked) -> None:
     (event,) = running.engine.turn(ask("too long " * 1100))
     assert isinstance(event, TurnFailed)
     assert "the context holds 1,024" in event.reason
@@ -333,7 +333,7 @@ def test_a_turn_that_is_refused_says_why(running: Linked) -> None:
     assert ended(list(running.engine.turn(ask("Shorter")))).text
 
 
-def test_the_child_imports_no_screen_and_no_store(running: Linked) -> None:
+def test_the_child_imports_neither_screen_nor_store(running: Linked) -> None:
     report = running.log_file.parent / f"report-{running.engine.pid}.txt"
     running.child.send_signal(signal.SIGUSR1)
     eventually(report.exists)
@@ -342,10 +342,10 @@ def test_the_child_imports_no_screen_and_no_store(running: Linked) -> None:
     assert not packages & {"textual", "sqlite_utils"}
 
 
-# acts
+# commands
 
 
-def test_a_question_is_priced_before_it_is_asked(running: Linked) -> None:
+def test_estimate_cost_matches_the_turn(running: Linked) -> None:
     request = ask("Which pass is open?")
     first = running.answer(request)
     following_request = following(request, first, "How long is the drive?")
@@ -363,7 +363,7 @@ def test_a_question_is_priced_before_it_is_asked(running: Linked) -> None:
     assert (too_long.key, "the context holds 1,024" in too_long.refusal) == ("another", True)
 
 
-def test_a_precision_is_changed_for_good_and_the_price_of_it_is_told(running: Linked) -> None:
+def test_set_precision_converts_the_cache_and_reports_agreement(running: Linked) -> None:
     request = ask("The drive over the pass takes three hours. " * 30)
     first = running.answer(request)
     before = cache_of(first.pool, request.conversation)
@@ -386,7 +386,7 @@ def test_a_precision_is_changed_for_good_and_the_price_of_it_is_told(running: Li
     assert (stats.reused_tokens, stats.kv_dtype) == (first.stats.kv_tokens, "int8")
 
 
-def test_a_cache_moves_to_disk_and_back(running: Linked) -> None:
+def test_spill_and_warm_move_a_cache_to_disk_and_back(running: Linked) -> None:
     request = ask("Which pass is open?")
     first = running.answer(request)
     talk = request.conversation
@@ -403,7 +403,7 @@ def test_a_cache_moves_to_disk_and_back(running: Linked) -> None:
     assert (answer.reused_tokens, answer.restored_tokens) == (first.stats.kv_tokens, 0)
 
 
-def test_what_cannot_be_done_is_refused_with_words_and_nothing_changes(running: Linked) -> None:
+def test_an_impossible_command_is_refused_and_changes_nothing(running: Linked) -> None:
     request = ask("Which pass is open?")
     first = running.answer(request)
     running.done(Spill(request.conversation))
@@ -417,7 +417,7 @@ def test_what_cannot_be_done_is_refused_with_words_and_nothing_changes(running: 
     assert answer.restored_tokens == answer.reused_tokens == first.stats.kv_tokens
 
 
-def test_a_fork_shares_what_its_parent_read(running: Linked) -> None:
+def test_a_fork_reuses_the_parents_cache(running: Linked) -> None:
     request = ask("Which pass is open?")
     first = running.answer(request)
     child = f"fork-of-{request.conversation}"
@@ -427,7 +427,7 @@ def test_a_fork_shares_what_its_parent_read(running: Linked) -> None:
     assert (answer.reused_tokens, answer.reuse_note) == (first.stats.kv_tokens, "")
 
 
-def test_a_pin_and_a_drop_are_seen_in_the_next_report(running: Linked) -> None:
+def test_pin_and_drop_are_in_the_next_report(running: Linked) -> None:
     request = ask("Which pass is open?")
     running.answer(request)
     pinned = cache_of(running.done(Pin(request.conversation, True))[1], request.conversation)
@@ -440,7 +440,7 @@ def test_a_pin_and_a_drop_are_seen_in_the_next_report(running: Linked) -> None:
     assert not running.saved(request.conversation).segments
 
 
-def test_a_smaller_budget_moves_caches_to_disk(running: Linked) -> None:
+def test_a_smaller_budget_spills_caches(running: Linked) -> None:
     first, second = ask("Which pass is open?"), ask("Tell me about the sea.")
     answers = [running.answer(request) for request in (first, second)]
     pool = answers[1].pool
@@ -458,7 +458,7 @@ def test_a_smaller_budget_moves_caches_to_disk(running: Linked) -> None:
         running.done(SetBudget(before))
 
 
-def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
+def test_a_command_waits_for_the_current_turn(running: Linked) -> None:
     request = ask("Which pass is open?", tokens=40)
     turn = running.engine.turn(request)
     events = run_until_tokens(turn)
@@ -469,16 +469,14 @@ def test_an_act_waits_for_the_turn_under_way(running: Linked) -> None:
     assert cache_of(pool, request.conversation) is None
 
 
-# what lies on disk
+# saved caches
 
 
 DELAYS_S = (0, 0.001)
-"""From an answer to the kill: the first one meets a file that is half written."""
+"""Delay between answer and kill; with the first one a file is partly written."""
 
 
-def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_words(
-    own: Linked, running: Linked
-) -> None:
+def test_a_child_killed_during_a_save_leaves_a_valid_or_refused_cache(own: Linked, running: Linked) -> None:
     own.engine.start()
     own.until_ready()
     request = ask("The drive over the pass takes three hours. " * 20, tokens=4)
@@ -506,10 +504,10 @@ def test_a_child_killed_while_it_saves_leaves_what_is_restored_or_refused_with_w
     assert not list(own.kv_folder.glob("*/*.tmp"))
 
 
-# one that dies
+# death of the child
 
 
-def test_a_killed_child_is_told_and_another_one_goes_on_from_disk(own: Linked) -> None:
+def test_a_killed_child_is_reported_and_its_successor_restores_from_disk(own: Linked) -> None:
     own.engine.start()
     own.until_ready()
     kept = ask("Which pass is open?")
@@ -546,7 +544,7 @@ def test_a_killed_child_is_told_and_another_one_goes_on_from_disk(own: Linked) -
     assert (len(again.token_ids), hot(again.pool)) == (12, {kept.conversation})
 
 
-def test_a_model_that_cannot_be_loaded_is_a_sentence_and_the_child_stays_away(
+def test_a_failed_load_is_one_sentence_and_ends_the_child(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "log_tail", lambda _: ("what a library said before",))
@@ -567,7 +565,7 @@ def test_a_model_that_cannot_be_loaded_is_a_sentence_and_the_child_stays_away(
     broken.engine.close()
 
 
-# one that is closed
+# closing
 
 
 def in_background(work: Callable[[], object]) -> Thread:
@@ -582,7 +580,7 @@ def ends(thread: Thread) -> bool:
     return not thread.is_alive()
 
 
-def test_closing_kills_a_child_that_hangs_while_it_imports_and_whoever_waits_for_it_is_told(
+def test_close_kills_a_hanging_child_and_fails_its_turns(
     own: Linked,
 ) -> None:
     request, events = ask_for_much(), list[TurnEvent]()
@@ -598,8 +596,8 @@ def test_closing_kills_a_child_that_hangs_while_it_imports_and_whoever_waits_for
     assert own.statuses.empty()
 
 
-def test_closing_ends_a_turn_under_way_and_saves_what_may_be_remembered(own: Linked) -> None:
-    """Both turns are from before the start."""
+def test_close_ends_the_current_turn_and_saves_caches(own: Linked) -> None:
+    """Both turns are requested before the child is started."""
     private = replace(ask("Which pass is open?"), persist=False)
     request, events = ask_for_much(CacheMode.ON), Queue[TurnEvent]()
 
@@ -632,7 +630,7 @@ def test_closing_ends_a_turn_under_way_and_saves_what_may_be_remembered(own: Lin
     assert [folder.name for folder in own.kv_folder.iterdir() if folder.is_dir()] == [request.conversation]
 
 
-def test_what_may_not_be_remembered_is_kept_in_memory_only(running: Linked) -> None:
+def test_caches_that_may_not_persist_stay_in_memory(running: Linked) -> None:
     request = replace(ask("Which pass is open?"), persist=False)
     first = running.answer(request)
     again = running.answer(replace(following(request, first, "Why?"), persist=False))
@@ -641,7 +639,7 @@ def test_what_may_not_be_remembered_is_kept_in_memory_only(running: Linked) -> N
     assert not running.saved(request.conversation).segments
 
 
-def test_closing_what_was_never_started(own: Linked) -> None:
+def test_close_before_start(own: Linked) -> None:
     own.engine.close()
     assert own.statuses.empty()
 
@@ -670,7 +668,7 @@ for event in engine.turn(TurnRequest("t", "c", (message,), CacheMode.OFF, Sampli
 
 
 @pytest.mark.parametrize("when", ["Ready", "Tokens"])
-def test_a_child_whose_parent_is_killed_ends_by_itself(tiny_folder: Path, tmp_path: Path, when: str) -> None:
+def test_the_child_ends_after_its_parent_is_killed(tiny_folder: Path, tmp_path: Path, when: str) -> None:
     command = [sys.executable, "-c", PARENT, str(tiny_folder), str(tmp_path / "engine.log"), when]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
@@ -682,7 +680,7 @@ def test_a_child_whose_parent_is_killed_ends_by_itself(tiny_folder: Path, tmp_pa
 # the log
 
 
-def test_everything_a_child_prints_goes_to_the_log(tmp_path: Path) -> None:
+def test_output_of_the_child_goes_to_the_log(tmp_path: Path) -> None:
     log = tmp_path / "deep" / "engine.log"
     script = (
         "import os, sys; from pathlib import Path\n"
@@ -697,7 +695,7 @@ def test_everything_a_child_prints_goes_to_the_log(tmp_path: Path) -> None:
     assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
 
 
-def test_the_tail_of_a_log_is_its_last_lines_with_words(tmp_path: Path) -> None:
+def test_log_tail_has_the_last_lines_that_are_not_blank(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     assert log_tail(log) == ()
     log.write_bytes(b"\n".join(b"line %d\n  " % i for i in range(20)) + b"\n\xff\n")
@@ -710,7 +708,7 @@ def test_the_tail_of_a_log_is_its_last_lines_with_words(tmp_path: Path) -> None:
 
 @dataclass
 class Clock:
-    """Stands in for the `time` module of the link; the events move it."""
+    """A fake `time` module for the server; the events advance it."""
 
     now: float = 0.0
 
@@ -719,7 +717,7 @@ class Clock:
 
 
 def batches(timed: Sequence[tuple[float, TurnEvent]]) -> list[tuple[float, TurnEvent]]:
-    """What `batched` makes of events that come so many seconds apart, each with the time it passed."""
+    """The events of `batched` for events with delays in seconds, each with the time it passed."""
     clock = Clock()
 
     def arriving() -> Iterator[TurnEvent]:
@@ -728,11 +726,11 @@ def batches(timed: Sequence[tuple[float, TurnEvent]]) -> list[tuple[float, TurnE
             yield event
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "time", clock)
+        patch.setattr(server, "time", clock)
         return [(clock.now, event) for event in batched(arriving())]
 
 
-def test_the_first_tokens_pass_at_once_and_later_ones_in_batches() -> None:
+def test_the_first_tokens_pass_immediately_and_later_ones_in_batches() -> None:
     step = BATCH_S / 4
     passed = batches(
         [(step, piece("t", str(i), i)) for i in range(10)] + [(step, finished("t", "0123456789"))]
@@ -742,12 +740,12 @@ def test_the_first_tokens_pass_at_once_and_later_ones_in_batches() -> None:
     assert isinstance(passed[-1][1], TurnFinished)
 
 
-def test_tokens_that_come_slowly_pass_each_at_once() -> None:
+def test_slow_tokens_are_not_batched() -> None:
     slow = [(BATCH_S, piece("t", str(i), i)) for i in range(3)]
     assert [event for _, event in batches(slow)] == [event for _, event in slow]
 
 
-def test_a_batch_has_the_sum_of_its_parts_and_the_newest_figures() -> None:
+def test_a_batch_joins_tokens_and_has_the_latest_sizes() -> None:
     first, second, third = (
         Tokens("t", text, (i,), (i / 10,), TOKENIZER, kv_tokens=i, kv_bytes=10 * i)
         for i, text in enumerate(("Which ", "pa", "ss"), start=1)
@@ -756,7 +754,7 @@ def test_a_batch_has_the_sum_of_its_parts_and_the_newest_figures() -> None:
     assert passed == [first, Tokens("t", "pass", (2, 3), (0.2, 0.3), TOKENIZER, kv_tokens=3, kv_bytes=30)]
 
 
-def test_other_events_push_waiting_tokens_ahead_of_them() -> None:
+def test_pending_tokens_precede_other_events() -> None:
     a, b, c = (piece("t", text, 1) for text in "abc")
     progress = PrefillProgress("t", 1, 2)
     failed = TurnFailed("t", "No memory left.")
@@ -771,7 +769,7 @@ events = st.one_of(
 
 
 @given(st.lists(st.tuples(st.floats(0, 2 * BATCH_S), events)))
-def test_batching_loses_nothing_and_keeps_the_order(timed: list[tuple[float, TurnEvent]]) -> None:
+def test_batching_preserves_tokens_and_order(timed: list[tuple[float, TurnEvent]]) -> None:
     def unbatched(passed: Sequence[tuple[float, TurnEvent]]) -> list[object]:
         """Texts between the other events, and these."""
         flat: list[object] = [("", ())]

@@ -1,4 +1,4 @@
-"""The cards that are shipped, and what is said of a broken one."""
+"""Model cards: those of kvchat, lookup by name, and errors in cards."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def write_card(folder: Path, text: str = CARD) -> Path:
     return path
 
 
-def test_the_default_card_says_all_of_it() -> None:
+def test_the_default_card_has_all_fields() -> None:
     card = find_card(DEFAULT_MODEL)
     assert card is not None
     assert (card.title, card.licence) == ("SmolLM2 135M Instruct", "Apache-2.0")
@@ -55,7 +55,7 @@ def test_the_default_card_says_all_of_it() -> None:
     assert (card.source.wheel_bytes, card.source.gguf_bytes) == (92_871_040, 98_362_432)
 
 
-def test_every_card_is_whole_and_claims_no_more_than_was_tried() -> None:
+def test_every_card_is_valid_and_only_the_default_is_marked_tried() -> None:
     cards = load_cards()
     assert cards[0].name == DEFAULT_MODEL
     assert [card.name for card in cards if card.tried] == [DEFAULT_MODEL]
@@ -66,18 +66,18 @@ def test_every_card_is_whole_and_claims_no_more_than_was_tried() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "QWEN3-0.6B", "Qwen/Qwen3-0.6B", "qwen/qwen3-0.6b"])
-def test_a_card_is_found_by_name_and_by_repository(name: str) -> None:
+def test_find_card_accepts_name_and_repository(name: str) -> None:
     card = find_card(name)
     assert card is not None
     assert card.source == HubSource("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize("name", ["", "qwen", "Qwen/Qwen3"])
-def test_no_card_is_found_by_half_a_name(name: str) -> None:
+def test_find_card_rejects_partial_names(name: str) -> None:
     assert find_card(name) is None
 
 
-def test_the_package_carries_the_cards_or_the_checkout_has_them_beside_it(tmp_path: Path) -> None:
+def test_cards_are_in_the_package_or_beside_it(tmp_path: Path) -> None:
     package = tmp_path / "kvchat"
     package.mkdir()
     assert find_folder(package) == tmp_path / "models"
@@ -85,7 +85,7 @@ def test_the_package_carries_the_cards_or_the_checkout_has_them_beside_it(tmp_pa
     assert find_folder(package) == package / "cards"
 
 
-def test_fields_are_read_as_they_stand(tmp_path: Path) -> None:
+def test_read_card_returns_all_fields(tmp_path: Path) -> None:
     card = read_card(write_card(tmp_path))
     assert (card.name, card.title, card.summary, card.licence) == ("tiny", "Tiny", "A card for tests.", "MIT")
     assert card.source == HubSource("maker/Tiny-1K")
@@ -122,7 +122,7 @@ def test_fields_are_read_as_they_stand(tmp_path: Path) -> None:
         ("parameters = 1_000", f"parameters = {10**30}", "parameters must be at most"),
     ],
 )
-def test_a_broken_card_names_file_and_field(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_an_invalid_card_is_an_error_naming_the_field(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in CARD
     path = write_card(tmp_path, CARD.replace(old, new))
     with pytest.raises(KvchatError) as caught:
@@ -131,7 +131,7 @@ def test_a_broken_card_names_file_and_field(tmp_path: Path, old: str, new: str, 
     assert str(path) in str(caught.value)
 
 
-def test_a_wheel_needs_one_version_and_a_whole_checksum(tmp_path: Path) -> None:
+def test_a_wheel_source_needs_version_and_checksum(tmp_path: Path) -> None:
     wheel = '[source.wheel]\nrequirement = "tiny>=1"\nsha256 = "abc"'
     hub = '[source.hub]\nrepo = "maker/Tiny-1K"'
     with pytest.raises(KvchatError, match=r"source\.wheel\.requirement must be name==version"):
@@ -140,11 +140,11 @@ def test_a_wheel_needs_one_version_and_a_whole_checksum(tmp_path: Path) -> None:
         read_card(write_card(tmp_path, CARD.replace(hub, wheel.replace(">=", "=="))))
 
 
-def test_what_is_not_toml_is_said_to_be_unreadable(tmp_path: Path) -> None:
+def test_a_card_that_is_not_toml_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KvchatError, match=r"tiny\.toml cannot be read"):
         load_cards(write_card(tmp_path, "name = ").parent)
 
 
-def test_no_cards_at_all_is_a_broken_installation(tmp_path: Path) -> None:
+def test_a_folder_without_cards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KvchatError, match="no model cards"):
         load_cards(tmp_path)

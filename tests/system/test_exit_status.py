@@ -1,4 +1,4 @@
-"""How commands end: the exit code, and one sentence at most."""
+"""Exit codes of commands, and the translation of errors into one sentence."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def raising(error: BaseException) -> None:
         (click.UsageError("Wrong."), 2, "Error: Wrong.\n"),
     ],
 )
-def test_an_error_is_a_code_and_a_sentence(
+def test_each_error_has_an_exit_code_and_a_message(
     error: BaseException, code: int, words: str, capsys: Printed
 ) -> None:
     assert exit_status(lambda: raising(error)) == code
@@ -47,7 +47,7 @@ def test_an_error_is_a_code_and_a_sentence(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_with_its_code_whatever_a_library_makes_of_it(
+def test_a_signal_gives_its_exit_code_even_if_a_library_replaces_the_exception(
     sent: signal.Signals, capsys: Printed
 ) -> None:
     def importing() -> None:
@@ -72,12 +72,14 @@ def test_a_defect_keeps_its_traceback() -> None:
         raise TypeError("x")
 
 
-def test_translating_says_what_was_done() -> None:
+def test_translating_adds_what_failed_to_the_cause() -> None:
     with pytest.raises(KvchatError, match=r"^It failed: /x: Gone\.$"), translating("It failed"):
         raise FileNotFoundError(errno.ENOENT, "Gone", "/x")
 
 
-def test_the_owner_is_named_where_it_is_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_owner_hint_names_the_owner_of_another_users_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert owner_hint(tmp_path) == ""
     owner = tmp_path.lstat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)

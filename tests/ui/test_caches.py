@@ -29,7 +29,7 @@ def several_caches(*titles: str) -> tuple[Session, ScriptedEngine]:
     ][::-1]
     engine = ScriptedEngine().holds(
         WarmCache(names[0], 1347, 31_000_000, kv_dtype="bf16", pinned=True),
-        WarmCache(names[1], 20, 1_250_000, 94_000_000, "int8", next_to_go=True),
+        WarmCache(names[1], 20, 1_250_000, 94_000_000, "int8", next_evicted=True),
         WarmCache(names[2], 0, 0, 2_500_000_000),
     )
     return session, engine

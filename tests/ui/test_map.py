@@ -45,12 +45,12 @@ def whole(*blocks: CacheBlock, layers: tuple[LayerGroup, ...] = (FULL,)) -> Cach
         ({"precision": "fp32"}, FULL, EXACT),
         ({"precision": "int8"}, FULL, EIGHT_BITS),
         ({"precision": "int4"}, FULL, FOUR_BITS),
-        ({"held": False}, FULL, ON_DISK),
-        ({"held": False, "saved": False}, FULL, GONE),
+        ({"in_memory": False}, FULL, ON_DISK),
+        ({"in_memory": False, "on_disk": False}, FULL, GONE),
         ({}, SLIDING, OUT_OF_SIGHT),
         ({"start": 500}, SLIDING, EXACT),
         ({}, RECURRENT, STATE),
-        ({"held": False, "saved": False}, RECURRENT, GONE),
+        ({"in_memory": False, "on_disk": False}, RECURRENT, GONE),
     ],
 )
 def test_a_cell_looks_like_what_it_holds(changes: dict[str, object], layer: LayerGroup, glyph: str) -> None:
@@ -59,7 +59,7 @@ def test_a_cell_looks_like_what_it_holds(changes: dict[str, object], layer: Laye
 
 def test_sinks_and_what_is_shared_have_a_mark() -> None:
     assert mark_of(BLOCK) == SAVED
-    assert mark_of(replace(BLOCK, saved=False)) == mark_of(replace(BLOCK, held=False)) == " "
+    assert mark_of(replace(BLOCK, on_disk=False)) == mark_of(replace(BLOCK, in_memory=False)) == " "
     assert mark_of(replace(BLOCK, sink=True)) == mark_of(replace(BLOCK, sink=True, shared=True)) == SINK
     assert mark_of(replace(BLOCK, shared=True)) == SHARED
 
@@ -68,7 +68,7 @@ def test_the_legend_explains_what_can_be_seen_and_nothing_else() -> None:
     cell = "a cell is up to 16 tokens"
     assert legend(whole(BLOCK), 99) == f"{cell}   {EXACT} exact   {SAVED} on disk too"
     assert legend(whole(BLOCK), 40) == f"{cell}   {EXACT} exact\n{SAVED} on disk too"
-    gone = replace(BLOCK, held=False, saved=False)
+    gone = replace(BLOCK, in_memory=False, on_disk=False)
     sink = whole(replace(BLOCK, sink=True), gone)
     assert legend(sink, 99) == f"{cell}   {EXACT} exact   {GONE} evicted   {SINK} sink"
     many = (BLOCK, replace(BLOCK, start=900, tokens=900))
@@ -103,8 +103,8 @@ def test_every_message_begins_a_line_and_a_long_one_goes_on_in_the_next() -> Non
     [
         ({}, ["tokens 16–31 (16)", "you · 1", "bf16, 368.6 KB in memory", "on disk"]),
         ({"tokens": 1}, ["token 16 (1)"]),
-        ({"held": False}, ["on disk"]),
-        ({"held": False, "saved": False}, ["evicted"]),
+        ({"in_memory": False}, ["on disk"]),
+        ({"in_memory": False, "on_disk": False}, ["evicted"]),
         ({"sink": True}, ["a sink"]),
         ({"shared": True}, ["shared with “Bread”"]),
         ({"message": None}, ["no part of the conversation any more"]),
@@ -113,11 +113,11 @@ def test_every_message_begins_a_line_and_a_long_one_goes_on_in_the_next() -> Non
 def test_everything_about_a_cell_is_said(changes: dict[str, object], words: list[str]) -> None:
     said = block_words(replace(BLOCK, **changes), "you · 1", ["Bread"])  # type: ignore[arg-type]
     assert all(word in said for word in words)
-    assert ("in memory" in said) is bool(changes.get("held", True))
+    assert ("in memory" in said) is bool(changes.get("in_memory", True))
 
 
 def test_the_summary_counts_what_is_held_and_what_is_gone() -> None:
-    gone = replace(BLOCK, held=False, saved=False, tokens=5)
+    gone = replace(BLOCK, in_memory=False, on_disk=False, tokens=5)
     assert summary(whole(BLOCK, gone)) == "16 tokens in 31.0 MB of memory · 5 tokens evicted"
     assert "12.0 MB on disk" in summary(replace(whole(BLOCK), disk_bytes=12_000_000))
     assert "Nothing is cached: you dropped it" in summary(replace(whole(), note="you dropped it"))

@@ -133,7 +133,7 @@ async def caches(chat: Chat) -> None:
     names = [summary.id for summary in chat.session.conversations()]
     chat.engine.holds(
         WarmCache(names[0], 1347, 1_031_000_000, 994_000_000, "bf16", pinned=True, last_used=AN_EVENING),
-        WarmCache(names[1], 312, 7_200_000, 0, "int8", next_to_go=True, last_used=AN_EVENING - 3600),
+        WarmCache(names[1], 312, 7_200_000, 0, "int8", next_evicted=True, last_used=AN_EVENING - 3600),
         WarmCache(names[2], 0, 0, 94_000_000),
     )
     await chat.press("f8")
@@ -167,9 +167,9 @@ async def mapped(chat: Chat) -> None:
     rest = [replace(held, start=s, tokens=n, message=m, bytes=n * 11_520, sink=False) for s, n, m in places]
     rest = [replace(block, role="assistant" if block.message else "user") for block in rest]
     rest[0] = replace(rest[0], shared=True)
-    rest[2] = replace(rest[2], held=False, saved=False, bytes=0, precision="")
-    rest[3] = replace(rest[3], held=False, bytes=0)
-    rest[5] = replace(rest[5], precision="bf16", saved=False)
+    rest[2] = replace(rest[2], in_memory=False, on_disk=False, bytes=0, precision="")
+    rest[3] = replace(rest[3], in_memory=False, bytes=0)
+    rest[5] = replace(rest[5], precision="bf16", on_disk=False)
     layers = (LayerGroup("full", 30, 0, 1_031_000),)
     name = chat.session.current.id
     chat.engine.map = CacheMap(name, (held, *rest), layers, 1_031_000, 712_000, ("fork",))

@@ -336,7 +336,7 @@ def test_files_are_attached_by_the_rules_of_the_screen(
     message = 'Read @"my notes.md"!\n\n<file name="my notes.md">\nThe pass is open.\n</file>'
     assert [request.messages[-1].text for request in engine.requests] == [message, "Ask @alice"]
     assert "Attached my notes.md, 4 tokens.\nScripted: ok\n" in said
-    assert "picture.png is no text (no UTF-8); only text files can be attached.\n" in said
+    assert "picture.png is not UTF-8 text; only text files can be attached.\n" in said
     assert "long.txt has 9,000 tokens; the context holds 8,192. Attach a part of it.\n" in said
     assert 'It was: Read @"my notes.md"!. The next line' in said
     assert 'Taken back: Read @"my notes.md"!\n' in said

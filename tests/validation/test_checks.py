@@ -1,4 +1,4 @@
-"""Values from outside: what fits comes through as it is, what doesn't is named with its place."""
+"""Validation of untrusted values: valid ones are unchanged, errors name the field."""
 
 import json
 import math
@@ -12,17 +12,17 @@ from kvchat.chat.conversation import Message
 from kvchat.contract import CacheMode, Drop, FinishReason, PromptMessage, Sampling, TurnRequest, TurnStats
 from kvchat.engine_process.server import problem_of
 from kvchat.validation import bounds
-from kvchat.validation.checks import InvalidError, checked, mended
+from kvchat.validation.checks import InvalidError, checked, with_defaults
 from kvchat.validation.plain_json import read_json, write_json
 from tests.support.samples import FIGURES
 
 REQUEST = TurnRequest("t", "c", (PromptMessage("user", "Which?"),), CacheMode.ON, Sampling())
 
 
-def test_what_fits_comes_through_as_it_is() -> None:
+def test_valid_values_are_unchanged() -> None:
     assert checked(TurnRequest, REQUEST) == REQUEST
     assert checked(TurnStats, FIGURES) == FIGURES
-    assert mended(Sampling, {"temperature": 1, "unknown": 2}) == (Sampling(temperature=1.0), [])
+    assert with_defaults(Sampling, {"temperature": 1, "unknown": 2}) == (Sampling(temperature=1.0), [])
 
 
 @pytest.mark.parametrize(
@@ -51,29 +51,29 @@ def test_what_fits_comes_through_as_it_is() -> None:
         (Drop(5), "conversation must be text, not 5"),  # type: ignore[arg-type]
     ],
 )
-def test_a_request_with_a_wrong_value_is_named_before_the_engine_reads_it(
+def test_an_invalid_request_is_described_with_the_path_of_the_field(
     request_: TurnRequest | Drop, place: str
 ) -> None:
     assert place in problem_of(request_)
 
 
-def test_a_good_request_has_no_problem() -> None:
+def test_a_valid_request_has_no_problem() -> None:
     assert problem_of(REQUEST) == ""
     assert problem_of(Drop("c")) == ""
 
 
-def test_a_wrong_field_without_a_default_can_not_be_mended() -> None:
+def test_with_defaults_raises_for_an_invalid_field_without_default() -> None:
     with pytest.raises(InvalidError, match="text is missing"):
-        mended(Message, {"id": 1, "parent_id": None, "role": "user", "created_at": ""})
+        with_defaults(Message, {"id": 1, "parent_id": None, "role": "user", "created_at": ""})
 
 
-def test_the_words_of_a_finish_reason_are_those_of_the_contract() -> None:
+def test_finish_values_match_the_contract() -> None:
     given = {"id": 1, "parent_id": None, "role": "assistant", "text": "", "created_at": ""}
     for finish in FinishReason:
         assert checked(Message, given | {"finish_reason": finish.value}).finish_reason == finish
 
 
-def test_all_bounds_are_finite_and_nan_is_in_none() -> None:
+def test_bounds_are_finite_and_exclude_nan() -> None:
     found = [each for each in vars(bounds).values() if isinstance(each, bounds.Bounds)]
     assert len(found) > 10
     for each in found:
@@ -89,7 +89,7 @@ NUMBERS = st.floats() | st.integers() | st.text() | st.none()
 
 
 @given(st.recursive(NUMBERS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5))
-def test_json_never_has_a_number_that_is_not_finite(value: object) -> None:
+def test_written_json_has_finite_numbers_only(value: object) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
@@ -99,5 +99,5 @@ def test_json_never_has_a_number_that_is_not_finite(value: object) -> None:
     assert write_json([math.nan, {"a": (math.inf, 1.5)}]) == '[null, {"a": [null, 1.5]}]'
 
 
-def test_a_number_of_thousands_of_digits_is_read() -> None:
+def test_very_long_integers_are_read_as_floats() -> None:
     assert read_json("[1" + "0" * 5000 + ", 18446744073709551616]") == [math.inf, 2**64]

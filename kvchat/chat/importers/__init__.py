@@ -1,7 +1,7 @@
-"""Conversations of other programs, and our own exports: files in, checked conversations out.
+"""Imports conversations of other programs and kvchat's own exports.
 
-One module for each format, one row for it in `FORMATS`. Nothing is written, and every text in a file is taken
-as text. What can't come in is reported with its place, and the rest comes in.
+One module and one row of `FORMATS` for each format. Reads files only; must not write. Reports what can't be
+imported with its place, and returns the rest.
 """
 
 import json
@@ -24,26 +24,26 @@ from kvchat.chat.importers import (
     own_json,
     own_markdown,
 )
+from kvchat.chat.importers.parsed import ParsedConversation, build
 from kvchat.chat.importers.report import Problem, Report
-from kvchat.chat.importers.talk import Talk, build
 from kvchat.errors import KvchatError, reason
 from kvchat.text import megabytes, one_line
 from kvchat.validation.plain_json import read_json
 
 MOST_BYTES = 4_000_000_000
-"""Of one file inside a zip, unpacked."""
+"""Limit of one unpacked file inside a zip."""
 NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A kind of JSON file."""
+    """A JSON format."""
 
     name: str
     records: Callable[[object], Sequence[object] | None]
-    """The conversations of a file that was parsed; None where it is another format."""
-    read: Callable[[Mapping[str, object], Report], Talk | None]
-    """One of them; None where it is skipped, which is reported."""
+    """The records of a parsed file, one per conversation; None if it is another format."""
+    read: Callable[[Mapping[str, object], Report], ParsedConversation | None]
+    """Parses one record; None if it is skipped, which is reported."""
 
 
 FORMATS = (
@@ -59,27 +59,27 @@ KNOWN = f"{', '.join(each.name for each in FORMATS)}, or llm's logs.db"
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """What a file holds."""
+    """The contents of a file."""
 
     conversations: tuple[Conversation, ...]
-    """Each has an id that follows from what it says."""
+    """With ids from their content; see `parsed.content_id`."""
     problems: tuple[Problem, ...] = ()
 
     @property
     def skipped(self) -> int:
-        """Conversations that did not come in."""
+        """Number of conversations that were not imported."""
         return sum(problem.skipped for problem in self.problems)
 
 
 class _UnknownError(ValueError):
-    """A file is damaged, or no export."""
+    """A file is damaged or has an unknown format."""
 
 
 def read_import(file: str | Path) -> Import:
-    """Every conversation in a file, a zip or a folder of files, each once.
+    """The distinct conversations in a file, a zip or a folder of files.
 
     Raises:
-        KvchatError: it can't be read, is no export that kvchat knows, or nothing in it can be used.
+        KvchatError: it can't be read, has an unknown format, or nothing in it can be imported.
     """
     name = one_line(str(file))
     report = Report()
@@ -90,7 +90,7 @@ def read_import(file: str | Path) -> Import:
             raise KvchatError(f"{name} is nested too deeply.") from error
         raise KvchatError(f"{name} can't be read: {reason(error)}.") from error
     except ValueError as error:
-        raise KvchatError(f"{name} is damaged, or no export that kvchat knows ({KNOWN}).") from error
+        raise KvchatError(f"{name} is damaged or has an unknown format. Known formats: {KNOWN}.") from error
     if not found and report.problems:
         first, more = report.problems[0], len(report.problems) - 1
         others = f" (and {more:,} more)" if more else ""
@@ -99,10 +99,10 @@ def read_import(file: str | Path) -> Import:
 
 
 def _conversations(path: Path, report: Report) -> Iterator[Conversation]:
-    """The conversations of a file; of equal ones the first."""
+    """The distinct conversations of a file."""
     seen: set[str] = set()
-    for talk in _talks(path, report):
-        conversation = build(talk, report)
+    for parsed in _parsed_conversations(path, report):
+        conversation = build(parsed, report)
         if conversation and conversation.id in seen:
             report.skip("is in the file already")
         elif conversation:
@@ -110,7 +110,7 @@ def _conversations(path: Path, report: Report) -> Iterator[Conversation]:
             yield conversation
 
 
-def _talks(path: Path, report: Report) -> Iterator[Talk]:
+def _parsed_conversations(path: Path, report: Report) -> Iterator[ParsedConversation]:
     if path.is_dir():
         files = sorted(path.rglob("*.json"), key=lambda each: _in_order(str(each)))
         return _parts(((str(each.relative_to(path)), each.read_bytes) for each in files), report)
@@ -126,7 +126,7 @@ def _talks(path: Path, report: Report) -> Iterator[Talk]:
     return _markdown(raw, report)
 
 
-def _zipped(path: Path, report: Report) -> Iterator[Talk]:
+def _zipped(path: Path, report: Report) -> Iterator[ParsedConversation]:
     with zipfile.ZipFile(path) as archive:
         inside = sorted(archive.infolist(), key=lambda each: _in_order(each.filename))
         found = [each for each in inside if _is_json(each.filename)]
@@ -142,12 +142,12 @@ def _is_json(name: str) -> bool:
 
 
 def _in_order(name: str) -> tuple[str, list[int]]:
-    """Numbered files in the order of their numbers."""
+    """Sort key that orders numbered files by their numbers."""
     return NUMBER.sub("0", name), [int(digits) for digits in NUMBER.findall(name)]
 
 
-def _parts(files: Iterable[tuple[str, Callable[[], bytes]]], report: Report) -> Iterator[Talk]:
-    """The files of an export; those without conversations, as of an account or of feedback, say nothing.
+def _parts(files: Iterable[tuple[str, Callable[[], bytes]]], report: Report) -> Iterator[ParsedConversation]:
+    """The conversations of several files; files of other formats (account data, feedback) are ignored.
 
     Raises:
         ValueError: none of them has conversations.
@@ -172,7 +172,7 @@ def _parts(files: Iterable[tuple[str, Callable[[], bytes]]], report: Report) -> 
 
 
 def _parsed(raw: bytes) -> object:
-    """A JSON document, or a document on each line.
+    """Parses JSON or JSON Lines.
 
     Raises:
         ValueError, RecursionError: it is neither.
@@ -193,7 +193,7 @@ def _format_of(data: object) -> tuple[Format, Sequence[object]] | None:
     return None
 
 
-def _document(data: object, report: Report) -> Iterator[Talk]:
+def _document(data: object, report: Report) -> Iterator[ParsedConversation]:
     found = _format_of(data)
     if found is None:
         raise _UnknownError("no known format")
@@ -204,25 +204,25 @@ def _document(data: object, report: Report) -> Iterator[Talk]:
             report.skip("must be a table of fields")
             continue
         report.name(record.get("title") or record.get("name"))
-        talk = known.read(record, report)
-        if talk is not None:
-            yield talk
+        parsed = known.read(record, report)
+        if parsed is not None:
+            yield parsed
 
 
-def _markdown(raw: bytes, report: Report) -> Iterator[Talk]:
+def _markdown(raw: bytes, report: Report) -> Iterator[ParsedConversation]:
     report.begin()
-    talk = own_markdown.read(raw.decode("utf-8-sig", errors="surrogatepass"), report)
-    if talk is None:
+    parsed = own_markdown.read(raw.decode("utf-8-sig", errors="surrogatepass"), report)
+    if parsed is None:
         raise _UnknownError("no marker")
-    report.name(talk.title)
-    yield talk
+    report.name(parsed.title)
+    yield parsed
 
 
-def _logs(path: Path, report: Report) -> Iterator[Talk]:
-    talks = llm_logs.read(path)
-    if talks is None:
+def _logs(path: Path, report: Report) -> Iterator[ParsedConversation]:
+    found = llm_logs.read(path)
+    if found is None:
         raise _UnknownError("another database")
-    for talk in talks:
+    for parsed in found:
         report.begin()
-        report.name(talk.title)
-        yield talk
+        report.name(parsed.title)
+        yield parsed

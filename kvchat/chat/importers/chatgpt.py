@@ -1,16 +1,25 @@
 """ChatGPT's `conversations.json`: a tree of nodes for each conversation.
 
-Exports of 2026 come in numbered files, and list folders between the conversations.
+Exports since 2026 are numbered files that also list folders between the conversations.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
+    as_list,
+    as_mapping,
+    as_text,
+    fenced,
+    paragraphs,
+    thought,
+)
 from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import Said, Talk, as_list, as_mapping, as_text, fenced, paragraphs, thought
 
 NOT_SHOWN = {"reasoning_recap", "user_editable_context", "model_editable_context"}
-"""Kinds of content that ChatGPT doesn't show as messages."""
+"""Content types that ChatGPT doesn't show as messages."""
 
 
 def records(data: object) -> Sequence[object] | None:
@@ -19,37 +28,41 @@ def records(data: object) -> Sequence[object] | None:
     return given if any("mapping" in as_mapping(each) for each in given) else None
 
 
-def read(given: Mapping[str, object], report: Report) -> Talk | None:
+def read(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
     """One conversation, with all its branches."""
     if not isinstance(given.get("mapping"), dict):
         kind = as_text(given.get("type"))
         report.skip(f"is a {kind}, no conversation" if kind else "has no messages (no field `mapping`)")
         return None
     without_text = Counter[str]()
-    said = [
-        _said(key, as_mapping(node), report, number, without_text)
+    parsed = [
+        _message(key, as_mapping(node), report, number, without_text)
         for number, (key, node) in enumerate(as_mapping(given["mapping"]).items(), start=1)
     ]
     for kind, count in (+without_text).items():
         report.note(f"{count:,} parts without text ({kind}) were left out")
-    return Talk(said, given.get("title") or None, "", given.get("create_time"), given.get("current_node"))
+    return ParsedConversation(
+        parsed, given.get("title") or None, "", given.get("create_time"), given.get("current_node")
+    )
 
 
-def _said(
+def _message(
     key: str, node: Mapping[str, object], report: Report, number: int, without_text: Counter[str]
-) -> Said:
+) -> ParsedMessage:
     message, parent = as_mapping(node.get("message")), node.get("parent")
     role = as_mapping(message.get("author")).get("role")
     hidden = as_mapping(message.get("metadata")).get("is_visually_hidden_from_conversation")
     if role not in ("user", "assistant") or hidden or message.get("recipient", "all") not in ("all", None):
-        return Said(key, parent, None)
+        return ParsedMessage(key, parent, None)
     if not isinstance(message.get("content"), dict):
         report.note("has no content; the message was left out", number)
-        return Said(key, parent, None)
+        return ParsedMessage(key, parent, None)
     content = as_mapping(message["content"])
     text, thinking = _text(content, without_text), _thinking(content)
-    # an empty message stands for a tool's call, or for a picture
-    return Said(key, parent, role if text or thinking else None, text, thinking, message.get("create_time"))
+    # tool calls and pictures have no text
+    return ParsedMessage(
+        key, parent, role if text or thinking else None, text, thinking, message.get("create_time")
+    )
 
 
 def _thinking(content: Mapping[str, object]) -> str:
@@ -75,7 +88,7 @@ def _text(content: Mapping[str, object], without_text: Counter[str]) -> str:
 
 
 def _part(part: object, without_text: Counter[str]) -> str:
-    """A part is a text, or an object: `audio_transcription` has a text, pictures and sounds have none."""
+    """The text of a part: a str, or an object; of those, `audio_transcription` has text, media have none."""
     text = as_text(part) or as_text(as_mapping(part).get("text"))
     if not text and isinstance(part, dict):
         without_text[as_text(part.get("content_type")) or "unknown"] += 1

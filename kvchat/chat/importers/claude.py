@@ -1,11 +1,20 @@
-"""Claude's `conversations.json`: a list of messages for each conversation, each in blocks of content."""
+"""Claude's `conversations.json`: a list of messages for each conversation, each with content blocks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kvchat.chat.attachments import Attachment, compose
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
+    as_list,
+    as_mapping,
+    as_text,
+    chained,
+    paragraphs,
+    thought,
+)
 from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import Said, Talk, as_list, as_mapping, as_text, chained, paragraphs, thought
 
 ROLES = {"human": "user", "assistant": "assistant"}
 
@@ -16,23 +25,23 @@ def records(data: object) -> Sequence[object] | None:
     return given if any("chat_messages" in as_mapping(each) for each in given) else None
 
 
-def read(given: Mapping[str, object], report: Report) -> Talk | None:
-    """One conversation; with its branches, where the messages name their parents."""
+def read(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
+    """One conversation, with branches if the messages have parents."""
     if not isinstance(given.get("chat_messages"), list):
         report.skip("has no messages (no field `chat_messages`)")
         return None
     without_text = Counter[str]()
     messages = [as_mapping(each) for each in as_list(given["chat_messages"])]
-    said = [_said(each, without_text) for each in messages]
+    parsed = [_message(each, without_text) for each in messages]
     for kind, count in (+without_text).items():
         report.note(f"{count:,} blocks without text ({kind}) were left out")
     if not all("parent_message_uuid" in each and each.get("uuid") for each in messages):
-        said = chained(said)
+        parsed = chained(parsed)
     head = given.get("current_leaf_message_uuid")
-    return Talk(said, given.get("name") or None, "", given.get("created_at"), head or None)
+    return ParsedConversation(parsed, given.get("name") or None, "", given.get("created_at"), head or None)
 
 
-def _said(given: Mapping[str, object], without_text: Counter[str]) -> Said:
+def _message(given: Mapping[str, object], without_text: Counter[str]) -> ParsedMessage:
     blocks = [as_mapping(each) for each in as_list(given.get("content"))]
     for block in blocks:
         kind = as_text(block.get("type")) or "unknown"
@@ -46,7 +55,7 @@ def _said(given: Mapping[str, object], without_text: Counter[str]) -> Said:
     ]
     whole = compose(text, attached) or given.get("text", "")
     sender = given.get("sender")
-    return Said(
+    return ParsedMessage(
         given.get("uuid"),
         given.get("parent_message_uuid"),
         ROLES.get(as_text(sender), sender) if whole or thinking else None,

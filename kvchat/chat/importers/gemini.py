@@ -1,14 +1,23 @@
-"""Gemini: `MyActivity.json` of Google Takeout, chats of AI Studio, and `contents` as the API takes them."""
+"""Gemini: `MyActivity.json` of Google Takeout, chats of AI Studio, and `contents` of the API."""
 
 from collections.abc import Mapping, Sequence
 
 from kvchat.chat.importers.page import markdown_of
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
+    as_list,
+    as_mapping,
+    as_text,
+    chained,
+    paragraphs,
+    thought,
+)
 from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import Said, Talk, as_list, as_mapping, as_text, chained, paragraphs, thought
 
 PRODUCTS = ("Gemini", "Bard")
 PROMPTED = "Prompted "
-"""Before the user's words in the title of an entry."""
+"""Prefix of the user's text in the title of an entry."""
 ROLES = {"user": "user", "model": "assistant"}
 
 
@@ -19,7 +28,7 @@ def records(data: object) -> Sequence[object] | None:
     return given if found else None
 
 
-def read(given: Mapping[str, object], report: Report) -> Talk | None:
+def read(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
     """An entry of the activity (one question and its answer), or a whole chat."""
     if _is_activity(given):
         return _activity(given, report)
@@ -28,8 +37,10 @@ def read(given: Mapping[str, object], report: Report) -> Talk | None:
         report.skip("is no chat")
         return None
     system = as_mapping(given.get("systemInstruction") or given.get("system_instruction"))
-    said = chained(_chunk(as_mapping(each)) for each in chunks)
-    return Talk(said, given.get("title") or None, _parts(system)[1], given.get("createTime"))
+    messages = chained(_chunk(as_mapping(each)) for each in chunks)
+    return ParsedConversation(
+        messages, given.get("title") or None, _parts(system)[1], given.get("createTime")
+    )
 
 
 def _is_activity(given: Mapping[str, object]) -> bool:
@@ -37,7 +48,7 @@ def _is_activity(given: Mapping[str, object]) -> bool:
     return "time" in given and (header.startswith(PRODUCTS) or "safeHtmlItem" in given)
 
 
-def _activity(given: Mapping[str, object], report: Report) -> Talk | None:
+def _activity(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
     title = as_text(given.get("title"))
     report.name(title)
     items = given.get("safeHtmlItem")
@@ -46,10 +57,10 @@ def _activity(given: Mapping[str, object], report: Report) -> Talk | None:
     if not title or not (answer or title.startswith(PROMPTED)):
         report.skip("is no question")
         return None
-    said = [Said(1, None, "user", title.removeprefix(PROMPTED), "", given.get("time"))]
+    messages = [ParsedMessage(1, None, "user", title.removeprefix(PROMPTED), "", given.get("time"))]
     if answer:
-        said.append(Said(2, 1, "assistant", answer, "", given.get("time")))
-    return Talk(said, None, "", given.get("time"))
+        messages.append(ParsedMessage(2, 1, "assistant", answer, "", given.get("time")))
+    return ParsedConversation(messages, None, "", given.get("time"))
 
 
 def _chunks(given: Mapping[str, object]) -> Sequence[object] | None:
@@ -58,15 +69,15 @@ def _chunks(given: Mapping[str, object]) -> Sequence[object] | None:
     return found if isinstance(found, list) else None
 
 
-def _chunk(given: Mapping[str, object]) -> Said:
+def _chunk(given: Mapping[str, object]) -> ParsedMessage:
     thinking, text = _parts(given)
     role = given.get("role", "user")
     shown = ROLES.get(as_text(role), role) if text or thinking else None
-    return Said(None, None, shown, text, thought(thinking), given.get("createTime"))
+    return ParsedMessage(None, None, shown, text, thought(thinking), given.get("createTime"))
 
 
 def _parts(given: Mapping[str, object]) -> tuple[str, str]:
-    """(thinking, text) of a chunk: it has a text of its own, or several parts that repeat it."""
+    """(thinking, text) of a chunk, from its `parts` if there are any, else from its own text."""
     parts = [as_mapping(each) for each in as_list(given.get("parts"))] or [given]
     thoughts = [part for part in parts if part.get("thought") or given.get("isThought")]
     thinking = paragraphs(part.get("text") for part in thoughts)

@@ -1,15 +1,23 @@
-"""The database of the `llm` command: `logs.db`, with its older tables or its newer ones."""
+"""The database `logs.db` of the `llm` command, with its old or new tables."""
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from kvchat.chat.importers.talk import Said, Talk, as_text, chained, paragraphs, split, thought
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
+    as_text,
+    chained,
+    paragraphs,
+    split,
+    thought,
+)
 
 
-def read(path: Path) -> list[Talk] | None:
-    """Every conversation; None where it is another database.
+def read(path: Path) -> list[ParsedConversation] | None:
+    """All conversations; None if it is another database.
 
     Raises:
         sqlite3.Error: it can't be read.
@@ -21,25 +29,32 @@ def read(path: Path) -> list[Talk] | None:
         tables = {row["name"] for row in db.execute("select name from sqlite_master where type = 'table'")}
         if not tables & set(readers):
             return None
-        return [talk for table, reader in readers.items() if table in tables for talk in reader(db)]
+        return [
+            conversation
+            for table, reader in readers.items()
+            if table in tables
+            for conversation in reader(db)
+        ]
 
 
-def _responses(db: sqlite3.Connection) -> Iterator[Talk]:
-    """The older tables: a row is a prompt and its response."""
+def _responses(db: sqlite3.Connection) -> Iterator[ParsedConversation]:
+    """The old tables: a row is a prompt and its response."""
     names = {row["id"]: row["name"] for row in db.execute("select id, name from conversations")}
     turns: dict[str, list[sqlite3.Row]] = {}
     for row in db.execute("select * from responses order by datetime_utc, id"):
         turns.setdefault(row["conversation_id"] or row["id"], []).append(row)
     for conversation, rows in turns.items():
-        said = list[Said]()
+        messages = list[ParsedMessage]()
         for row in rows:
             reasoning = row["reasoning"] if "reasoning" in row.keys() else ""  # noqa: SIM118 - a Row, no dict
             tagged, text = split(row["response"] or "")
             moment = row["datetime_utc"]
-            said.append(Said(None, None, "user", row["prompt"] or "", "", moment))
-            said.append(Said(None, None, "assistant", text, thought(as_text(reasoning)) or tagged, moment))
-        yield Talk(
-            chained(said),
+            messages.append(ParsedMessage(None, None, "user", row["prompt"] or "", "", moment))
+            messages.append(
+                ParsedMessage(None, None, "assistant", text, thought(as_text(reasoning)) or tagged, moment)
+            )
+        yield ParsedConversation(
+            chained(messages),
             names.get(conversation) or None,
             rows[0]["system"] or "",
             rows[0]["datetime_utc"],
@@ -47,10 +62,10 @@ def _responses(db: sqlite3.Connection) -> Iterator[Talk]:
         )
 
 
-def _threads(db: sqlite3.Connection) -> Iterator[Talk]:
-    """The newer tables: a tree of messages, each in parts."""
+def _threads(db: sqlite3.Connection) -> Iterator[ParsedConversation]:
+    """The new tables: a tree of messages with parts."""
     for thread in db.execute("select name, tip_message_hash, datetime_utc from threads"):
-        said, system, place = list[Said](), "", thread["tip_message_hash"]
+        messages, system, place = list[ParsedMessage](), "", thread["tip_message_hash"]
         seen: set[str] = set()
         while place and place not in seen:
             seen.add(place)
@@ -65,6 +80,10 @@ def _threads(db: sqlite3.Connection) -> Iterator[Talk]:
             if message["role"] == "system":
                 system = text
             elif message["role"] in ("user", "assistant") and (text or thinking):
-                said.append(Said(None, None, message["role"], text, thinking, thread["datetime_utc"]))
+                messages.append(
+                    ParsedMessage(None, None, message["role"], text, thinking, thread["datetime_utc"])
+                )
             place = message["parent_hash"]
-        yield Talk(chained(reversed(said)), thread["name"] or None, system, thread["datetime_utc"])
+        yield ParsedConversation(
+            chained(reversed(messages)), thread["name"] or None, system, thread["datetime_utc"]
+        )

@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from html import unescape
 
-from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import (
-    Said,
-    Talk,
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
     as_list,
     as_mapping,
     as_text,
@@ -16,6 +15,7 @@ from kvchat.chat.importers.talk import (
     split,
     thought,
 )
+from kvchat.chat.importers.report import Report
 
 REASONING = re.compile(
     r'\A\s*<details type="reasoning"[^>]*>\s*(?:<summary>.*?</summary>)?(?P<thought>.*?)</details>\s*',
@@ -30,23 +30,25 @@ def records(data: object) -> Sequence[object] | None:
     return given if any(_is_chat(_chat(as_mapping(each))) for each in given) else None
 
 
-def read(given: Mapping[str, object], report: Report) -> Talk | None:
+def read(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
     """One chat, with all its branches."""
     chat = _chat(given)
     title = chat.get("title") or given.get("title")
     report.name(title)
     history = as_mapping(chat.get("history"))
     nodes = as_mapping(history.get("messages"))
-    said = [_said(key, as_mapping(node)) for key, node in nodes.items()]
+    messages = [_message(key, as_mapping(node)) for key, node in nodes.items()]
     if not nodes:
-        said = chained(_said("", as_mapping(each)) for each in as_list(chat.get("messages")))
+        messages = chained(_message("", as_mapping(each)) for each in as_list(chat.get("messages")))
     system = [as_mapping(chat.get("params")).get("system"), chat.get("system")]
     created = given.get("created_at") or chat.get("timestamp")
-    return Talk(said, title or None, paragraphs(system), created, history.get("currentId") if nodes else None)
+    return ParsedConversation(
+        messages, title or None, paragraphs(system), created, history.get("currentId") if nodes else None
+    )
 
 
 def _chat(given: Mapping[str, object]) -> Mapping[str, object]:
-    """A record holds the chat beside its id and dates, or is the chat."""
+    """The chat of a record, which is a wrapper with id and dates or the chat itself."""
     return as_mapping(given.get("chat")) or given
 
 
@@ -54,7 +56,7 @@ def _is_chat(chat: Mapping[str, object]) -> bool:
     return isinstance(as_mapping(chat.get("history")).get("messages"), dict)
 
 
-def _said(key: str, given: Mapping[str, object]) -> Said:
+def _message(key: str, given: Mapping[str, object]) -> ParsedMessage:
     role, content = given.get("role"), given.get("content")
     text: object = content
     if isinstance(content, list):
@@ -63,11 +65,11 @@ def _said(key: str, given: Mapping[str, object]) -> Said:
     if role == "assistant":
         thinking, text = _split(text)
     shown = None if role in ("system", "tool") else role
-    return Said(key, given.get("parentId"), shown, text, thinking, given.get("timestamp"))
+    return ParsedMessage(key, given.get("parentId"), shown, text, thinking, given.get("timestamp"))
 
 
 def _split(text: object) -> tuple[object, object]:
-    """(thinking, text): reasoning is a folded block of HTML there, quoted line by line."""
+    """(thinking, text): the format has reasoning in a `<details>` element, quoted line by line."""
     if found := REASONING.match(as_text(text)):
         inner = unescape(QUOTED.sub("", found["thought"])).strip()
         return thought(inner), as_text(text)[found.end() :]

@@ -1,12 +1,11 @@
-"""Messages as OpenAI's API takes them: `{"messages": [{"role": …, "content": …}]}`, or the list alone."""
+"""Messages of OpenAI's API: `{"messages": [{"role": …, "content": …}]}`, or the list alone."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import (
-    Said,
-    Talk,
+from kvchat.chat.importers.parsed import (
+    ParsedConversation,
+    ParsedMessage,
     as_list,
     as_mapping,
     as_text,
@@ -15,6 +14,7 @@ from kvchat.chat.importers.talk import (
     split,
     thought,
 )
+from kvchat.chat.importers.report import Report
 
 SYSTEM = ("system", "developer")
 
@@ -29,7 +29,7 @@ def records(data: object) -> Sequence[object] | None:
     return None
 
 
-def read(given: Mapping[str, object], report: Report) -> Talk | None:
+def read(given: Mapping[str, object], report: Report) -> ParsedConversation | None:
     """One conversation."""
     if not isinstance(given.get("messages"), list):
         report.skip("has no messages (no field `messages`)")
@@ -40,23 +40,23 @@ def read(given: Mapping[str, object], report: Report) -> Talk | None:
     for role, count in not_shown.items():
         report.note(f"{count:,} messages of the role {role} were left out")
     created = given.get("created_at") or given.get("created")
-    return Talk(chained(map(_said, messages)), given.get("title") or None, system, created)
+    return ParsedConversation(chained(map(_message, messages)), given.get("title") or None, system, created)
 
 
-def _said(given: Mapping[str, object]) -> Said:
+def _message(given: Mapping[str, object]) -> ParsedMessage:
     role, text = given.get("role", ""), _text(given.get("content"))
     if role in (*SYSTEM, "tool", "function") or (role == "assistant" and not text):  # a tool's call
-        return Said(None, None, None)
+        return ParsedMessage(None, None, None)
     thinking: object = ""
     if role == "assistant":
         thinking, text = split(text)
         reasoning = given.get("reasoning_content") or given.get("reasoning")
         thinking = thought(as_text(reasoning)) or thinking
-    return Said(None, None, role, text, thinking, given.get("created_at") or given.get("timestamp"))
+    return ParsedMessage(None, None, role, text, thinking, given.get("created_at") or given.get("timestamp"))
 
 
 def _text(content: object) -> object:
-    """The text of a message, which may be in parts."""
+    """The text of a message, whose content may be a list of parts."""
     if isinstance(content, list):
         return paragraphs(as_mapping(part).get("text") for part in content)
     return content if content is not None else ""

@@ -1,17 +1,17 @@
-"""kvchat's own JSON: everything about a conversation, down to the token ids."""
+"""kvchat's own JSON, with all branches, statistics and token ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from kvchat.chat.conversation import Message
 from kvchat.chat.exporters import VERSION
+from kvchat.chat.importers.parsed import ParsedConversation, ParsedMessage, as_list, as_mapping
 from kvchat.chat.importers.report import Report
-from kvchat.chat.importers.talk import Said, Talk, as_list, as_mapping
 from kvchat.errors import KvchatError
 
 SETTINGS = ("mode", "sampling", "model", "kv", "policy", "evicted_messages")
 OLD_NAMES = {"evicted_messages": "left_out"}
-"""Under which older exports have a setting."""
+"""Setting → its name in older exports."""
 READ_APART = {"id", "parent_id", "role", "text", "thinking", "created_at"}
 MESSAGE_FIELDS = tuple(each.name for each in fields(Message) if each.name not in READ_APART)
 
@@ -26,18 +26,18 @@ def records(data: object) -> Sequence[object] | None:
     if "kvchat" not in document:
         return None
     if document["kvchat"] != VERSION:
-        raise KvchatError("This file was written by a newer kvchat; that one reads it.")
+        raise KvchatError("This file was written by a newer version of kvchat; update kvchat to import it.")
     return as_list(document.get("conversations"))
 
 
-def read(given: Mapping[str, object], _report: Report) -> Talk:
-    """One conversation; the messages that are shown follow each other, whatever their parents say."""
+def read(given: Mapping[str, object], _report: Report) -> ParsedConversation:
+    """One conversation. The shown messages form one branch, whatever their parent ids are."""
     shown = [as_mapping(each) for each in as_list(given.get("messages"))]
     others = [as_mapping(each) for each in as_list(given.get("other_branches"))]
     keys = [_key(each, n) for n, each in enumerate(shown)]
-    path = [_said(m, key, above) for m, key, above in zip(shown, keys, [None, *keys], strict=False)]
-    rest = [_said(m, _key(m, -1 - n), m.get("parent_id")) for n, m in enumerate(others)]
-    return Talk(
+    path = [_message(m, key, above) for m, key, above in zip(shown, keys, [None, *keys], strict=False)]
+    rest = [_message(m, _key(m, -1 - n), m.get("parent_id")) for n, m in enumerate(others)]
+    return ParsedConversation(
         sorted((*path, *rest), key=_age) if rest else path,
         given.get("title"),
         given.get("system_prompt", ""),
@@ -50,25 +50,25 @@ def read(given: Mapping[str, object], _report: Report) -> Talk:
 
 
 def settings_of(given: Mapping[str, object]) -> dict[str, object]:
-    """The settings that are there, by their present names."""
+    """The settings in `given`, by their current names."""
     found = {name: given.get(name, given.get(OLD_NAMES.get(name, ""))) for name in SETTINGS}
     return {name: value for name, value in found.items() if name in given or OLD_NAMES.get(name) in given}
 
 
 def _key(message: Mapping[str, object], otherwise: int) -> object:
-    """Its number in the file; another key where it has none."""
+    """The message's id in the file, or a unique key without one."""
     number = message.get("id")
     return number if isinstance(number, int | str) else f"#{otherwise}"
 
 
-def _age(said: Said) -> float:
-    """Messages on several branches are numbered in the order they were written."""
-    return said.key if isinstance(said.key, int) else float("inf")
+def _age(message: ParsedMessage) -> float:
+    """Sort key: messages of several branches in the order of their ids."""
+    return message.key if isinstance(message.key, int) else float("inf")
 
 
-def _said(given: Mapping[str, object], key: object, parent: object) -> Said:
+def _message(given: Mapping[str, object], key: object, parent: object) -> ParsedMessage:
     more = {name: given[name] for name in MESSAGE_FIELDS if name in given}
     role = given.get("role", "")
-    return Said(
+    return ParsedMessage(
         key, parent, role, given.get("text"), given.get("thinking", ""), given.get("created_at"), more
     )

@@ -1,4 +1,4 @@
-"""An answer that a file has as HTML, as Markdown: what people read of it, not how it looked."""
+"""Converts HTML answers to Markdown."""
 
 from html.parser import HTMLParser
 
@@ -8,7 +8,7 @@ NOT_READ = {"script", "style", "head"}
 
 
 def markdown_of(html: str) -> str:
-    """The text with its paragraphs, headings, lists, emphasis and code."""
+    """The text of the HTML with paragraphs, headings, lists, emphasis and code."""
     page = _Page()
     page.feed(html)
     page.close()

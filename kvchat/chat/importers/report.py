@@ -1,8 +1,8 @@
-"""What an import left out or replaced, with its place in the file."""
+"""The problems of an import, each with its place in the file."""
 
 from dataclasses import dataclass
 
-from kvchat.text import one_line
+from kvchat.text import one_line, shortened
 
 TITLE = 40
 """Characters of a title in a report."""
@@ -10,19 +10,19 @@ TITLE = 40
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something in a file that did not come in as it stands there."""
+    """Something that was not imported as it is in the file."""
 
     what: str
-    """What was wrong, and what was done."""
+    """What was wrong, and what the import did about it."""
     part: str = ""
     """The file inside a zip or a folder."""
     conversation: int = 0
-    """Place in the file, from 1; 0 is the file as a whole."""
+    """Number in the file, from 1; 0 for the whole file."""
     title: str = ""
     message: int = 0
-    """Place in the conversation, from 1; 0 is the conversation as a whole."""
+    """Number in the conversation, from 1; 0 for the whole conversation."""
     skipped: bool = False
-    """Whether the whole conversation did not come in."""
+    """Whether the whole conversation was not imported."""
 
     def __str__(self) -> str:
         """One line: `conversations-001.json, conversation 2 "Tea", message 3: text must be text, not 5`."""
@@ -37,7 +37,7 @@ class Problem:
 
 
 class Report:
-    """Collects problems; knows which conversation is being read."""
+    """Collects problems, with the place of the current conversation."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -46,25 +46,24 @@ class Report:
         self._title = ""
 
     def in_part(self, name: str) -> None:
-        """The conversations of another file come now."""
+        """Starts another file of a zip or folder."""
         self._part, self._number, self._title = name, 0, ""
 
     def begin(self) -> None:
-        """The next conversation of the file comes now."""
+        """Starts the next conversation of the file."""
         self._number += 1
         self._title = ""
 
     def name(self, title: object) -> None:
-        """The title of the conversation, where it has one."""
-        shown = one_line(title[: 4 * TITLE]) if isinstance(title, str) else ""
-        self._title = shown if len(shown) <= TITLE else shown[: TITLE - 1] + "…"
+        """Sets the title of the current conversation; any other type than text is ignored."""
+        self._title = shortened(one_line(title[: 4 * TITLE]), TITLE) if isinstance(title, str) else ""
 
     def note(self, what: str, message: int = 0) -> None:
-        """Something was left out or replaced, and the rest of the conversation comes in."""
+        """Reports something that was left out or replaced."""
         self._add(what, message, skipped=False)
 
     def skip(self, why: str) -> None:
-        """The conversation does not come in."""
+        """Reports that the current conversation is not imported."""
         self._add(f"{why}; it was skipped", 0, skipped=True)
 
     def _add(self, what: str, message: int, *, skipped: bool) -> None:

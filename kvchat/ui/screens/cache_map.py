@@ -39,8 +39,8 @@ def summary(told: CacheMap) -> str:
     if not told.blocks:
         why = one_line(told.note)
         return f"{NOTHING}{f': {why}' if why else ''}. The next turn reads the whole conversation."
-    held = sum(block.tokens for block in told.blocks if block.held)
-    gone = sum(block.tokens for block in told.blocks if not block.held and not block.saved)
+    held = sum(block.tokens for block in told.blocks if block.in_memory)
+    gone = sum(block.tokens for block in told.blocks if not block.in_memory and not block.on_disk)
     parts = [f"{tokens(held)} in {megabytes(told.bytes)} of memory"]
     parts += [f"{megabytes(told.disk_bytes)} on disk"] if told.disk_bytes else []
     parts += [f"{tokens(gone)} evicted"] if gone else []
@@ -52,11 +52,11 @@ def block_words(block: CacheBlock, name: str, sharers: Sequence[str]) -> str:
     last = block.start + block.tokens - 1
     place = f"token {block.start:,}" if block.tokens == 1 else f"tokens {block.start:,}–{last:,}"
     parts = [f"{place} ({block.tokens})", name]
-    if block.held:
+    if block.in_memory:
         parts += [f"{block.precision}, {size_words(block.bytes)} in memory"]
-    elif not block.saved:
+    elif not block.on_disk:
         parts += ["evicted: the model doesn't see it any more"]
-    parts += ["on disk"] if block.saved else []
+    parts += ["on disk"] if block.on_disk else []
     parts += ["a sink: attention leans on the first tokens"] if block.sink else []
     if block.shared:
         parts += [f"shared with {', '.join(f'“{one_line(title)}”' for title in sharers)}"]

@@ -58,7 +58,7 @@ def budget_line(pool: PoolState | None) -> str:
 def row_of(summary: Summary, cache: WarmCache | None) -> tuple[str, ...]:
     """One line of the table."""
     used = datetime.fromtimestamp(cache.last_used).strftime("%H:%M") if cache and cache.last_used else ""
-    marks = ["pinned"] * bool(cache and cache.pinned) + ["next to go"] * bool(cache and cache.next_to_go)
+    marks = ["pinned"] * bool(cache and cache.pinned) + ["next to go"] * bool(cache and cache.next_evicted)
     return (
         WHERE[where(cache)],
         fitted(one_line(summary.title) or "untitled", TITLE_CELLS),

@@ -11,7 +11,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from kvchat.models.staging import BYTES, WORDS, Progress
+from kvchat.models.staging import BYTES, Progress
 from kvchat.text import megabytes, one_line
 from kvchat.ui.model_switch import ModelChoice, ModelDesk
 
@@ -42,7 +42,7 @@ def progress_line(progress: Progress | None) -> str:
     """How far a download is."""
     if progress is None:
         return "starting …"
-    words = WORDS.get(progress.stage, progress.stage)
+    words = progress.label
     if not progress.total:
         return f"{words} …"
     share = min(1.0, progress.done / progress.total)

@@ -88,8 +88,8 @@ def lines_of(blocks: Sequence[CacheBlock], names: Sequence[str], width: int) -> 
 
 def glyph_of(block: CacheBlock, layer: LayerGroup, tokens: int) -> str:
     """How a block looks in layers of a kind; `tokens` are all there are."""
-    if not block.held:
-        return ON_DISK if block.saved else GONE
+    if not block.in_memory:
+        return ON_DISK if block.on_disk else GONE
     if layer.kind in STATEFUL:
         return STATE
     if layer.window and block.start + block.tokens <= tokens - layer.window:
@@ -101,7 +101,7 @@ def mark_of(block: CacheBlock) -> str:
     """What else there is to see of a block: the rarest of it."""
     if block.sink or block.shared:
         return SINK if block.sink else SHARED
-    return SAVED if block.saved and block.held else " "
+    return SAVED if block.on_disk and block.in_memory else " "
 
 
 def legend(told: CacheMap, width: int) -> str:
