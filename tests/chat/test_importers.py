@@ -478,7 +478,7 @@ def test_unreadable_and_newer_files_are_errors(tmp_path: Path) -> None:
         db.execute("create table things (id)")
     (tmp_path / "no.zip").write_bytes(b"PK\3\4 no zip")
     for name, sentence in (
-        ("other.db", "no export"),
+        ("other.db", "unknown format"),
         ("no.zip", "can't be read"),
         (".", "unknown format"),
         ("missing.md", "can't be read"),
