@@ -485,7 +485,7 @@ def test_unreadable_and_newer_files_are_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(KvchatError, match=sentence):
             read_import(tmp_path / name)
-    with pytest.raises(KvchatError, match="newer kvchat"):
+    with pytest.raises(KvchatError, match="newer version of kvchat"):
         read_import(written(tmp_path, "new.json", to_json(TALK).replace('"kvchat": 1', '"kvchat": 2')))
     with pytest.raises(KvchatError, match="nested too deeply"):
         read_import(written(tmp_path, "deep.json", "[" * 100_000))
