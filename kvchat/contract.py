@@ -246,8 +246,8 @@ class CacheEventKind(StrEnum):
     REFUSE = "refuse"
     """What lay on disk could not be used."""
     FORK = "fork"
-    LEND = "lend"
-    """Another conversation's prefix was shared."""
+    SHARE = "share"
+    """The prefix of another conversation's cache is used, copy-on-write."""
     CONVERT = "convert"
     DROP = "drop"
 

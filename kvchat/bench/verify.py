@@ -135,7 +135,7 @@ class Foreseeing:
         guess = list(self._text[place : place + min(most, self.RIGHT + 1)])
         return [*guess[:-1], (guess[-1] + 1) % self._vocabulary] if guess else []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         """Changes nothing."""
 
 
@@ -179,7 +179,7 @@ class Chat:
         cache = self.engine.caches.get(self.name)
         if not isinstance(event, Evicted):
             return
-        if cache and cache.kv.has_gap:
+        if cache and cache.kv.index.has_gap:
             kept.append((len(cache.kv.ids), frozenset(cache.kv.rows)))
         else:  # what was said before was said of messages that nobody reads any more
             self.engine.sampler.forget()

@@ -13,6 +13,7 @@ from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.cache.disk.snapshot import load
 from kvchat.cache.disk.writer import DiskWriter, SaveResult
 from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import pack_rows
 from kvchat.errors import KvchatError
 from tests.cache.test_snapshot import FINGERPRINT, assert_same, new_kv, read
 
@@ -28,7 +29,7 @@ class Desk:
     def turn(self, name: str, kv: ConversationKV, tokens: int) -> None:
         """Reads so many tokens and hands them to the saver."""
         read(kv, range(tokens))
-        self.saver.submit(name, FINGERPRINT, kv.pack())
+        self.saver.submit(name, FINGERPRINT, pack_rows(kv))
 
     def restored(self, name: str) -> ConversationKV:
         kv = new_kv()
@@ -198,7 +199,7 @@ def test_a_callback_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
     for name in ("a", "b"):
         kv = new_kv()
         read(kv, range(3))
-        saver.submit(name, FINGERPRINT, kv.pack())
+        saver.submit(name, FINGERPRINT, pack_rows(kv))
     saver.close()
     assert told == ["a", "b"]
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GROWTH_STEP, DenseLayer, StoredLayer
+from kvchat.cache.layer import GROWTH_STEP, StoredLayer
 
 HEADS, DIM, LAYERS = 2, 16, 3
 

@@ -94,7 +94,7 @@ def test_gaps_are_those_that_a_cache_itself_tells(history: tuple[list[int], int]
         pass
     kv.select(rows)
     if rows[-1:] == [tokens - 1]:  # an eviction never drops the last token
-        assert gap_bounds(rows, tokens) == (kv.first_gap, kv.last_gap_end)
+        assert gap_bounds(rows, tokens) == (kv.index.first_gap, kv.index.last_gap_end)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer
 from kvchat.cache.rope_shift import can_close_gaps, close_gaps, rotated
 from kvchat.engine.model.forward import CachedReader, forward_pass
 from kvchat.engine.model.loader import LoadedModel
@@ -153,7 +153,7 @@ def test_closing_gaps_moves_every_key_to_the_position_of_its_row(tiny: LoadedMod
     delta = torch.arange(len(kv)) - torch.tensor(positions)
     close_gaps(kv, frequencies_of(tiny))
     assert kv.positions == tuple(range(len(kv)))
-    assert (kv.rows, kv.ids, kv.next_position) == (rows, ids, len(kv))
+    assert (kv.rows, kv.ids, kv.index.next_position) == (rows, ids, len(kv))
     for layer, (keys, values) in zip(kv.stored, before, strict=True):
         now, same = layer.read()
         assert torch.equal(now, rotated(keys, delta, frequencies_of(tiny)))
@@ -177,7 +177,7 @@ def test_a_key_is_turned_once_and_no_further(tiny: LoadedModel) -> None:
     close_gaps(kv, frequencies_of(tiny))
     kv.select([0, 1, 2, 3, *range(6, len(kv))])
     assert not can_close_gaps(kv)
-    with pytest.raises(ValueError, match="turned before"):
+    with pytest.raises(ValueError, match="rotated before"):
         close_gaps(kv, frequencies_of(tiny))
 
 

@@ -21,12 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.disk.disk_store import DiskStore, NoRoomError, segment_files
 from kvchat.cache.disk.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
 from kvchat.cache.disk.snapshot import load, save
-from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV
-from kvchat.cache.layer import DenseLayer, HeadShape
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import HeadShape
+from kvchat.cache.packed_rows import pack_rows
+from kvchat.cache.state_checkpoints import CHECKPOINTS
 from kvchat.cache.state_layer import RecurrentLayer
+from kvchat.cache.token_index import TokenIndex
 
 SHAPE = HeadShape(kv_heads=2, key_dim=8, value_dim=6)
 LAYERS = 3
@@ -63,9 +67,11 @@ def stored(kv: ConversationKV) -> list[torch.Tensor]:
     return tensors + [tensor for layer in kv.states for _, tensor in sorted(layer.state().tensors.items())]
 
 
-def marked(kv: ConversationKV, mark: int) -> list[torch.Tensor]:
-    """The states kept at a mark."""
-    return [tensor for state in kv._checkpoints[mark] for _, tensor in sorted(state.tensors.items())]
+def marked(kv: ConversationKV, checkpoint: int) -> list[torch.Tensor]:
+    """The states kept at a checkpoint."""
+    return [
+        tensor for state in kv.checkpoints.states[checkpoint] for _, tensor in sorted(state.tensors.items())
+    ]
 
 
 def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
@@ -77,10 +83,10 @@ def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
     """Bit for bit the same cache; `other` may have come back with older marks that `kv` let go of."""
     assert (kv.ids, kv.rows, kv.positions) == (other.ids, other.rows, other.positions)
-    assert kv._checkpoints.keys() <= other._checkpoints.keys()
-    assert len(other._checkpoints) <= CHECKPOINTS
-    for mark in kv._checkpoints:
-        assert_equal(marked(kv, mark), marked(other, mark))
+    assert kv.checkpoints.states.keys() <= other.checkpoints.states.keys()
+    assert len(other.checkpoints.states) <= CHECKPOINTS
+    for checkpoint in kv.checkpoints.states:
+        assert_equal(marked(kv, checkpoint), marked(other, checkpoint))
     if len(kv):
         assert_equal(stored(kv), stored(other))
 
@@ -96,7 +102,7 @@ class Chat:
 
     def save(self) -> int:
         """Saves what is new; returns bytes."""
-        saved = save(self.shelf, self.name, FINGERPRINT, self.kv.pack(), self.checksum)
+        saved = save(self.shelf, self.name, FINGERPRINT, pack_rows(self.kv), self.checksum)
         self.checksum = saved.checksum
         return saved.bytes
 
@@ -186,12 +192,12 @@ def test_gaps_and_turned_keys_are_restored(chat: Chat) -> None:
     chat.kv.truncate(10)
     chat.turn(2)
     assert_same(chat.restored(), chat.kv)
-    chat.kv.reposition(range(len(chat.kv)))
+    chat.kv.reindex(TokenIndex(chat.kv.ids, chat.kv.rows, range(len(chat.kv))))
     chat.turn(1)
     restored = chat.restored()
     assert_same(restored, chat.kv)
     assert restored.positions == tuple(range(len(chat.kv)))
-    assert restored.has_gap
+    assert restored.index.has_gap
 
 
 @pytest.mark.parametrize("states", [1, 2])
@@ -226,7 +232,7 @@ def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: DiskStore) -> None
 def test_safetensors_itself_reads_a_segment(chat: Chat) -> None:
     packed = new_kv(states=1)
     read(packed, range(4))
-    save(chat.shelf, "other", FINGERPRINT, rows := packed.pack(), "")
+    save(chat.shelf, "other", FINGERPRINT, rows := pack_rows(packed), "")
     with safe_open(chat.shelf.folder("other") / "000000.safetensors", "pt") as file:
         assert set(file.keys()) == {*rows.tensors, "mark.4.0.conv.0", "mark.4.0.recurrent.0"}
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in rows.tensors.items())
@@ -516,7 +522,7 @@ def test_rows_in_the_middle_need_a_chain_that_is_known(chat: Chat) -> None:
 def test_a_chain_is_not_continued_by_another_model(chat: Chat) -> None:
     read(chat.kv, [1])
     with pytest.raises(SnapshotRefused, match="another kv"):
-        save(chat.shelf, chat.name, FINGERPRINT | {"kv": "int8"}, chat.kv.pack(), chat.checksum)
+        save(chat.shelf, chat.name, FINGERPRINT | {"kv": "int8"}, pack_rows(chat.kv), chat.checksum)
 
 
 def test_a_damaged_chain_is_replaced_by_one_that_starts_over(chat: Chat) -> None:
@@ -533,7 +539,7 @@ def test_the_cap_holds_before_anything_is_written(chat: Chat) -> None:
     other.turn(5)
     chat.shelf.cap_bytes = chat.shelf.total_bytes()
     read(chat.kv, range(3))
-    saved = save(chat.shelf, chat.name, FINGERPRINT, chat.kv.pack(), chat.checksum)
+    saved = save(chat.shelf, chat.name, FINGERPRINT, pack_rows(chat.kv), chat.checksum)
     chat.checksum = saved.checksum
     assert saved.removed == ("other",)
     assert chat.shelf.total_bytes() <= chat.shelf.cap_bytes
@@ -574,7 +580,7 @@ def step(chat: Chat, what: str, number: int) -> None:
     elif what == "select" and len(kv) and not kv.states:
         kv.select([row for row in range(len(kv)) if row % 7 != number % 7])
     elif what == "turn keys" and not kv.states:
-        kv.reposition(range(len(kv)))
+        kv.reindex(TokenIndex(kv.ids, kv.rows, range(len(kv))))
     elif what == "save":
         chat.save()
     elif what == "restart" and chat.checksum:

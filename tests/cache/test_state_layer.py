@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV, PackedRows
-from kvchat.cache.layer import DenseLayer
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import PackedRows, pack_rows, unpack_rows
+from kvchat.cache.state_checkpoints import CHECKPOINTS
 from kvchat.cache.state_layer import PIECES, HybridLayer, RecurrentLayer, RecurrentState, StateShape
 
 CHANNELS, KERNEL = 5, 3
@@ -112,7 +114,7 @@ def test_a_convolution_goes_back_to_any_token_since_it_settled(
         layer.update_conv_state(stream[..., at : at + tokens], conv_kernel_size=KERNEL)
         at += tokens
         if number + 1 == settle_after:
-            layer.settle()
+            layer.restart_recording()
             settled = at
     back = data.draw(st.integers(max(1, settled), at))
     layer.rewind(back - settled)
@@ -229,7 +231,7 @@ def test_what_is_recorded_is_counted_and_let_go_of() -> None:
     assert layer.recorded_bytes == 3 * PIECES * CHANNELS * 4
     assert layer.state_growth(10) == 10 * CHANNELS * 4
     assert len(layer.state_storages()) <= PIECES + 2
-    layer.settle()
+    layer.restart_recording()
     assert (layer.state_bytes, layer.recorded_bytes) == (STATE_BYTES, 0)
 
 
@@ -312,8 +314,8 @@ def test_segments_hold_new_rows_and_new_marks_only(made: type) -> None:
     segments: list[PackedRows] = []
     for turn in range(3):
         read(kv, [turn, 5, turn])
-        segments.append(kv.pack())
-        restored.unpack(segments[-1])
+        segments.append(pack_rows(kv))
+        unpack_rows(restored, segments[-1])
     assert [(s.start, s.ids, sorted(s.checkpoints)) for s in segments] == [
         (0, (0, 5, 0), [3]),
         (3, (1, 5, 1), [6]),
@@ -321,14 +323,14 @@ def test_segments_hold_new_rows_and_new_marks_only(made: type) -> None:
     ]
     assert [restored.reachable(n) for n in (2, 3, 5, 6, 8, 9)] == [0, 3, 3, 6, 6, 9]
     kv.truncate(6)
-    restored.unpack(kv.pack())
+    unpack_rows(restored, pack_rows(kv))
     assert_same(restored, kv)
 
 
 def test_rows_without_a_state_for_them_are_refused() -> None:
     kv = summing()
     read(kv, [1, 2, 3])
-    packed = kv.pack()
+    packed = pack_rows(kv)
     torn = PackedRows(0, 0, packed.ids, packed.rows, packed.positions, packed.tensors, {})
     with pytest.raises(ValueError, match="there is no state of 3 tokens"):
-        summing().unpack(torn)
+        unpack_rows(summing(), torn)

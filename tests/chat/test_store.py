@@ -64,6 +64,7 @@ MIGRATIONS = [
     "m006_last_turn",
     "m007_not_sent",
     "m008_evicted_messages",
+    "m009_shared_prefixes",
 ]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
@@ -393,6 +394,14 @@ def test_a_file_from_before_saved_caches_is_migrated_and_keeps_what_it_holds(pat
     assert rows(path, "select name from _sqlite_migrations order by id") == [(name,) for name in MIGRATIONS]
 
 
+def test_shared_prefixes_of_an_older_file_have_their_new_name(path: Path) -> None:
+    with closing(old_file(path, "m009_shared_prefixes")) as old, old.conn:
+        for kind in ("lend", "fork"):
+            old.table("cache_events").insert(asdict(EVENTS[0]) | {"kind": kind})
+    with closing(Store(path)) as migrated:
+        assert [e.kind for e in migrated.events(TALK.id)] == [CacheEventKind.SHARE, CacheEventKind.FORK]
+
+
 def test_a_migrated_file_takes_everything_that_a_new_one_takes(path: Path) -> None:
     old_file(path, "m003_cache").close()
     with closing(Store(path)) as migrated:
@@ -436,7 +445,7 @@ def test_what_happened_to_a_cache_comes_back_in_its_order(store: Store, path: Pa
 
 def test_events_of_the_same_moment_stay_in_the_order_they_came_in(store: Store) -> None:
     store.create(TALK)
-    events = [CacheEvent(TALK.id, CacheEventKind.LEND, tokens, at=5.0) for tokens in (3, 1, 2)]
+    events = [CacheEvent(TALK.id, CacheEventKind.SHARE, tokens, at=5.0) for tokens in (3, 1, 2)]
     store.add_events(events)
     assert store.events(TALK.id) == events
 

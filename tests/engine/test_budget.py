@@ -164,7 +164,7 @@ def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
     assert house.chat("a").kv.ids == tuple(rendered(tiny, [first, *house.chat("b").messages[1:]]))[:prefix]
     played = house.ask("b")
     assert (played.started.reused_tokens, played.started.miss) == (prefix, None)
-    assert [e.note for e in timeline(played, CacheEventKind.LEND)] == ["from a"]
+    assert [e.note for e in timeline(played, CacheEventKind.SHARE)] == ["from a"]
     assert_equals_cold(played, tiny)
     house.engine.close()
 

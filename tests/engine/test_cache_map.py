@@ -116,7 +116,7 @@ def test_evicted_tokens_are_a_gap_of_no_bytes(loaded: LoadedModel) -> None:
     engine, reports = reported(tiny_loaded(context=128))
     chat = talk(engine, engine._loaded, policy=EvictionPolicy.SINKS)
     chat.ask(sentences(9))
-    assert chat.kv.has_gap
+    assert chat.kv.index.has_gap
     gone = [b for b in map_of(chat, reports).blocks if not b.held]
     assert sum(b.tokens for b in gone) == len(chat.kv.ids) - len(chat.kv)
     assert {(b.bytes, b.precision, b.saved) for b in gone} == {(0, "", False)}

@@ -23,9 +23,9 @@ from kvchat.contract import (
     Sampling,
     Tokens,
 )
+from kvchat.engine.cache_source import LEAST_SHARED
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.planner import LEAST_SHARED
 from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
@@ -285,7 +285,7 @@ def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: Loade
     played = borrower.ask("What is the code?")
     assert played.started.reused_tokens > LEAST_SHARED
     assert_follows_the_rule(played, held, loaded)
-    (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.LEND]
+    (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.SHARE]
     assert (event.conversation, event.tokens) == ("borrower", played.started.reused_tokens)
     assert lender.name in event.note
     assert_same(lender.kv, before)
@@ -307,7 +307,7 @@ def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedMo
     talked(engine, loaded, system="Yes.")
     played = Chat(engine, loaded, "other", system="No.").ask("What is the code?")
     assert_follows_the_rule(played, (), loaded)
-    assert not [e for e in played.finished.pool.events if e.kind is CacheEventKind.LEND]
+    assert not [e for e in played.finished.pool.events if e.kind is CacheEventKind.SHARE]
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])

@@ -24,8 +24,10 @@ import torch
 from transformers import Gemma2Config
 
 from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_compiled_checks
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, Memory
+from kvchat.cache.layer import Memory
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.config.paths import find_paths
 from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling, Status
 from kvchat.engine.compiled import build as building
@@ -254,7 +256,7 @@ def test_restored_and_forked_caches_go_on_as_the_live_one(built: Built, kv: str)
     built.read(live, [150])
     forked = live.fork(150)
     restored = built.loaded.new_kv(kv)
-    restored.unpack(live.pack())
+    unpack_rows(restored, pack_rows(live))
     expected = built.read(live, [100], start=150)
     for other in (forked, restored):
         built.assert_same(built.read(other, [1, 30, 69], start=150), expected)
@@ -400,7 +402,7 @@ class Anything:
                     return guesses[self.asked % 3][:most]
         return []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         pass
 
 
@@ -470,16 +472,16 @@ def test_other_lengths_and_numbers_of_layers_are_refused(built: Built) -> None:
 def memories_of(built: Built) -> list[Memory]:
     layers = addressed(built.loaded.new_kv())
     for layer in layers:
-        layer.room_for(1)
+        layer.reserve(1)
     return [layer.memory() for layer in layers]
 
 
 def test_room_is_never_counted_beyond_what_there_is(built: Built) -> None:
     layer = built.loaded.new_kv().stored[0]
     assert isinstance(layer, DenseLayer)
-    layer.room_for(1)
+    layer.reserve(1)
     with pytest.raises(ValueError, match="257 tokens after 0 don't fit a capacity of 256"):
-        layer.fill(257)
+        layer.advance(257)
 
 
 # ---- the package -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.cache.quant_codec import BLOCK
 from kvchat.contract import (
     Fork,
@@ -342,7 +343,7 @@ def test_a_quantised_cache_that_shares_a_prefix_answers_as_one_that_shares_none(
     def copy(event: TurnEvent) -> None:
         if isinstance(event, TurnStarted):
             alone.append(tiny.new_kv(kv.value))
-            alone[0].unpack(second.kv.fork(len(second.kv)).pack())
+            unpack_rows(alone[0], pack_rows(second.kv.fork(len(second.kv))))
 
     played = second.ask(sentences(9), copy)
     assert 0 < played.started.reused_tokens < BLOCK < played.started.prompt_tokens

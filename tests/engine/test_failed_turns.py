@@ -144,7 +144,7 @@ def test_rows_that_a_failed_turn_evicted_are_read_again(
 
         def break_down(reader: CachedReader, ids: list[int], keep: int = 1) -> torch.Tensor:
             kept = engine.caches.get(session.current.id)
-            if kept and kept.kv.has_gap:
+            if kept and kept.kv.index.has_gap:
                 raise RuntimeError("it broke")
             return reads(reader, ids, keep)
 

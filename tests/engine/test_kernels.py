@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvchat.cache.layer import AddressedLayer, DenseLayer, HeadShape
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.layer import AddressedLayer, HeadShape
 from kvchat.cache.quantized_layer import QuantizedLayer
 from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.quantized_linear import Blocks, pack, round_to_blocks
@@ -189,12 +190,12 @@ class Case:
 
     def _chunk(self, layer: AddressedLayer, states: Sequence[torch.Tensor]) -> torch.Tensor:
         tokens = states[0].shape[2]
-        layer.room_for(tokens)
+        layer.reserve(tokens)
         table = torch.tensor([layer.memory()])
         rows = torch.arange(layer.length, layer.length + tokens)
         options = (table, 0, self.scale, self.window, self.softcap, self.sink)
         found: torch.Tensor = torch.ops.kvchat.attend(*states, rows, *options)
-        layer.fill(tokens)
+        layer.advance(tokens)
         return found[0]
 
     def expected(self, layer: AddressedLayer, query: torch.Tensor) -> torch.Tensor:
@@ -315,7 +316,7 @@ def test_one_and_two_threads_attend_alike(case: Case) -> None:
 def test_rows_that_are_not_filled_never_count(case: Case, dtype: torch.dtype) -> None:
     """Whatever was in the memory: a number that is none would spread."""
     layer, clean = (DenseLayer(case.shape, dtype) for _ in range(2))
-    layer.room_for(20)
+    layer.reserve(20)
     assert layer.keys is not None
     assert layer.values is not None
     layer.keys.fill_(torch.nan)
@@ -337,7 +338,7 @@ def test_attention_over_what_does_not_fit_is_refused() -> None:
     case = Case()
     layer = DenseLayer(case.shape, torch.float32)
     query, keys, values = case.states(4)
-    layer.room_for(4)
+    layer.reserve(4)
     table, rows = torch.tensor([layer.memory()]), torch.arange(4)
     options = (case.scale, 0, 0.0, None)
 

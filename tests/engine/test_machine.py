@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import GROWTH_STEP
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.contract import (
     CacheCommand,
     CacheMode,
@@ -94,7 +95,7 @@ def unshared(engine: LocalEngine, name: str) -> ConversationKV:
     kept = engine.caches.get(name)
     assert kept is not None
     copy = model().new_kv(kept.precision.value)
-    copy.unpack(kept.kv.fork(len(kept.kv.ids)).pack())
+    unpack_rows(copy, pack_rows(kept.kv.fork(len(kept.kv.ids))))
     return copy
 
 

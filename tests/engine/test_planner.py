@@ -35,7 +35,7 @@ from kvchat.contract import (
 from kvchat.engine import cache_commands, miss_reason
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel, assemble
-from kvchat.engine.planner import Rate
+from kvchat.engine.prefill_rate import PrefillRate
 from kvchat.engine.prompt import Renderer
 from tests.support.engine_driver import Chat, Played, assert_equals_cold, saying, sentences, user
 from tests.support.tiny import CHATML, seeded_model, tiny_chat, tiny_loaded
@@ -393,7 +393,7 @@ def filled(policy: EvictionPolicy) -> tuple[Chat, Desk]:
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
 def test_a_quote_counts_what_the_model_sees_after_a_gap(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
-    assert chat.kv.has_gap
+    assert chat.kv.index.has_gap
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     assert played.started.miss is None
@@ -403,7 +403,7 @@ def test_a_quote_counts_what_the_model_sees_after_a_gap(policy: EvictionPolicy) 
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
 def test_an_edit_around_a_gap_is_named(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
-    held, first_gap = chat.kv.ids, chat.kv.first_gap
+    held, first_gap = chat.kv.ids, chat.kv.index.first_gap
     chat.messages[0] = user("Nobody knows." + chat.messages[0].text)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
@@ -430,7 +430,7 @@ def test_turns_that_are_left_out_are_a_cause() -> None:
         chat.messages.append(user(sentences(3)))
         played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
-    assert miss.cause == miss_reason.TURNS_LEFT_OUT
+    assert miss.cause == miss_reason.TURNS_EVICTED
     assert miss.tokens > 0
 
 
@@ -553,7 +553,7 @@ def test_texts_are_counted_as_a_prompt_has_them_and_nothing_else_is_reported(loa
 
 
 def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:
-    rate = Rate()
+    rate = PrefillRate()
     assert rate.seconds(100) is None
     rate.note(63, 1.0)
     assert rate.seconds(100) is None

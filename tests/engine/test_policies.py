@@ -276,13 +276,13 @@ def test_a_change_after_the_gap_keeps_the_gap_and_one_before_it_reads_again(
         late = chat.answer()
     assert late.started.reuse_note == ""
     journal.assert_agrees(small.model)
-    first_gap = chat.kv.first_gap
+    first_gap = chat.kv.index.first_gap
     chat.messages = [user("Something else?"), *last[1:], user("And?")]
     early = chat.answer()
     assert early.started.reused_tokens <= first_gap
     assert early.started.miss is not None
     assert early.started.miss.cause
-    assert not chat.kv.has_gap
+    assert not chat.kv.index.has_gap
     assert_equals_cold(early, small)
 
 
@@ -292,7 +292,7 @@ def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
 ) -> None:
     chat = filled(LocalEngine(small), small, policy, Journal())
     assert evictions(chat.ask(question(FULL)))
-    gap = chat.kv.first_gap
+    gap = chat.kv.index.first_gap
     chat.policy = TURNS
     played = chat.ask("And?")
     assert played.started.reused_tokens <= gap
@@ -662,14 +662,14 @@ def test_closing_a_gap_changes_next_to_nothing(smollm2: LoadedModel) -> None:
     assert frequencies is not None
     with_gap, closed = (gapped(smollm2, ids[:read], rows) for _ in range(2))
     close_gaps(closed, frequencies)
-    assert (with_gap.next_position, closed.next_position) == (read, len(rows))
+    assert (with_gap.index.next_position, closed.index.next_position) == (read, len(rows))
     told, moved = (answers_along(smollm2, kv, ids[read:]) for kv in (with_gap, closed))
     assert 0 < divergence(told, moved) < 0.05
 
 
 def answers_along(loaded: LoadedModel, kv: ConversationKV, ids: Sequence[int]) -> torch.Tensor:
     """Logits `[len(ids), vocabulary]` after each of the ids."""
-    first = kv.next_position
+    first = kv.index.next_position
     with kv.append(ids) as past:
         return forward_pass(loaded.model, ids, range(first, first + len(ids)), past, keep=len(ids))
 

@@ -14,8 +14,10 @@ import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, rounded_up
+from kvchat.cache.layer import rounded_up
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.cache.quantized_layer import QuantizedLayer
 from kvchat.cache.rope_shift import rotated
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer
@@ -429,11 +431,11 @@ def test_both_branches_of_a_fork_equal_cold_passes(shaped: LoadedModel) -> None:
 def test_a_packed_cache_goes_on_bit_for_bit(shaped: LoadedModel) -> None:
     """Packed after each of two turns, with a regeneration between them."""
     live, restored = one_turn(shaped), shaped.new_kv()
-    restored.unpack(live.kv.pack())
+    unpack_rows(restored, pack_rows(live.kv))
     live.kv.truncate(PROMPT - 1)
     live.turn(some_ids(PROMPT)[-1:], some_ids(REPLY, 4))
     live.turn(some_ids(QUESTION, 2), some_ids(REPLY, 3))
-    restored.unpack(live.kv.pack())
+    unpack_rows(restored, pack_rows(live.kv))
     assert restored.ids == live.kv.ids
     again = Reading(shaped, restored)
     for ids in (some_ids(1, 5), some_ids(QUESTION, 6)):
@@ -474,7 +476,7 @@ def test_gaps_are_refused_where_there_is_a_state(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     if not reading.kv.states:
         reading.kv.select([0, 1, *range(20, PROMPT)])
-        assert reading.kv.has_gap
+        assert reading.kv.index.has_gap
         return
     with pytest.raises(ValueError, match="can't forget"):
         reading.kv.select([0, 1])

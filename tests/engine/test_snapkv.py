@@ -100,6 +100,6 @@ def test_attention_that_cannot_be_watched_is_a_sentence(tiny: LoadedModel) -> No
     model, ids = seeded_model(config), list(range(5, 45))
     kv = tiny.new_kv()
     CachedReader(model, kv).read(ids)
-    with pytest.raises(KvchatError, match="can't be watched"):
+    with pytest.raises(KvchatError, match="can't be recorded"):
         attention_scores(model, kv)
     assert_committed(kv, ids)

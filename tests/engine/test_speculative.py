@@ -28,13 +28,13 @@ from kvchat.engine.engine import UNBOUNDED, LocalEngine
 from kvchat.engine.factory import open_engine
 from kvchat.engine.model.loader import LoadedModel, assemble
 from kvchat.engine.speculative import (
-    LEAST,
-    LONGEST_REST,
-    MOST,
+    LONGEST,
+    LONGEST_PAUSE,
     NGRAM,
+    SHORTEST,
     Drafter,
     DraftModel,
-    Pace,
+    DraftPacing,
     PromptLookup,
 )
 from kvchat.errors import KvchatError
@@ -78,7 +78,7 @@ class Guessing:
                     return answer[said:]
         return []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         assert 0 <= accepted <= proposed > 0
         self.judged.append((proposed, accepted))
 
@@ -240,7 +240,7 @@ def test_what_is_said_with_guesses_is_what_a_cold_run_says(tiny: LoadedModel) ->
         played = chat.ask("Which pass is open in May?")
         ids = [*chat.kv.ids]
         assert ids[-len(played.tokens) + 1 :] == played.tokens[:-1]
-        chat.engine._tools = replace(chat.engine._tools, new_drafter=lambda: None)
+        chat.engine._services = replace(chat.engine._services, new_drafter=lambda: None)
         assert_equals_cold(chat.ask("Why?"), tiny)  # after a cache that was cropped many times
 
 
@@ -345,7 +345,7 @@ def test_a_state_that_cannot_go_back_is_handed_no_guesses() -> None:
 @pytest.mark.parametrize("draft", ["lookup", "off"])
 def test_the_user_chooses_what_guesses(tiny: LoadedModel, draft: str) -> None:
     engine = open_engine(tiny, None, None, 0, draft=draft)
-    drafter = engine._tools.new_drafter()
+    drafter = engine._services.new_drafter()
     assert isinstance(drafter, PromptLookup) if draft == "lookup" else drafter is None
 
 
@@ -353,7 +353,7 @@ def test_a_model_with_another_tokenizer_cannot_guess(tiny: LoadedModel) -> None:
     other = replace(tiny, facts=replace(tiny.facts, name="small", tokenizer="another"))
     with pytest.raises(KvchatError, match="small has another tokenizer than tiny"):
         open_engine(tiny, None, None, 0, draft=other)
-    drafter = open_engine(tiny, None, None, 0, draft=tiny)._tools.new_drafter()
+    drafter = open_engine(tiny, None, None, 0, draft=tiny)._services.new_drafter()
     assert isinstance(drafter, DraftModel)
 
 
@@ -422,41 +422,41 @@ def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
 
 
 def test_guesses_get_longer_while_they_come_true() -> None:
-    pace, widths = Pace(), []
+    pace, widths = DraftPacing(), []
     for _ in range(5):
         widths.append(pace.most(100))
-        pace.judge(widths[-1], widths[-1])
-    assert widths == [LEAST, 7, MOST, MOST, MOST]
+        pace.record(widths[-1], widths[-1])
+    assert widths == [SHORTEST, 7, LONGEST, LONGEST, LONGEST]
     assert pace.most(4) == 4
 
 
 def test_guesses_rest_longer_each_time_none_came_true() -> None:
-    pace, rests = Pace(), []
+    pace, rests = DraftPacing(), []
     for _ in range(9):
         rest = 0
         while not (width := pace.most(100)):
             rest += 1
         rests.append(rest)
-        assert width == LEAST
-        pace.judge(width, 0)
-    assert rests == [0, 2, 4, 8, 16, 32, 64, LONGEST_REST, LONGEST_REST]
+        assert width == SHORTEST
+        pace.record(width, 0)
+    assert rests == [0, 2, 4, 8, 16, 32, 64, LONGEST_PAUSE, LONGEST_PAUSE]
 
 
 def test_one_guess_that_comes_true_shortens_the_next_rest() -> None:
-    pace = Pace(failures=3)
-    pace.judge(3, 2)
-    pace.judge(3, 0)
-    assert pace.rest == 8
-    pace.rest = 0
-    pace.judge(3, 3)
-    assert (pace.failures, pace.rest) == (0, 0)
+    pace = DraftPacing(failures=3)
+    pace.record(3, 2)
+    pace.record(3, 0)
+    assert pace.pause == 8
+    pace.pause = 0
+    pace.record(3, 3)
+    assert (pace.failures, pace.pause) == (0, 0)
 
 
 @pytest.mark.parametrize(("accepted", "rest"), [(14, 0), (6, 0), (5, 2), (0, 2)])
 def test_a_long_guess_that_is_partly_wrong_makes_the_next_one_short(accepted: int, rest: int) -> None:
-    pace = Pace(width=MOST)
-    pace.judge(MOST, accepted)
-    assert (pace.width, pace.rest) == (LEAST, rest)
+    pace = DraftPacing(width=LONGEST)
+    pace.record(LONGEST, accepted)
+    assert (pace.width, pace.pause) == (SHORTEST, rest)
 
 
 def test_a_text_goes_on_as_it_did_the_last_time() -> None:
@@ -474,11 +474,11 @@ def test_what_is_looked_up_is_what_followed_the_last_place(tokens: list[int], mo
     growing = PromptLookup()
     for end in range(len(tokens) + 1):
         found = growing.propose(tokens[:end], most)
-        growing.judge(1, 1)
-        growing._pace = Pace()
+        growing.record(1, 1)
+        growing._pacing = DraftPacing()
         last = tokens[:end][-NGRAM:]
         places = [i for i in range(NGRAM, end) if tokens[i - NGRAM : i] == last] if end >= NGRAM else []
-        expected = tokens[places[-1] : end][: min(LEAST, most)] if places else []
+        expected = tokens[places[-1] : end][: min(SHORTEST, most)] if places else []
         assert found == expected
     assert PromptLookup().propose(tokens, most) == (found if tokens else [])
 
@@ -494,7 +494,7 @@ def test_a_draft_model_says_what_it_would_say_and_reads_nothing_twice(tiny: Load
         best = logits.topk(2)
         assert token == int(best.indices[0]) or float(best.values[0] - best.values[1]) < TOLERANCE
         said.append(token)
-    drafter.judge(3, 2)
+    drafter.record(3, 2)
     assert drafter._kv.ids == (*prompt, *first[:2])
     # the second guess was wrong: it goes back there, and reads on
     other = [*prompt, first[0], (first[1] + 1) % 500]

@@ -190,7 +190,7 @@ def storage_bytes(engine: LocalEngine) -> int:
     return sum({address: size for found in held for address, size in found.items()}.values())
 
 
-UNCOUNTED = ("_holders", "_starts")
+UNCOUNTED = ("_sharers", "_starts")
 """Not memory that a layer holds; and a few bytes that tell compiled code where its blocks start."""
 
 

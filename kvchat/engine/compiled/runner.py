@@ -272,12 +272,12 @@ class CompiledReader:
         layers = addressed(self._kv)
         with self._kv.append(ids):
             for layer in layers:
-                layer.room_for(len(ids))
+                layer.reserve(len(ids))
             memories = [layer.memory() for layer in layers]
-            row, position = len(self._kv), self._kv.next_position
+            row, position = len(self._kv), self._kv.index.next_position
             logits = self._step.run(ids, position, row, memories, keep)
             for layer in layers:
-                layer.fill(len(ids))
+                layer.advance(len(ids))
         self.evaluated += len(ids)
         return logits
 

@@ -50,7 +50,7 @@ class CachedReader:
         """
         if self._kv.by_steps and len(ids) > 1:
             return torch.cat([self.read([token]) for token in ids][-keep:])
-        first = self._kv.next_position  # after an eviction that left a gap, more than there are rows
+        first = self._kv.index.next_position  # after an eviction that left a gap, more than there are rows
         with self._kv.append(ids) as past:
             logits = forward_pass(self._model, ids, range(first, first + len(ids)), past, keep)
         self.evaluated += len(ids)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, HeadShape
+from kvchat.cache.layer import HeadShape
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer, StateLayer, StateShape
 from kvchat.engine.model.dtypes import QUANTISED_BITS
 

@@ -27,7 +27,7 @@ KINDS = {
     CacheEventKind.RESTORE: ("↑", "$text-success"),
     CacheEventKind.REFUSE: ("!", "$text-error"),
     CacheEventKind.FORK: ("┣", "$text-accent"),
-    CacheEventKind.LEND: ("→", "$text-accent"),
+    CacheEventKind.SHARE: ("→", "$text-accent"),
     CacheEventKind.CONVERT: ("≈", "$text-warning"),
     CacheEventKind.DROP: ("∅", "$text-error"),
 }
