@@ -31,6 +31,7 @@ from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.config.paths import find_paths
 from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling, Status
 from kvchat.engine.compiled import build as building
+from kvchat.engine.compiled import export
 from kvchat.engine.compiled.package import (
     LIBRARIES,
     compiler,
@@ -762,7 +763,7 @@ def test_attention_with_more_than_the_kernel_knows_is_refused() -> None:
     """It would be left out, and nobody would see it."""
     rows = torch.zeros(1, 2, 3, 16)
     with pytest.raises(KvchatError, match="its attention has position_bias"):
-        building.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)
+        export.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)
 
 
 def test_what_keeps_more_than_the_kernels_read_goes_through_the_model(llama: Built) -> None:

@@ -12,7 +12,7 @@ from kvchat.cache import layer, quant_codec, quantized_layer
 from kvchat.config.paths import find_paths
 from kvchat.engine.compiled import abi, package, quantized_linear
 from kvchat.engine.compiled import build as building
-from kvchat.engine.compiled.build import RefusedError
+from kvchat.engine.compiled.export import RefusedError
 from kvchat.engine.compiled.package import (
     REFUSAL,
     find_package,

@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvchat.engine.compiled.abi import GROUP, TILE
+from kvchat.engine.compiled.gguf_weights import arrange, blocks_of, head_of, read_blocks
 from kvchat.engine.compiled.quantized_linear import (
     Blocks,
     PackedEmbedding,
     PackedLinear,
-    arrange,
-    blocks_of,
-    head_of,
     pack,
     quantise,
-    read_blocks,
     round_to_blocks,
     rounded_blocks,
     rounded_head,

@@ -113,8 +113,8 @@ class Can:
 
 A_WINDOW = "mask of a sliding window"
 A_STATE = "a recurrent state can't forget"
-OF_EXPERTS = "expert layers: experts hold no KV"
-OF_A_STATE = "recurrent layers: a crop goes back to the last turn end"
+OF_EXPERTS = "expert layers: experts store no keys and values"
+OF_A_STATE = "recurrent layers: a crop returns to the last turn end"
 HALF_SLIDING = "sliding window of 8 in 2 of 4 layers"
 ALL_SLIDING = "sliding window of 8 in 4 of 4 layers"
 
@@ -216,7 +216,7 @@ SHAPES: dict[str, Can] = {
         A_STATE,
         positions="none",
         layout="none",
-        notes=(OF_A_STATE, "go on one token at a time"),
+        notes=(OF_A_STATE, "read one token at a time"),
     ),
     "Mamba2": Can(
         lambda: older(tf.Mamba2Config, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, **MAMBA),

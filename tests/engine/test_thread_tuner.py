@@ -58,4 +58,4 @@ def test_a_single_thread_is_never_in_question() -> None:
 def test_a_prompt_is_no_trial() -> None:
     crew = ThreadTuner(4)
     run(crew, FIRST, all_s=0.007, one_s=0.014)
-    assert (crew.threads, crew.settled) == (1, 4)
+    assert (crew.threads, crew.current) == (1, 4)
