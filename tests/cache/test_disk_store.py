@@ -68,7 +68,7 @@ def put(shelf: DiskStore, conversation: str, size: int, used: int) -> None:
 
 
 @given(st.lists(st.integers(0, 30), max_size=40))
-def test_runs_say_the_same_numbers_shorter(values: list[int]) -> None:
+def test_runs_expand_to_the_same_numbers(values: list[int]) -> None:
     spelled = [range(first, first + count) for first, count in runs(values)]
     assert list(joined(*spelled)) == values
 
@@ -83,14 +83,14 @@ def test_a_header_is_read_back_as_it_was_written(shelf: DiskStore) -> None:
     assert read_segment(segment_path(shelf.root / "a", 0)).header == said
 
 
-def test_listing_a_shelf_imports_no_torch() -> None:
+def test_listing_a_store_imports_no_torch() -> None:
     heavy = {"torch", "safetensors", "numpy"}
     code = f"import sys, kvchat.cache.disk.disk_store; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("conversation", ["", ".", "..", "a/b", "../a", "a.b", "a\n", "ä", "a b", "a" * 201])
-def test_an_id_that_could_name_another_place_is_refused(shelf: DiskStore, conversation: str) -> None:
+def test_an_id_that_points_outside_the_root_is_refused(shelf: DiskStore, conversation: str) -> None:
     with pytest.raises(KvchatError, match="can't be the name"):
         shelf.folder(conversation)
 
@@ -105,7 +105,7 @@ def test_a_chain_is_merged_as_unpack_would(shelf: DiskStore) -> None:
     assert chain.fingerprint == {"model": "m"}
 
 
-def test_a_superseded_segment_does_not_count_nor_does_what_it_continued(shelf: DiskStore) -> None:
+def test_superseded_segments_are_ignored_with_those_they_continued(shelf: DiskStore) -> None:
     """As a process leaves it that is killed before it removes them: 1 and 2 are superseded by 3."""
     base = write(shelf, header("a", 10))
     write(shelf, header("a", 5, start=10, parent="f" * 32), 1)
@@ -116,7 +116,7 @@ def test_a_superseded_segment_does_not_count_nor_does_what_it_continued(shelf: D
     assert [segment.path.name for segment in chain.segments] == ["000000.safetensors", "000003.safetensors"]
 
 
-def test_a_mark_at_the_very_token_where_a_segment_starts_is_not_superseded(shelf: DiskStore) -> None:
+def test_a_checkpoint_at_the_first_token_of_a_segment_is_not_superseded(shelf: DiskStore) -> None:
     base = write(shelf, header("a", 10))
     crop = write(shelf, replace(header("a", 0, start=5, parent=base), checkpoints={5: 1}), 1)
     write(shelf, replace(header("a", 3, start=5, parent=crop), checkpoints={8: 1}), 2)
@@ -135,7 +135,7 @@ def test_a_segment_that_starts_where_its_chain_does_not_reach_is_refused(
         shelf.chain("a")
 
 
-def test_a_folder_that_is_not_there_is_an_empty_chain(shelf: DiskStore) -> None:
+def test_a_missing_folder_is_an_empty_chain(shelf: DiskStore) -> None:
     chain = shelf.chain("a")
     assert (chain.segments, chain.rows, chain.checksum, chain.tensor_bytes) == ((), (), "", 0)
 
@@ -174,7 +174,7 @@ def broken_headers() -> Iterator[tuple[str, Header]]:
 @pytest.mark.parametrize(
     ("what", "said"), broken_headers(), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_a_header_with_a_right_checksum_that_makes_no_sense_is_refused(
+def test_an_inconsistent_header_with_a_correct_checksum_is_refused(
     shelf: DiskStore, what: str, said: Header
 ) -> None:
     path = segment_path(shelf.root / "a", 0)
@@ -184,7 +184,7 @@ def test_a_header_with_a_right_checksum_that_makes_no_sense_is_refused(
         shelf.chain("a")
 
 
-def test_a_short_run_that_claims_a_huge_range_is_refused_before_it_is_spelled_out(
+def test_a_run_of_a_huge_range_is_refused_before_it_is_expanded(
     shelf: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment_module, "runs", lambda _values: [(0, 10**15)])
@@ -229,7 +229,7 @@ def test_deeply_nested_json_is_refused(shelf: DiskStore) -> None:
         shelf.chain("a")
 
 
-def test_a_listing_tells_bytes_tokens_and_the_last_use(shelf: DiskStore) -> None:
+def test_a_listing_has_bytes_tokens_and_last_use(shelf: DiskStore) -> None:
     put(shelf, "old", 2000, used=100)
     put(shelf, "new", 3000, used=200)
     entries = shelf.entries()
@@ -257,11 +257,11 @@ def test_a_damaged_conversation_is_listed_with_the_reason_and_can_be_removed(she
     assert shelf.entries() == []
 
 
-def test_removing_what_is_not_there_is_nothing(shelf: DiskStore) -> None:
+def test_removing_a_missing_conversation_does_nothing(shelf: DiskStore) -> None:
     assert shelf.remove("a") == 0
 
 
-def test_the_conversation_used_longest_ago_makes_room(shelf: DiskStore) -> None:
+def test_the_least_recently_used_conversation_is_removed_first(shelf: DiskStore) -> None:
     for used, name in enumerate(["a", "b", "c", "d"]):
         put(shelf, name, 250_000, used=used)
     shelf.touch("a")
@@ -271,14 +271,14 @@ def test_the_conversation_used_longest_ago_makes_room(shelf: DiskStore) -> None:
     assert shelf.conversations() == ["a", "d"]
 
 
-def test_room_is_never_made_by_removing_the_protected_one(shelf: DiskStore) -> None:
+def test_the_protected_conversation_is_never_removed(shelf: DiskStore) -> None:
     put(shelf, "mine", 600_000, used=1)
     put(shelf, "other", 300_000, used=2)
     assert shelf.make_room(400_000, "mine") == ["other"]
     assert shelf.conversations() == ["mine"]
 
 
-def test_where_there_can_be_no_room_nothing_is_removed(shelf: DiskStore) -> None:
+def test_nothing_is_removed_where_the_cap_is_too_small(shelf: DiskStore) -> None:
     put(shelf, "mine", 600_000, used=1)
     put(shelf, "other", 300_000, used=2)
     with pytest.raises(NoRoomError, match=r"would take 1\.0 MB on disk, and all of them may take 1\.0 MB"):
@@ -286,7 +286,7 @@ def test_where_there_can_be_no_room_nothing_is_removed(shelf: DiskStore) -> None
     assert shelf.conversations() == ["mine", "other"]
 
 
-def test_gc_removes_unknown_conversations_and_what_killed_processes_left(shelf: DiskStore) -> None:
+def test_gc_removes_unknown_conversations_and_leftovers_of_killed_processes(shelf: DiskStore) -> None:
     put(shelf, "known", 2000, used=1)
     put(shelf, "unknown", 3000, used=2)
     (shelf.root / "known" / "000001.tmp").write_bytes(bytes(50))
@@ -299,17 +299,19 @@ def test_gc_removes_unknown_conversations_and_what_killed_processes_left(shelf: 
     ]
 
 
-def test_gc_of_a_shelf_that_is_not_there_yet_is_nothing(shelf: DiskStore) -> None:
+def test_gc_of_a_missing_store_does_nothing(shelf: DiskStore) -> None:
     assert shelf.gc([]) == 0
     assert shelf.entries() == []
 
 
-def test_the_shelf_is_the_users_own(shelf: DiskStore) -> None:
+def test_only_the_user_can_read_the_store(shelf: DiskStore) -> None:
     with shelf.locked():
         assert stat.S_IMODE(shelf.root.stat().st_mode) == 0o700
 
 
-def test_a_second_writer_is_told_who_is_in_its_way(shelf: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_gets_an_error_about_the_lock(
+    shelf: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shelf_module, "LOCK_S", 0.0)
     other = DiskStore(shelf.root, CAP)
     with shelf.locked(), pytest.raises(KvchatError, match="Another kvchat has been writing"), other.locked():
@@ -337,7 +339,7 @@ def vanishing(monkeypatch: pytest.MonkeyPatch, shelf: DiskStore, conversation: s
         yield
 
 
-def test_files_that_vanish_under_a_reader_crash_nothing(
+def test_files_that_disappear_while_reading_raise_no_error(
     shelf: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(shelf, "stays", 2000, used=1)

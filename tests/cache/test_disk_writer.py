@@ -54,7 +54,7 @@ def in_thread(act: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_turns_are_written_in_order_and_told(desk: Desk) -> None:
+def test_turns_are_written_in_order_and_reported(desk: Desk) -> None:
     a, b = new_kv(), new_kv()
     for tokens in (5, 300, 2):
         desk.turn("a", a, tokens)
@@ -68,7 +68,7 @@ def test_turns_are_written_in_order_and_told(desk: Desk) -> None:
     assert_same(desk.restored("b"), b)
 
 
-def test_what_was_submitted_is_what_is_written_whatever_the_cache_does_meanwhile(desk: Desk) -> None:
+def test_later_changes_of_the_cache_do_not_change_submitted_rows(desk: Desk) -> None:
     kv = new_kv()
     with desk.shelf.locked():
         desk.turn("a", kv, 5)
@@ -80,7 +80,7 @@ def test_what_was_submitted_is_what_is_written_whatever_the_cache_does_meanwhile
     assert_same(desk.restored("a"), before)
 
 
-def test_waiting_for_one_conversation_is_not_waiting_for_another(desk: Desk) -> None:
+def test_waiting_for_a_conversation_ignores_the_others(desk: Desk) -> None:
     with desk.shelf.locked():
         desk.turn("a", new_kv(), 5)
         desk.saver.wait("b")
@@ -89,7 +89,7 @@ def test_waiting_for_one_conversation_is_not_waiting_for_another(desk: Desk) -> 
     assert len(desk.results) == 1
 
 
-def test_closing_writes_what_is_queued_and_takes_nothing_more(desk: Desk) -> None:
+def test_closing_writes_the_queue_and_refuses_more(desk: Desk) -> None:
     kv = new_kv()
     for tokens in (5, 4, 3):
         desk.turn("a", kv, tokens)
@@ -100,7 +100,7 @@ def test_closing_writes_what_is_queued_and_takes_nothing_more(desk: Desk) -> Non
     desk.saver.close()
 
 
-def test_a_forgotten_conversation_is_gone_and_nothing_of_it_is_written_later(desk: Desk) -> None:
+def test_a_forgotten_conversation_is_removed_and_not_written_later(desk: Desk) -> None:
     """One write has begun, two are queued; another conversation's is among them."""
     a, b = new_kv(), new_kv()
     with desk.shelf.locked():
@@ -127,7 +127,7 @@ def test_a_forgotten_conversation_can_only_start_over(desk: Desk) -> None:
     assert desk.shelf.conversations() == []
 
 
-def test_forgetting_what_was_never_saved_is_nothing(desk: Desk) -> None:
+def test_forgetting_an_unsaved_conversation_does_nothing(desk: Desk) -> None:
     assert desk.saver.forget("a") == 0
 
 
@@ -139,7 +139,7 @@ def failing(error: OSError) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
-def test_a_disk_that_fails_is_told_and_leaves_what_was_saved(
+def test_a_failing_disk_is_reported_and_earlier_saves_stay(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """What is packed later is refused until the cache starts over: it would follow rows that are missing."""
@@ -164,7 +164,7 @@ def test_a_disk_that_fails_is_told_and_leaves_what_was_saved(
     assert_same(desk.restored("a"), kv)
 
 
-def test_a_crop_behind_rows_that_were_not_saved_does_not_hide_that(
+def test_a_crop_after_a_failed_save_does_not_hide_the_missing_rows(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows 5 to 8 fail. What follows starts at row 5 again, where the chain on disk ends, and is refused: the
@@ -182,7 +182,7 @@ def test_a_crop_behind_rows_that_were_not_saved_does_not_hide_that(
     assert "don't continue what is saved" in desk.errors[-1]
 
 
-def test_an_id_that_is_no_folder_is_told(desk: Desk) -> None:
+def test_an_invalid_id_is_reported(desk: Desk) -> None:
     desk.turn("../a", new_kv(), 5)
     desk.saver.flush()
     assert "can't be the name of a folder" in desk.errors[0]
@@ -204,7 +204,7 @@ def test_a_callback_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
     assert told == ["a", "b"]
 
 
-def test_a_loaded_cache_goes_on_where_its_chain_ends(desk: Desk, tmp_path: Path) -> None:
+def test_a_loaded_cache_continues_its_chain(desk: Desk, tmp_path: Path) -> None:
     kv = new_kv()
     desk.turn("a", kv, 5)
     desk.saver.flush()
@@ -219,7 +219,7 @@ def test_a_loaded_cache_goes_on_where_its_chain_ends(desk: Desk, tmp_path: Path)
     assert_same(later.restored("a"), restored)
 
 
-def test_of_two_processes_with_one_conversation_the_second_is_told(desk: Desk) -> None:
+def test_the_second_of_two_writers_of_a_conversation_gets_an_error(desk: Desk) -> None:
     kv = new_kv()
     desk.turn("a", kv, 5)
     desk.saver.flush()
@@ -235,7 +235,7 @@ def test_of_two_processes_with_one_conversation_the_second_is_told(desk: Desk) -
     assert_same(desk.restored("a"), theirs)
 
 
-def test_conversations_that_make_room_are_told_and_start_over(desk: Desk) -> None:
+def test_removed_conversations_are_reported_and_start_at_row_0(desk: Desk) -> None:
     a, b = new_kv(), new_kv()
     desk.turn("a", a, 300)
     desk.turn("b", b, 300)
@@ -250,7 +250,7 @@ def test_conversations_that_make_room_are_told_and_start_over(desk: Desk) -> Non
     assert desk.shelf.total_bytes() <= desk.shelf.cap_bytes
 
 
-def test_what_fits_nowhere_is_told_and_nothing_else_goes(desk: Desk) -> None:
+def test_a_segment_beyond_the_cap_is_reported_and_removes_nothing(desk: Desk) -> None:
     desk.turn("b", new_kv(), 3)
     desk.saver.flush()
     desk.shelf.cap_bytes = desk.shelf.total_bytes() + 1000
@@ -260,7 +260,7 @@ def test_what_fits_nowhere_is_told_and_nothing_else_goes(desk: Desk) -> None:
     assert desk.shelf.conversations() == ["b"]
 
 
-def test_a_shelf_that_stays_locked_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_store_is_reported(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf_module, "LOCK_S", 0.0)
     other = Desk(desk.shelf.root)
     with desk.shelf.locked():

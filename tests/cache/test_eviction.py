@@ -74,15 +74,13 @@ def kept_by(name: str, layout: ContextLayout, target: int) -> set[int]:
     return {token for kept in POLICIES[name].keep(layout, target) for token in kept}
 
 
-def test_every_policy_that_can_be_asked_for_is_there() -> None:
+def test_every_policy_of_the_contract_exists() -> None:
     assert [policy.name for policy in POLICIES.values()] == list(POLICIES) == list(EvictionPolicy)
 
 
 @every_policy
 @given(layouts(), targets)
-def test_what_stays_are_ranges_in_order_that_do_not_touch(
-    name: str, layout: ContextLayout, target: int
-) -> None:
+def test_remaining_ranges_are_ascending_and_disjoint(name: str, layout: ContextLayout, target: int) -> None:
     kept = POLICIES[name].keep(layout, target)
     assert all(kept)
     assert all(a.stop < b.start for a, b in pairwise(kept))
@@ -92,7 +90,7 @@ def test_what_stays_are_ranges_in_order_that_do_not_touch(
 
 @every_policy
 @given(layouts(), targets)
-def test_at_most_the_target_stays_unless_what_is_safe_is_more(
+def test_at_most_the_target_stays_beyond_what_is_never_evicted(
     name: str, layout: ContextLayout, target: int
 ) -> None:
     kept = kept_by(name, layout, target)
@@ -102,13 +100,13 @@ def test_at_most_the_target_stays_unless_what_is_safe_is_more(
 
 @every_policy
 @given(layouts(), st.integers(MOST, MOST + 5))
-def test_nothing_goes_where_everything_fits(name: str, layout: ContextLayout, target: int) -> None:
+def test_nothing_is_evicted_where_everything_fits(name: str, layout: ContextLayout, target: int) -> None:
     assert kept_by(name, layout, target) == set(range(layout.tokens))
 
 
 @every_gap_policy
 @given(layouts(), targets)
-def test_blocks_stay_or_go_as_a_whole(name: str, layout: ContextLayout, target: int) -> None:
+def test_blocks_are_evicted_as_a_whole(name: str, layout: ContextLayout, target: int) -> None:
     kept = kept_by(name, layout, target)
     assert kept == in_blocks(layout, kept)
 
@@ -191,7 +189,7 @@ def test_what_stays_of_a_conversation(row: Row) -> None:
 
 
 @every_gap_policy
-def test_the_last_token_stays_where_the_turn_under_way_is_not_read_yet(name: str) -> None:
+def test_the_last_token_stays_where_the_current_turn_is_not_read_yet(name: str) -> None:
     """As in the middle of reading a prompt that is longer than the context."""
     layout = ContextLayout(40, 0, (0, 40), (), [1.0] * 39 + [0.0])
     assert 39 in kept_by(name, layout, 10)
@@ -208,7 +206,7 @@ def test_what_is_dropped_is_what_does_not_stay(layout: ContextLayout, target: in
         assert all(a.stop < b.start for a, b in pairwise(gone))
 
 
-def test_a_turn_is_counted_once_all_of_it_is_gone() -> None:
+def test_a_turn_counts_as_evicted_once_all_of_it_is() -> None:
     layout = ContextLayout(40, 6, (6, 16, 26, 34))
     assert turns_in(layout, []) == 0
     assert turns_in(layout, [range(6, 15)]) == 0

@@ -30,12 +30,12 @@ def names(held: list[Candidate]) -> list[str]:
 
 
 @given(helds)
-def test_everyone_but_the_active_one_is_in_line(held: list[Candidate]) -> None:
+def test_all_but_the_active_cache_are_in_the_eviction_order(held: list[Candidate]) -> None:
     assert sorted(names(held)) == sorted(each.conversation for each in held if not each.active)
 
 
 @given(helds)
-def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: list[Candidate]) -> None:
+def test_eviction_order_sorts_by_prefix_pin_and_last_use(held: list[Candidate]) -> None:
     for a, b in pairwise(eviction_order(held)):
         if a.prefix_only != b.prefix_only:
             assert b.prefix_only
@@ -46,7 +46,7 @@ def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: lis
 
 
 @given(helds)
-def test_relief_comes_from_the_first_in_line(held: list[Candidate]) -> None:
+def test_the_first_in_eviction_order_is_evicted(held: list[Candidate]) -> None:
     relief = next_eviction(held)
     if not names(held):
         assert relief is None
@@ -55,7 +55,7 @@ def test_relief_comes_from_the_first_in_line(held: list[Candidate]) -> None:
         assert relief[0] == names(held)[0]
 
 
-def test_the_line_of_one_evening() -> None:
+def test_eviction_order_is_lru_pinned_then_prefix() -> None:
     held = [
         Candidate("prefix", 1.0, prefix_only=True),
         Candidate("pinned", 2.0, pinned=True),
@@ -76,14 +76,14 @@ def test_the_line_of_one_evening() -> None:
         (False, False, EvictionAction.DROP),
     ],
 )
-def test_disk_is_better_than_fewer_bits_and_those_are_better_than_nothing(
+def test_spilling_is_preferred_to_quantising_and_that_to_dropping(
     can_spill: bool, can_quantise: bool, relief: EvictionAction
 ) -> None:
     held = Candidate("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
     assert next_eviction([held, Candidate("b", 2.0)]) == ("a", relief)
 
 
-def test_the_active_one_never_makes_room() -> None:
+def test_the_active_cache_is_never_evicted() -> None:
     active = Candidate("a", 0.0, active=True, can_spill=True, can_quantise=True)
     assert next_eviction([active]) is None
     assert next_eviction([]) is None

@@ -32,7 +32,7 @@ def test_common_prefix_equals_the_naive_loop(pair: tuple[list[int], list[int]]) 
 
 
 @given(relatives())
-def test_common_prefix_takes_lists_and_tuples_alike(pair: tuple[list[int], list[int]]) -> None:
+def test_common_prefix_accepts_lists_and_tuples(pair: tuple[list[int], list[int]]) -> None:
     a, b = pair
     assert common_prefix(tuple(a), b) == common_prefix(a, tuple(b)) == naive_prefix(a, b)
 
@@ -87,7 +87,7 @@ def test_gaps_begin_before_the_first_evicted_token_and_end_after_the_last(
 
 
 @given(histories())
-def test_gaps_are_those_that_a_cache_itself_tells(history: tuple[list[int], int]) -> None:
+def test_gap_bounds_equal_those_of_a_token_index(history: tuple[list[int], int]) -> None:
     rows, tokens = history
     kv = ConversationKV([])
     with kv.append(range(tokens)):

@@ -160,7 +160,7 @@ def test_turns_with_crops_between_are_restored_bit_for_bit(shelf: DiskStore, dty
         assert len(restored) == crop + tokens + 3
 
 
-def test_a_restored_cache_goes_on_saving_only_what_is_new(chat: Chat) -> None:
+def test_a_restored_cache_saves_only_new_rows(chat: Chat) -> None:
     whole = chat.shelf.disk_bytes(chat.name)
     chat.kv = chat.restored()
     written = chat.save()
@@ -185,7 +185,7 @@ def test_an_emptied_cache_is_saved_as_an_empty_one(chat: Chat) -> None:
     assert_same(chat.restored(), chat.kv)
 
 
-def test_gaps_and_turned_keys_are_restored(chat: Chat) -> None:
+def test_gaps_and_rotated_keys_are_restored(chat: Chat) -> None:
     chat.kv.select([0, 1, 2, 7, 8, 9, 10, 11])
     chat.turn(3)
     assert_same(chat.restored(), chat.kv)
@@ -201,9 +201,7 @@ def test_gaps_and_turned_keys_are_restored(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("states", [1, 2])
-def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(
-    shelf: DiskStore, states: int
-) -> None:
+def test_checkpoints_of_recurrent_layers_are_restored_and_reachable(shelf: DiskStore, states: int) -> None:
     chat = Chat(shelf, new_kv(states=states))
     for tokens in (5, 4, 3):
         chat.turn(tokens)
@@ -216,14 +214,14 @@ def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_that_are_too_many_are_let_go_of(shelf: DiskStore) -> None:
+def test_surplus_checkpoints_are_dropped(shelf: DiskStore) -> None:
     chat = Chat(shelf, new_kv(states=1))
     for _ in range(CHECKPOINTS + 4):
         chat.turn(2)
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: DiskStore) -> None:
+def test_checkpoints_do_not_reference_the_whole_segment(shelf: DiskStore) -> None:
     chat = Chat(shelf, new_kv(states=1))
     chat.turn(500)
     assert chat.restored().storage_bytes == chat.kv.storage_bytes
@@ -239,13 +237,13 @@ def test_safetensors_itself_reads_a_segment(chat: Chat) -> None:
         assert json.loads(file.metadata()["segment"])["ids"] == [0, 1, 2, 3]
 
 
-def test_a_turn_writes_its_own_rows_and_nothing_else(chat: Chat) -> None:
+def test_a_turn_writes_only_its_own_rows(chat: Chat) -> None:
     row = SHAPE.numbers * LAYERS * 4
     sizes = [read_segment(path).header.tensor_bytes for path in segment_files(chat.shelf.folder(chat.name))]
     assert sizes == [5 * row, 4 * row, 3 * row]
 
 
-def test_segments_of_which_nothing_is_left_are_removed(chat: Chat) -> None:
+def test_superseded_segments_are_removed(chat: Chat) -> None:
     """A crop into the second one leaves it, a crop to its start removes it and what came after."""
     chat.kv.truncate(7)
     chat.turn(5)
@@ -266,7 +264,7 @@ def test_only_the_user_can_read_it(chat: Chat) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-def test_what_a_killed_save_left_is_cleaned_by_the_next(chat: Chat) -> None:
+def test_leftovers_of_a_killed_save_are_removed_by_the_next(chat: Chat) -> None:
     leftover = chat.shelf.folder(chat.name) / "000003.tmp"
     leftover.write_bytes(b"half a segment")
     assert_same(chat.restored(), chat.kv)
@@ -317,7 +315,7 @@ def test_a_segment_that_is_cut_after_its_header_was_read_is_refused(chat: Chat) 
     assert (len(kv), kv.storage_bytes) == (0, 0)
 
 
-def test_a_segment_that_goes_after_its_header_was_read_is_refused(chat: Chat) -> None:
+def test_a_segment_removed_after_its_header_was_read_is_refused(chat: Chat) -> None:
     chain, kv = chat.shelf.chain(chat.name), new_kv()
     segment(chat, 1).unlink()
     with pytest.raises(SnapshotRefused, match="was removed while it was read"):
@@ -489,7 +487,7 @@ def test_rows_without_tensors_are_refused(chat: Chat) -> None:
         assert_refused(chat, "of layer 0, not keys and values|of layer 1, not keys and values")
 
 
-def test_nothing_saved_is_refused_as_that(chat: Chat) -> None:
+def test_loading_an_empty_chain_is_refused(chat: Chat) -> None:
     with pytest.raises(SnapshotRefused, match="No cache of conversation none is saved"):
         load(chat.shelf.chain("none"), new_kv(), FINGERPRINT)
 
@@ -500,7 +498,7 @@ def test_a_cache_that_is_not_empty_is_not_overwritten(chat: Chat) -> None:
     assert len(chat.kv) == 12
 
 
-def test_rows_are_never_put_after_rows_that_another_process_saved(chat: Chat) -> None:
+def test_rows_never_continue_those_of_another_process(chat: Chat) -> None:
     """Both loaded the same chain; the second one to save is told, and may start over."""
     other = Chat(chat.shelf, chat.restored())
     other.checksum = chat.checksum
@@ -591,7 +589,7 @@ def step(chat: Chat, what: str, number: int) -> None:
 
 @settings(max_examples=60)
 @given(STEPS, st.integers(0, 1))
-def test_whatever_happened_a_load_equals_the_live_cache(steps: list[tuple[str, int]], states: int) -> None:
+def test_a_load_equals_the_live_cache_after_any_operations(steps: list[tuple[str, int]], states: int) -> None:
     with TemporaryDirectory() as folder:
         chat = Chat(DiskStore(Path(folder), 100_000_000), new_kv(states=states))
         for what, number in steps:

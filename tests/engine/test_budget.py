@@ -93,7 +93,7 @@ class House:
 
 @pytest.mark.parametrize("on_disk", [True, False])
 @pytest.mark.parametrize("kv", [KVPrecision.AUTO, KVPrecision.FP32, KVPrecision.INT8])
-def test_no_event_of_any_turn_finds_more_memory_in_use_than_the_budget(
+def test_memory_in_use_never_exceeds_the_budget(
     tiny: LoadedModel, tmp_path: Path, kv: KVPrecision, on_disk: bool
 ) -> None:
     """Conversations grow over several steps, leave forks, are spilled and come back."""
@@ -125,7 +125,7 @@ def test_the_least_recently_used_conversation_is_spilled(tiny: LoadedModel, tmp_
     house.engine.close()
 
 
-def test_a_pinned_conversation_goes_after_the_others(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_pinned_conversation_is_evicted_after_the_others(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
     house.ask("a")
     house.engine.command(Pin("a", True))
@@ -137,9 +137,7 @@ def test_a_pinned_conversation_goes_after_the_others(tiny: LoadedModel, tmp_path
     house.engine.close()
 
 
-def test_the_active_conversation_never_makes_room_not_even_for_itself(
-    tiny: LoadedModel, tmp_path: Path
-) -> None:
+def test_the_active_conversation_is_never_evicted(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, budget_for(tiny, 2.5), tier(tmp_path))
     house.ask("b")
     for number in range(8):
@@ -150,7 +148,7 @@ def test_the_active_conversation_never_makes_room_not_even_for_itself(
     house.engine.close()
 
 
-def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
+def test_a_spilled_conversation_leaves_its_system_prefix_for_sharing(
     tiny: LoadedModel, tmp_path: Path
 ) -> None:
     """It is let go of last: after every whole conversation, pinned ones too."""
@@ -169,9 +167,7 @@ def test_what_stays_of_a_spilled_conversation_is_its_system_prompt_which_lends(
     house.engine.close()
 
 
-def test_a_system_prompt_is_let_go_of_after_every_whole_conversation(
-    tiny: LoadedModel, tmp_path: Path
-) -> None:
+def test_system_prefixes_are_evicted_after_whole_conversations(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path), system=SYSTEM)
     house.ask("a", sentences(40))
     house.engine.command(Spill("a"))
@@ -199,7 +195,7 @@ def test_a_prefix_that_would_free_nothing_is_not_kept(tiny: LoadedModel, tmp_pat
     house.engine.close()
 
 
-def test_without_a_disk_a_cache_of_no_fixed_precision_goes_to_8_bits_first(tiny: LoadedModel) -> None:
+def test_without_a_disk_a_cache_of_automatic_precision_is_quantised_first(tiny: LoadedModel) -> None:
     house = House(tiny, budget_for(tiny, 2.5))
     house.ask("a")
     house.ask("b")
@@ -215,7 +211,7 @@ def test_without_a_disk_a_cache_of_no_fixed_precision_goes_to_8_bits_first(tiny:
     assert again.started.reused_tokens > 20
 
 
-def test_without_a_disk_8_bits_are_dropped_when_they_have_to_make_room_again(tiny: LoadedModel) -> None:
+def test_without_a_disk_an_8_bit_cache_is_dropped(tiny: LoadedModel) -> None:
     house = House(tiny, budget_for(tiny, 2.5))
     happened = [step for name in "abcdefgh" for step in going(house.ask(name))]
     first = happened.index(("a", "convert"))
@@ -238,7 +234,7 @@ def test_without_a_disk_a_cache_of_fixed_precision_is_dropped_and_read_again(tin
     assert_equals_cold(again, tiny)
 
 
-def test_a_spilled_conversation_comes_back_from_disk_and_is_exact(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_spilled_conversation_is_restored_exactly(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, budget_for(tiny, 1.5), tier(tmp_path))
     held = {}
     for name in "ab":
@@ -269,7 +265,7 @@ def test_a_budget_smaller_than_the_active_conversation_is_its_context_limit(tiny
     assert evicted_messages > 0
 
 
-def test_with_the_policy_none_a_full_budget_refuses_in_words(tiny: LoadedModel) -> None:
+def test_with_the_policy_none_a_full_budget_is_refused_with_a_sentence(tiny: LoadedModel) -> None:
     house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32, policy=NONE)
     house.ask("a", sentences(10))
     failed = house.ask("a", sentences(15)).failed
@@ -278,7 +274,7 @@ def test_with_the_policy_none_a_full_budget_refuses_in_words(tiny: LoadedModel) 
     assert f"holds {GROWTH_STEP:,}" in failed.reason
 
 
-def test_an_answer_ends_where_the_budget_does(tiny: LoadedModel) -> None:
+def test_an_answer_ends_where_the_budget_is_full(tiny: LoadedModel) -> None:
     house = House(tiny, budget_for(tiny, 1), kv=KVPrecision.FP32, policy=NONE)
     chat = house.chat("a")
     chat.sampling = replace(chat.sampling, max_tokens=400)
@@ -288,7 +284,7 @@ def test_an_answer_ends_where_the_budget_does(tiny: LoadedModel) -> None:
     assert_equals_cold(played, tiny)
 
 
-def test_a_smaller_budget_spills_at_once_and_a_larger_one_lets_them_come_back(
+def test_a_smaller_budget_spills_at_once_and_a_larger_one_allows_restoring(
     tiny: LoadedModel, tmp_path: Path
 ) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path))
@@ -315,7 +311,7 @@ def test_a_smaller_budget_spills_at_once_and_a_larger_one_lets_them_come_back(
     house.engine.close()
 
 
-def test_reported_bytes_are_those_of_the_memory_that_is_there(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_reported_bytes_equal_the_allocated_memory(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path))
     house.ask("a", sentences(30))
     house.ask("b")
@@ -330,7 +326,7 @@ def test_reported_bytes_are_those_of_the_memory_that_is_there(tiny: LoadedModel,
     house.engine.close()
 
 
-def test_what_forks_share_counts_once_until_a_second_one_writes(tiny: LoadedModel) -> None:
+def test_shared_memory_counts_once_until_a_fork_writes(tiny: LoadedModel) -> None:
     """The first one appends to the shared memory, past the end of the others; the second one takes a copy."""
     house = House(tiny, UNBOUNDED)
     house.ask("a", sentences(20))
@@ -350,9 +346,7 @@ def test_what_forks_share_counts_once_until_a_second_one_writes(tiny: LoadedMode
     assert house.pool.used_bytes == 2 * before == storage_bytes(house.engine)
 
 
-def test_a_fork_that_has_to_make_room_takes_nothing_from_its_parent(
-    tiny: LoadedModel, tmp_path: Path
-) -> None:
+def test_evicting_a_fork_does_not_change_its_parent(tiny: LoadedModel, tmp_path: Path) -> None:
     house = House(tiny, UNBOUNDED, tier(tmp_path))
     house.ask("a")
     house.engine.command(Fork("a", "fork"))

@@ -91,14 +91,14 @@ def test_every_block_names_the_message_that_it_belongs_to(loaded: LoadedModel) -
         assert message.text in text
 
 
-def test_what_is_no_part_of_the_conversation_any_more_belongs_to_nobody(loaded: LoadedModel) -> None:
+def test_tokens_that_left_the_conversation_have_no_message(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     del chat.messages[3:]
     assert whose(map_of(chat, reports).blocks)[-1] == (None, "")
 
 
-def test_messages_that_were_left_out_are_counted(loaded: LoadedModel) -> None:
+def test_evicted_messages_are_counted(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     chat.evicted_messages = 2
@@ -133,7 +133,7 @@ def test_a_fork_shares_what_both_have_read(loaded: LoadedModel) -> None:
     assert sum(b.tokens for b in told.blocks if b.shared) == shared < len(chat.kv)
 
 
-def test_quantised_blocks_say_so_and_the_newest_tokens_stay_exact(loaded: LoadedModel) -> None:
+def test_blocks_have_their_precision_and_the_newest_tokens_stay_exact(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     chat.ask(sentences(9))
@@ -150,9 +150,7 @@ def test_quantised_blocks_say_so_and_the_newest_tokens_stay_exact(loaded: Loaded
     assert by_precision[0] < by_precision[1] / 2
 
 
-def test_what_is_saved_is_marked_and_what_is_on_disk_only_is_shown_from_there(
-    loaded: LoadedModel, tmp_path: Path
-) -> None:
+def test_saved_tokens_are_marked_and_shown_from_disk(loaded: LoadedModel, tmp_path: Path) -> None:
     engine, reports = reported(loaded, DiskTier(DiskStore(tmp_path / "shelf", 1 << 30)))
     chat = talk(engine, loaded)
     told = map_of(chat, reports)
@@ -200,7 +198,7 @@ def told_at_both_ends(
     return statuses(played.started.spans), statuses(played.finished.spans)
 
 
-def test_a_turn_says_of_every_message_what_it_did_with_its_tokens(loaded: LoadedModel) -> None:
+def test_a_turn_reports_a_status_for_the_tokens_of_every_message(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     played = chat.ask("And the train?")
@@ -224,7 +222,7 @@ def test_without_a_cache_every_message_was_never_cached(loaded: LoadedModel) -> 
         assert all(set(told[message]) == {TokenStatus.UNCACHED} for message in range(6))
 
 
-def test_messages_that_are_left_out_were_evicted(loaded: LoadedModel) -> None:
+def test_evicted_messages_have_the_status_evicted(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     chat.evicted_messages = 2
@@ -237,7 +235,7 @@ def test_messages_that_are_left_out_were_evicted(loaded: LoadedModel) -> None:
     )  # the words before its text are the same
 
 
-def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
+def test_a_gap_made_during_a_turn_is_reported_at_its_end() -> None:
     loaded = tiny_loaded(context=128)
     engine, _ = reported(loaded)
     chat = talk(engine, loaded, policy=EvictionPolicy.SINKS)
@@ -249,7 +247,7 @@ def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
     assert sum(span.tokens for span in evicted) >= gone
 
 
-def test_an_answer_that_goes_on_is_one_message(loaded: LoadedModel) -> None:
+def test_a_continued_answer_is_one_message(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     finished = statuses(chat.answer().finished.spans)

@@ -126,7 +126,7 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_reads_exactly_what_the_rule_leaves(
+def test_a_change_reads_exactly_the_tokens_after_the_common_prefix(
     engine: LocalEngine, loaded: LoadedModel, name: str
 ) -> None:
     chat = talked(engine, loaded)
@@ -139,7 +139,9 @@ def test_a_change_reads_exactly_what_the_rule_leaves(
     assert_follows_the_rule(following, held, loaded)
 
 
-def test_a_change_taken_back_reads_what_the_change_had_cost(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_undoing_a_change_reads_as_many_tokens_as_the_change(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
     chat = talked(engine, loaded)
     before = list(chat.messages)
     chat.messages[3] = user("How long is the walk?")
@@ -150,7 +152,9 @@ def test_a_change_taken_back_reads_what_the_change_had_cost(engine: LocalEngine,
 
 
 @pytest.mark.parametrize("said", [1, 3])
-def test_a_stopped_answer_goes_on_where_it_ended(engine: LocalEngine, loaded: LoadedModel, said: int) -> None:
+def test_a_stopped_answer_continues_where_it_ended(
+    engine: LocalEngine, loaded: LoadedModel, said: int
+) -> None:
     """The token that was chosen last was never read, and is all there is to read."""
     whole = Chat(LocalEngine(loaded), loaded, system=SYSTEM, sampling=Sampling(max_tokens=8)).ask(
         QUESTIONS[0]
@@ -214,7 +218,7 @@ def forked(chat: Chat, messages: int) -> Chat:
 
 
 @pytest.mark.parametrize("messages", range(1, 8))
-def test_a_fork_at_any_message_is_the_rule_too_and_the_parent_keeps_every_bit(
+def test_a_fork_at_any_message_reuses_the_prefix_and_keeps_the_parent(
     engine: LocalEngine, loaded: LoadedModel, messages: int
 ) -> None:
     parent = talked(engine, loaded)
@@ -230,7 +234,7 @@ def test_a_fork_at_any_message_is_the_rule_too_and_the_parent_keeps_every_bit(
     assert_follows_the_rule(child.ask("Why?"), child_held, loaded)
 
 
-def test_a_fork_shares_memory_until_one_of_them_writes_over_the_other(loaded: LoadedModel) -> None:
+def test_a_fork_shares_memory_copy_on_write(loaded: LoadedModel) -> None:
     reports: list[Report] = []
     engine = LocalEngine(loaded, report=reports.append)
     parent = talked(engine, loaded)
@@ -257,7 +261,7 @@ def test_a_fork_outlives_its_parent(engine: LocalEngine, loaded: LoadedModel) ->
     assert_follows_the_rule(child.ask("Are you sure?"), held, loaded)
 
 
-def test_a_fork_of_what_has_no_cache_is_read_once(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_fork_without_a_cache_is_read_once(engine: LocalEngine, loaded: LoadedModel) -> None:
     parent = talked(LocalEngine(loaded), loaded)
     parent.engine = engine
     child = forked(parent, len(parent.messages))
@@ -277,7 +281,7 @@ def test_forks_that_grow_past_the_shared_memory_stay_apart(tiny: LoadedModel) ->
     assert len(parent.kv) > 2 * GROWTH_STEP
 
 
-def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_another_conversations_prefix_is_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
     lender = talked(engine, loaded)
     held, before = lender.kv.ids, contents(lender.kv)
     engine.pool()
@@ -294,7 +298,7 @@ def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: Loade
     assert_follows_the_rule(borrower.ask("Why?"), held, loaded)
 
 
-def test_the_longest_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_the_longest_prefix_is_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
     talked(engine, loaded, name="one")
     other = Chat(engine, loaded, "other", system=SYSTEM)
     other.ask("What is the code? Tell me.")
@@ -303,7 +307,7 @@ def test_the_longest_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) ->
     assert_follows_the_rule(borrower.ask("What is the code? Tell nobody."), held, loaded)
 
 
-def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_short_prefix_is_not_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
     talked(engine, loaded, system="Yes.")
     played = Chat(engine, loaded, "other", system="No.").ask("What is the code?")
     assert_follows_the_rule(played, (), loaded)
@@ -311,7 +315,7 @@ def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedMo
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_nothing_is_lent_to_a_conversation_without_a_cache(tiny: LoadedModel, mode: CacheMode) -> None:
+def test_no_prefix_is_shared_with_a_conversation_without_a_cache(tiny: LoadedModel, mode: CacheMode) -> None:
     engine = LocalEngine(tiny)
     talked(engine, tiny)
     played = Chat(engine, tiny, "other", system=SYSTEM, mode=mode).ask("What is the code?")
@@ -319,7 +323,7 @@ def test_nothing_is_lent_to_a_conversation_without_a_cache(tiny: LoadedModel, mo
     assert_equals_cold(played, tiny)
 
 
-def test_nothing_is_lent_in_another_precision(tiny: LoadedModel) -> None:
+def test_no_prefix_is_shared_in_another_precision(tiny: LoadedModel) -> None:
     engine = LocalEngine(tiny)
     talked(engine, tiny)
     other = Chat(engine, tiny, "other", system=SYSTEM)
@@ -327,7 +331,7 @@ def test_nothing_is_lent_in_another_precision(tiny: LoadedModel) -> None:
     assert other.ask("What is the code?").started.reused_tokens == 0
 
 
-def test_a_longer_prefix_of_another_conversation_is_better_than_ones_own(
+def test_a_longer_prefix_of_another_conversation_is_preferred(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     """An edit that makes a conversation equal to another one."""

@@ -233,7 +233,7 @@ def test_verify_finds_compiled_code_equal_bit_for_bit_and_a_wrong_cache(
     assert [check.name for check in checks if not check.equal] == ["forked"]
 
 
-def test_verify_leaves_out_compiled_code_that_adds_up_otherwise_for_other_numbers_of_tokens(
+def test_verify_skips_compiled_code_that_depends_on_the_batch_size(
     llama: Built,
 ) -> None:
     assert not can_check_compiled(llama.loaded)
@@ -243,7 +243,7 @@ def test_verify_leaves_out_compiled_code_that_adds_up_otherwise_for_other_number
 
 @each_precision
 @pytest.mark.parametrize("cuts", CUTS)
-def test_a_token_counts_the_same_in_any_company(built: Built, kv: str, cuts: str) -> None:
+def test_results_are_bit_identical_for_every_batch_size(built: Built, kv: str, cuts: str) -> None:
     """Cold and chunked and stepped; past 256 tokens, where the layers have grown."""
     whole, cut = built.loaded.new_kv(kv), built.loaded.new_kv(kv)
     expected = built.read(whole, [len(IDS)])
@@ -252,7 +252,7 @@ def test_a_token_counts_the_same_in_any_company(built: Built, kv: str, cuts: str
 
 
 @each_precision
-def test_restored_and_forked_caches_go_on_as_the_live_one(built: Built, kv: str) -> None:
+def test_restored_and_forked_caches_continue_bit_identically(built: Built, kv: str) -> None:
     live = built.loaded.new_kv(kv)
     built.read(live, [150])
     forked = live.fork(150)
@@ -264,7 +264,7 @@ def test_restored_and_forked_caches_go_on_as_the_live_one(built: Built, kv: str)
         built.assert_same_contents(other, live)
 
 
-def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been_read(built: Built) -> None:
+def test_a_cropped_cache_continues_bit_identically(built: Built) -> None:
     kv = built.loaded.new_kv()
     first = built.read(kv, [200])
     kv.truncate(120)
@@ -281,13 +281,13 @@ def test_a_fork_never_writes_into_the_memory_that_it_shares(built: Built) -> Non
 
 
 @each_precision
-def test_one_and_two_threads_read_alike(built: Built, kv: str) -> None:
+def test_results_are_bit_identical_for_one_and_two_threads(built: Built, kv: str) -> None:
     two = built.read(built.loaded.new_kv(kv), [len(IDS)])
     torch.set_num_threads(1)
     built.assert_same(built.read(built.loaded.new_kv(kv), [len(IDS)]), two)
 
 
-def test_tokens_after_a_gap_stand_where_they_are_told_to(llama: Built) -> None:
+def test_tokens_after_a_gap_have_the_given_positions(llama: Built) -> None:
     compiled, eager = llama.loaded.new_kv(), llama.exact.new_kv()
     llama.read(compiled, [40])
     CachedReader(llama.exact.model, eager).read(IDS[:40])
@@ -316,9 +316,7 @@ def test_only_the_logits_that_are_wanted_are_computed(built: Built) -> None:
         built.assert_same(found, expected[-keep:])
 
 
-def test_a_step_that_fails_leaves_every_layer_as_it_was(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_step_changes_no_layer(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     kv, other = built.loaded.new_kv(), built.loaded.new_kv()
     built.read(kv, [255])
     expected = built.read(other, [260])[255:]
@@ -369,7 +367,9 @@ def chatted(
 
 
 @each_precision
-def test_kept_restored_and_uncached_chats_say_the_same(built: Built, tmp_path: Path, kv: str) -> None:
+def test_cached_restored_and_uncached_chats_give_the_same_answers(
+    built: Built, tmp_path: Path, kv: str
+) -> None:
     kept, live = chatted(built.loaded, kv=kv)
     restored, other = chatted(built.loaded, folder=tmp_path, kv=kv)
     assert restored == kept
@@ -413,7 +413,7 @@ class Anything:
     [Sampling(temperature=0, max_tokens=70), Sampling(temperature=0.9, top_p=0.9, seed=3, max_tokens=70)],
     ids=["greedy", "drawn"],
 )
-def test_guesses_change_no_answer_and_no_bit(built: Built, sampling: Sampling, kv: str) -> None:
+def test_drafts_change_no_answer_and_no_bit(built: Built, sampling: Sampling, kv: str) -> None:
     plain, expected = chatted(built.loaded, sampling=sampling, kv=kv)
     for drafter in (lambda: Anything(plain), PromptLookup):
         answers, chat = chatted(built.loaded, new_drafter=drafter, sampling=sampling, kv=kv)
@@ -429,7 +429,7 @@ def test_caches_of_the_model_and_of_its_step_are_not_mixed(llama: Built) -> None
     assert ours.difference(theirs.as_dict()) == "weights precision changed: fp32 → fp32, compiled fp32"
 
 
-def test_a_package_knows_what_the_model_knows(built: Built) -> None:
+def test_a_package_describes_its_model(built: Built) -> None:
     loaded, exact = built.loaded, built.exact
     for name in ("template", "end_ids", "shape", "revision", "vocabulary"):
         assert getattr(loaded, name) == getattr(exact, name), name
@@ -477,7 +477,7 @@ def memories_of(built: Built) -> list[Memory]:
     return [layer.memory() for layer in layers]
 
 
-def test_room_is_never_counted_beyond_what_there_is(built: Built) -> None:
+def test_advancing_beyond_the_reserved_rows_is_refused(built: Built) -> None:
     layer = built.loaded.new_kv().stored[0]
     assert isinstance(layer, DenseLayer)
     layer.reserve(1)
@@ -488,7 +488,7 @@ def test_room_is_never_counted_beyond_what_there_is(built: Built) -> None:
 # ---- the package -------------------------------------------------------------------------------------------
 
 
-def test_building_tells_its_progress_and_leaves_nothing_but_the_package(built: Built) -> None:
+def test_building_reports_progress_and_leaves_only_the_package(built: Built) -> None:
     done = [progress.done for progress in built.progress if progress.stage == "compile"]
     assert (done[0], done[-1]) == (0, building.DONE)
     assert done == sorted(done)
@@ -499,7 +499,7 @@ def test_building_tells_its_progress_and_leaves_nothing_but_the_package(built: B
     assert built.step.description.weights == built.weights
 
 
-def test_a_package_that_is_there_is_not_made_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_package_is_not_built_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_make", None)
     assert building.prepare_step(built.root, built.folder, built.weights, lambda _: None) == built.package
 
@@ -629,7 +629,7 @@ def test_the_engine_in_a_child_process_loads_the_step_of_its_data_folder(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="access lists in place of modes")
-def test_what_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> None:
+def test_a_package_that_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> None:
     root, package = llama.copy_packages(tmp_path / "data")
     assert llama.load(root).step
     places = [*package.iterdir(), package, package.parent, root, root.parent]
@@ -644,7 +644,7 @@ def test_what_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no user ids")
-def test_what_belongs_to_another_user_is_not_loaded(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_another_user_is_not_loaded(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: llama.package.stat().st_uid + 1)
     loaded = llama.load()
     assert loaded.step is None
@@ -679,7 +679,7 @@ def test_without_its_digests_a_package_is_not_loaded(llama: Built, tmp_path: Pat
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("damage", [b"", b"{}", None], ids=["empty", "other", "gone"])
-def test_a_damaged_package_is_told_and_the_model_reads_itself(
+def test_a_damaged_package_is_reported_and_transformers_computes(
     llama: Built, tmp_path: Path, name: str, damage: bytes | None
 ) -> None:
     root, package = llama.copy_packages(tmp_path / "data")
@@ -704,7 +704,7 @@ def test_a_damaged_description_is_refused_by_a_sentence(llama: Built, tmp_path: 
             Description.load(tmp_path)
 
 
-def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_equal_those_of_the_installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LIBRARIES:
         assert installed_version(name) == version(name)
     (tmp_path / "torch-0.0.1.dist-info").mkdir()
@@ -714,7 +714,7 @@ def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch
         installed_version("no-such-package")
 
 
-def test_without_a_compiler_a_sentence_says_what_is_lost(
+def test_without_a_compiler_a_sentence_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -724,9 +724,7 @@ def test_without_a_compiler_a_sentence_says_what_is_lost(
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "broken off"])
-def test_a_build_that_does_not_come_to_its_end_leaves_nothing(
-    tiny_folder: Path, tmp_path: Path, killed: bool
-) -> None:
+def test_an_interrupted_build_leaves_nothing(tiny_folder: Path, tmp_path: Path, killed: bool) -> None:
     other, root = tmp_path / "other", tmp_path / "data" / "compiled"
     shutil.copytree(tiny_folder, other)
 
@@ -759,14 +757,14 @@ def test_models_with_states_are_refused(llama: Built) -> None:
     assert building.refusal(llama.loaded.shape) == ""
 
 
-def test_attention_with_more_than_the_kernel_knows_is_refused() -> None:
+def test_attention_with_unsupported_arguments_is_refused() -> None:
     """It would be left out, and nobody would see it."""
     rows = torch.zeros(1, 2, 3, 16)
     with pytest.raises(KvchatError, match="its attention has position_bias"):
         export.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)
 
 
-def test_what_keeps_more_than_the_kernels_read_goes_through_the_model(llama: Built) -> None:
+def test_caches_that_the_kernels_can_not_read_use_transformers(llama: Built) -> None:
     """Quantised rows whose dims are no whole vectors."""
     heads = tuple(replace_dim(head, 12) for head in llama.loaded.shape.heads)
     odd = replace(llama.loaded, shape=replace(llama.loaded.shape, heads=heads))
@@ -793,7 +791,7 @@ def real(smollm2: LoadedModel) -> LoadedModel:
 
 @pytest.mark.model
 @pytest.mark.parametrize("text", [building.TEXT.read_text()[:2000], TRAINING_TEXT], ids=["prose", "other"])
-def test_a_real_models_step_says_what_the_model_says(
+def test_the_step_of_a_real_model_predicts_what_the_model_predicts(
     smollm2: LoadedModel, real: LoadedModel, text: str
 ) -> None:
     ids = smollm2.tokenizer.encode(text).ids
@@ -807,7 +805,7 @@ def test_a_real_models_step_says_what_the_model_says(
 
 @pytest.mark.model
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-def test_a_real_chat_is_the_same_kept_restored_forked_and_cold(
+def test_a_real_chat_is_the_same_cached_restored_forked_and_cold(
     real: LoadedModel, tmp_path: Path, kv: str
 ) -> None:
     built = Built(Path(), Path(), "gguf", [], real, real)

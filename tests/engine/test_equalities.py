@@ -100,7 +100,7 @@ def test_an_exact_repeat_reads_exactly_one_token(engine: LocalEngine, loaded: Lo
     assert_equals_cold(again, loaded)
 
 
-def test_a_repeat_with_history_is_no_loss_worth_a_note(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_repeated_prompt_is_no_miss(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
     second = chat.ask(SECOND)
@@ -123,7 +123,7 @@ def test_a_prompt_that_is_the_start_of_the_cache_crops_it(engine: LocalEngine, l
     assert_equals_cold(shorter, loaded)
 
 
-def test_a_shorter_prompt_that_differs_crops_to_what_is_shared(
+def test_a_shorter_different_prompt_crops_to_the_common_prefix(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded)
@@ -139,7 +139,7 @@ def test_a_shorter_prompt_that_differs_crops_to_what_is_shared(
 
 
 @pytest.mark.parametrize("message", [0, 1, 2, 3, 4], ids=lambda k: f"message {k + 1}")
-def test_an_edit_reads_again_from_the_edited_message_on_and_says_so(
+def test_an_edit_reads_from_the_edited_message_on_and_is_a_named_miss(
     engine: LocalEngine, loaded: LoadedModel, message: int
 ) -> None:
     chat = Chat(engine, loaded, sampling=Sampling(max_tokens=3))
@@ -172,9 +172,7 @@ def test_an_edit_of_the_last_answer_is_named_by_the_next_turn(
     assert_equals_cold(second, loaded)
 
 
-def test_an_edit_of_the_only_question_is_no_loss_worth_a_note(
-    engine: LocalEngine, loaded: LoadedModel
-) -> None:
+def test_an_edit_of_the_only_question_is_no_miss(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
     chat.messages[:] = [user(SECOND)]
@@ -183,7 +181,7 @@ def test_an_edit_of_the_only_question_is_no_loss_worth_a_note(
     assert_equals_cold(edited, loaded)
 
 
-def test_a_changed_system_prompt_reads_everything_again_and_says_so(
+def test_a_changed_system_prompt_reads_everything_and_is_a_named_miss(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded, system="Answer in one word.")

@@ -118,7 +118,7 @@ def test_the_next_prompt_and_its_answer_are_as_if_the_failed_message_had_not_bee
         assert (False, True) not in marks
 
 
-def test_a_failed_turn_leaves_no_values_in_the_cache_that_are_no_numbers(loaded: LoadedModel) -> None:
+def test_a_failed_turn_leaves_no_nan_in_the_cache(loaded: LoadedModel) -> None:
     engine = recording(loaded)
     with closing(Store(None)) as store:
         session = Session(store, DEFAULTS)

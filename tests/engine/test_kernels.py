@@ -83,7 +83,7 @@ def test_a_product_is_that_of_the_same_blocks_in_fp64(kind: str, rows: int, bits
 
 
 @each_precision
-def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
+def test_results_are_bit_identical_for_every_batch_size(bits: int) -> None:
     """1, 2, 4 or 8 tokens are multiplied in one go, and 64 share unpacked weights; 2 or 4 tiles of rows are.
 
     Of 7 tiles some are left over, so that rows are multiplied in every way that this CPU has.
@@ -97,7 +97,7 @@ def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
 
 
 @each_precision
-def test_a_row_counts_the_same_whichever_rows_are_beside_it(bits: int) -> None:
+def test_a_row_of_a_product_does_not_depend_on_the_other_rows(bits: int) -> None:
     """Products are joined where they multiply the same states."""
     states, blocks = random(5, COLUMNS), blocks_of(5 * TILE, bits)
     whole = product(states, blocks)

@@ -391,7 +391,7 @@ def filled(policy: EvictionPolicy) -> tuple[Chat, Desk]:
 
 
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
-def test_a_quote_counts_what_the_model_sees_after_a_gap(policy: EvictionPolicy) -> None:
+def test_an_estimate_after_a_gap_counts_visible_tokens(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
     assert chat.kv.index.has_gap
     chat.messages.append(user("Are you sure?"))

@@ -138,7 +138,7 @@ def test_after_a_restart_a_turn_reads_its_new_tokens_and_equals_the_live_one_bit
     assert_equals_cold(played, loaded)
 
 
-def test_the_turns_after_a_restored_one_have_nothing_to_restore(house: House, loaded: LoadedModel) -> None:
+def test_turns_after_a_restored_one_restore_nothing(house: House, loaded: LoadedModel) -> None:
     chat = house.chat()
     house.restart(chat)
     chat.ask(SURE)
@@ -164,7 +164,7 @@ def test_a_restart_after_every_turn_costs_nothing(house: House, loaded: LoadedMo
 @pytest.mark.parametrize(
     "precision", [KVPrecision.FP32, KVPrecision.BF16, KVPrecision.INT8, KVPrecision.INT4]
 )
-def test_every_precision_comes_back_bit_for_bit(house: House, precision: KVPrecision) -> None:
+def test_every_precision_is_restored_bit_for_bit(house: House, precision: KVPrecision) -> None:
     chat = Chat(house.engine, house.loaded, system=SYSTEM)
     chat.precision = precision
     for question in QUESTIONS:
@@ -178,7 +178,9 @@ def test_every_precision_comes_back_bit_for_bit(house: House, precision: KVPreci
 
 
 @pytest.mark.parametrize("index", [1, 2, 3, 5])
-def test_an_edit_after_a_restart_restores_what_is_left(house: House, loaded: LoadedModel, index: int) -> None:
+def test_an_edit_after_a_restart_restores_the_common_prefix(
+    house: House, loaded: LoadedModel, index: int
+) -> None:
     chat = house.chat()
     live = Chat(LocalEngine(loaded), loaded, system=SYSTEM)
     for question in QUESTIONS:
@@ -198,7 +200,7 @@ def test_an_edit_after_a_restart_restores_what_is_left(house: House, loaded: Loa
     assert_equals_cold(following, loaded)
 
 
-def test_an_answer_that_was_stopped_goes_on_after_a_restart(house: House, loaded: LoadedModel) -> None:
+def test_a_stopped_answer_continues_after_a_restart(house: House, loaded: LoadedModel) -> None:
     whole = Chat(LocalEngine(loaded), loaded, system=SYSTEM, sampling=Sampling(max_tokens=6)).ask(SURE)
     chat = Chat(house.engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=6))
     stopped = chat.ask(SURE, stopping_at(house.engine, Tokens, 2))
@@ -222,9 +224,7 @@ def test_an_engine_that_was_killed_loses_no_finished_turn(house: House, loaded: 
     assert_equals_cold(played, loaded)
 
 
-def test_a_conversation_moved_to_disk_comes_back_with_its_next_turn(
-    house: House, loaded: LoadedModel
-) -> None:
+def test_a_spilled_conversation_is_restored_by_its_next_turn(house: House, loaded: LoadedModel) -> None:
     chat = house.chat()
     held = len(chat.kv)
     house.engine.command(Spill(chat.name))
@@ -236,7 +236,7 @@ def test_a_conversation_moved_to_disk_comes_back_with_its_next_turn(
     assert_bit_equal(played, live_turn(loaded))
 
 
-def test_a_cache_that_is_warmed_before_the_turn_is_there(house: House, loaded: LoadedModel) -> None:
+def test_a_cache_loaded_before_the_turn_is_used(house: House, loaded: LoadedModel) -> None:
     chat = house.chat()
     held = len(chat.kv)
     house.restart(chat)
@@ -264,7 +264,9 @@ def test_a_fork_is_saved_as_its_own(house: House, loaded: LoadedModel) -> None:
         assert_equals_cold(played, loaded)
 
 
-def test_a_saved_prefix_is_lent_once_its_owner_is_back(house: House, loaded: LoadedModel) -> None:
+def test_a_saved_prefix_is_shared_once_its_conversation_is_restored(
+    house: House, loaded: LoadedModel
+) -> None:
     chat = house.chat()
     house.restart(chat)
     chat.ask(SURE)
@@ -290,7 +292,7 @@ def mamba() -> LoadedModel:
     return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
-def test_recurrent_states_come_back_too(tmp_path: Path) -> None:
+def test_recurrent_states_are_restored(tmp_path: Path) -> None:
     house = House(tmp_path / "shelf", mamba())
     chat = house.chat()
     held = len(chat.kv.ids)
@@ -396,9 +398,7 @@ def test_a_cache_of_another_model_is_refused(house: House, other: str) -> None:
     assert_read_again(chat, house, words)
 
 
-def test_a_cache_that_may_not_be_used_is_not_warmed_either(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_cache_is_not_loaded_by_command(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = house.chat()
     with identified(monkeypatch, "revision", "another"):
         house.restart(chat)
@@ -521,7 +521,7 @@ def test_a_private_conversation_reads_nothing_from_disk_either(house: House) -> 
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_without_a_kept_cache_nothing_is_written(house: House, mode: CacheMode) -> None:
+def test_modes_without_a_resident_cache_write_nothing(house: House, mode: CacheMode) -> None:
     chat = Chat(house.engine, house.loaded, mode=mode)
     chat.ask(sentences(3))
     house.restart(chat)
@@ -550,7 +550,7 @@ def test_dropping_removes_the_folder_and_the_next_turn_says_so(house: House) -> 
     assert house.disk.find(chat.name) is not None
 
 
-def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_the_disk_cap_is_never_exceeded(tiny: LoadedModel, tmp_path: Path) -> None:
     """The conversation used longest ago is removed, and says so by being read again."""
     house = House(tmp_path / "shelf", tiny)
     first = house.chat("first")
@@ -573,7 +573,7 @@ def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) 
 
 
 @pytest.mark.model
-def test_a_real_model_goes_on_where_it_was(smollm2: LoadedModel, tmp_path: Path) -> None:
+def test_a_real_model_continues_after_a_restart(smollm2: LoadedModel, tmp_path: Path) -> None:
     house = House(tmp_path / "shelf", smollm2)
     chat = house.chat()
     held = len(chat.kv)

@@ -308,7 +308,7 @@ def failing_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
         handle.remove()
 
 
-def test_a_model_can_what_the_table_says(shaped: LoadedModel) -> None:
+def test_a_model_supports_what_the_table_says(shaped: LoadedModel) -> None:
     can, shape = SHAPES[shaped.facts.name], shaped.shape
     assert shape.is_croppable == (can.goes_back != MARKS_ONLY)
     assert any(shape.states) == (can.goes_back != ANYWHERE)
@@ -346,7 +346,7 @@ def test_regenerating_reads_one_token(shaped: LoadedModel) -> None:
     assert_whole(reading.kv, PROMPT + REPLY)
 
 
-def test_an_early_edit_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+def test_an_early_edit_returns_as_far_as_the_table_says(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     edited = 12
     reached = reading.kv.reachable(edited)
@@ -356,7 +356,7 @@ def test_an_early_edit_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -
     assert_whole(reading.kv, edited + QUESTION)
 
 
-def test_a_crop_inside_a_reply_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+def test_a_crop_inside_a_reply_returns_as_far_as_the_table_says(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     reading.turn(some_ids(QUESTION, 2), [])
     end = len(reading.kv)
@@ -369,7 +369,7 @@ def test_a_crop_inside_a_reply_goes_back_as_far_as_the_table_says(shaped: Loaded
     assert_whole(reading.kv, reached + QUESTION)
 
 
-def test_a_crop_to_a_length_that_cannot_be_had_is_refused(shaped: LoadedModel) -> None:
+def test_a_crop_to_an_unreachable_length_is_refused(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     if reading.kv.reachable(PROMPT + 2) == PROMPT + 2:
         reading.kv.truncate(PROMPT + 2)
@@ -404,7 +404,7 @@ def test_a_failure_in_the_very_first_pass_leaves_an_empty_cache(shaped: LoadedMo
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
-def test_a_stop_is_looked_at_before_every_layer(shaped: LoadedModel, layer: int) -> None:
+def test_a_stop_is_checked_before_every_layer(shaped: LoadedModel, layer: int) -> None:
     reading, asked = one_turn(shaped), count()
     with (
         stopping_between_layers(shaped.model, lambda: next(asked) == layer),
@@ -428,7 +428,7 @@ def test_both_branches_of_a_fork_equal_cold_passes(shaped: LoadedModel) -> None:
     assert parent.kv.ids == (*some_ids(PROMPT), *some_ids(REPLY, 1), *some_ids(QUESTION, 12))
 
 
-def test_a_packed_cache_goes_on_bit_for_bit(shaped: LoadedModel) -> None:
+def test_a_packed_cache_continues_bit_identically(shaped: LoadedModel) -> None:
     """Packed after each of two turns, with a regeneration between them."""
     live, restored = one_turn(shaped), shaped.new_kv()
     unpack_rows(restored, pack_rows(live.kv))
@@ -465,7 +465,7 @@ def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
     reading.read(some_ids(PROMPT, 1))
 
 
-def test_a_cleared_cache_is_as_new(shaped: LoadedModel) -> None:
+def test_a_cleared_cache_behaves_like_a_new_one(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     reading.kv.clear()
     found = reading.reader.read(some_ids(QUESTION, 3))
@@ -499,7 +499,7 @@ def test_a_gap_keeps_positions_where_the_table_allows_gaps(shaped: LoadedModel) 
     torch.testing.assert_close(ours.keys[:, :, last[0]], theirs.keys[:, :, last[1]])
 
 
-def test_the_measured_rotation_turns_keys_to_other_positions(shaped: LoadedModel) -> None:
+def test_the_measured_rotation_moves_keys_to_other_positions(shaped: LoadedModel) -> None:
     """A token on its own, read at position 100, has the keys of position 3 turned by 97."""
     frequencies = shaped.rotary_frequencies()
     if frequencies is None:
@@ -559,14 +559,14 @@ def test_a_model_without_attention_has_no_heads() -> None:
     assert (loaded.facts.kv_bytes_per_token, len(loaded.shape.kinds)) == (0, LAYERS)
 
 
-def test_layers_that_keep_something_else_are_refused_in_a_sentence() -> None:
+def test_unsupported_layers_are_refused_with_a_sentence() -> None:
     model = seeded_model(config(tf.LlamaConfig))
     model.config.layer_types = ["full_attention", "indexed_attention"] * 2
     with pytest.raises(KvchatError, match="strange has layers of the kind indexed_attention"):
         measure(model, "strange")
 
 
-def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None:
+def test_longrope_limits_the_context_to_its_original_length() -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     long_rope = config(
         tf.Phi3Config,
@@ -578,7 +578,7 @@ def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None
     Reading(loaded).turn(some_ids(50), some_ids(10, 1))
 
 
-def test_a_context_without_end_is_the_one_that_is_asked_for() -> None:
+def test_without_a_position_limit_the_requested_context_is_used() -> None:
     chat, made = tiny_chat(), SHAPES["Bloom"].made
     limits = [
         assemble(seeded_model(made()), chat, "bloom", context=asked).facts.context_limit

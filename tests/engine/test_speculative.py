@@ -224,14 +224,14 @@ def both(loaded: LoadedModel, drafter: Drafter, sampling: Sampling = GREEDY, **o
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED], ids=["greedy", "drawn", "penalised"])
-def test_guesses_change_neither_answers_nor_caches(
+def test_drafts_change_neither_answers_nor_caches(
     tiny: LoadedModel, drafter: Drafter, sampling: Sampling
 ) -> None:
     told = both(tiny, drafter, sampling)
     assert [len(answer) for answer in told.answers] == [ANSWER, ANSWER]
 
 
-def test_what_is_said_with_guesses_is_what_a_cold_run_says(tiny: LoadedModel) -> None:
+def test_answers_with_drafts_equal_a_cold_run(tiny: LoadedModel) -> None:
     plain = tell(tiny, None)
     drafter = half_right()
     drafter.answers = plain.answers
@@ -244,13 +244,13 @@ def test_what_is_said_with_guesses_is_what_a_cold_run_says(tiny: LoadedModel) ->
         assert_equals_cold(chat.ask("Why?"), tiny)  # after a cache that was cropped many times
 
 
-def test_right_guesses_are_all_taken_and_save_passes(tiny: LoadedModel) -> None:
+def test_correct_drafts_are_accepted_and_save_passes(tiny: LoadedModel) -> None:
     told = both(tiny, right())
     assert told.accepted == told.drafted >= ANSWER
     assert len(told.turns[0].logits) < ANSWER // 4
 
 
-def test_wrong_guesses_are_all_refused(tiny: LoadedModel) -> None:
+def test_wrong_drafts_are_rejected(tiny: LoadedModel) -> None:
     drafter = wrong()
     told = both(tiny, drafter)
     assert (told.accepted, told.drafted > ANSWER) == (0, True)
@@ -258,7 +258,7 @@ def test_wrong_guesses_are_all_refused(tiny: LoadedModel) -> None:
     assert not any(accepted for _, accepted in drafter.judged)
 
 
-def test_what_was_drafted_is_counted_as_evaluated(tiny: LoadedModel) -> None:
+def test_drafted_tokens_count_as_evaluated(tiny: LoadedModel) -> None:
     told = both(tiny, half_right())
     for played in told.turns:
         stats = played.finished.stats
@@ -268,15 +268,13 @@ def test_what_was_drafted_is_counted_as_evaluated(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 17])
-def test_an_answer_ends_where_it_has_to_in_the_middle_of_a_guess(
-    tiny: LoadedModel, knowing: Guessing, most: int
-) -> None:
+def test_an_answer_ends_in_the_middle_of_a_draft(tiny: LoadedModel, knowing: Guessing, most: int) -> None:
     told = both(tiny, knowing, replace(GREEDY, max_tokens=most))
     assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in told.turns)
 
 
 @pytest.mark.parametrize("stop_after", [1, 7])
-def test_a_stop_in_the_middle_of_a_guess_takes_the_rest_back(
+def test_a_stop_in_the_middle_of_a_draft_crops_the_rest(
     tiny: LoadedModel, knowing: Guessing, stop_after: int
 ) -> None:
     told = both(tiny, knowing, stop_after=stop_after)
@@ -284,7 +282,7 @@ def test_a_stop_in_the_middle_of_a_guess_takes_the_rest_back(
     assert [len(answer) for answer in told.answers] == [stop_after + 1] * 2
 
 
-def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
+def test_an_end_token_in_the_middle_of_a_draft_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
     said = tell(tiny, None).answers[0]
     end = next(i for i in range(6, ANSWER) if said[i] not in said[:i])
     loaded = replace(tiny, end_ids=frozenset({said[end]}))
@@ -300,7 +298,7 @@ def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, 
     [(right, KVPrecision.AUTO), (half_right, KVPrecision.INT8)],
 )
 @pytest.mark.parametrize("policy", EvictionPolicy)
-def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
+def test_drafts_at_the_end_of_the_context_do_not_change_evictions(
     tiny: LoadedModel, new_drafter: Callable[[], Guessing], policy: EvictionPolicy, precision: KVPrecision
 ) -> None:
     loaded = with_context(tiny, 300)
@@ -317,7 +315,7 @@ def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
 
 
 @pytest.mark.parametrize("precision", [KVPrecision.INT8, KVPrecision.INT4])
-def test_a_guess_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
+def test_a_draft_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
     """What is quantised stays so: a wrong guess in it would stay for ever."""
     told = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
     assert max(len(ids) for ids, *_ in told.kept) > 192  # type: ignore[arg-type]
@@ -326,14 +324,14 @@ def test_a_guess_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precisi
 # ---- where nothing is guessed ------------------------------------------------------------------------------
 
 
-def test_without_a_cache_nothing_is_guessed(tiny: LoadedModel) -> None:
+def test_without_a_cache_nothing_is_drafted(tiny: LoadedModel) -> None:
     drafter = anything()
     engine = LocalEngine(tiny, new_drafter=lambda: drafter)
     played = Chat(engine, tiny, mode=CacheMode.OFF).ask("Which pass is open?")
     assert (drafter.asked, played.finished.stats.drafted_tokens) == (0, 0)
 
 
-def test_a_state_that_cannot_go_back_is_handed_no_guesses() -> None:
+def test_models_with_recurrent_states_get_no_drafts() -> None:
     chat = tiny_chat()
     config = MambaConfig(vocab_size=len(chat), hidden_size=32, num_hidden_layers=2, state_size=8)
     loaded = assemble(seeded_model(config), chat, "mamba", context=1000)
@@ -343,13 +341,13 @@ def test_a_state_that_cannot_go_back_is_handed_no_guesses() -> None:
 
 
 @pytest.mark.parametrize("draft", ["lookup", "off"])
-def test_the_user_chooses_what_guesses(tiny: LoadedModel, draft: str) -> None:
+def test_the_user_chooses_the_drafter(tiny: LoadedModel, draft: str) -> None:
     engine = open_engine(tiny, None, None, 0, draft=draft)
     drafter = engine._services.new_drafter()
     assert isinstance(drafter, PromptLookup) if draft == "lookup" else drafter is None
 
 
-def test_a_model_with_another_tokenizer_cannot_guess(tiny: LoadedModel) -> None:
+def test_a_draft_model_with_another_tokenizer_is_refused(tiny: LoadedModel) -> None:
     other = replace(tiny, facts=replace(tiny.facts, name="small", tokenizer="another"))
     with pytest.raises(KvchatError, match="small has another tokenizer than tiny"):
         open_engine(tiny, None, None, 0, draft=other)
@@ -378,7 +376,7 @@ def test_the_draft_models_cache_counts_in_the_budget(tiny: LoadedModel) -> None:
     assert pool.used_bytes == cache.bytes + pool.draft_bytes
 
 
-def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -> None:
+def test_the_draft_models_cache_is_evicted_before_conversations(tiny: LoadedModel) -> None:
     """Room for three caches: two conversations and the guesses, until a third conversation comes."""
     engine, guard = with_draft_model(tiny, 3 * tiny.new_kv().bytes_at(GROWTH_STEP))
     for name in "ab":
@@ -393,7 +391,7 @@ def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -
     assert (engine.pool().draft_bytes, played.finished.stats.drafted_tokens) == (0, 0)
 
 
-def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(tiny: LoadedModel) -> None:
+def test_evicting_the_draft_cache_is_logged_on_the_latest_conversation(tiny: LoadedModel) -> None:
     engine, guard = with_draft_model(tiny, UNBOUNDED)
     for name in "ab":
         Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
@@ -406,7 +404,7 @@ def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(
     assert (pool.draft_bytes, {cache.conversation for cache in pool.caches}) == (0, {"a", "b"})
 
 
-def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
+def test_no_conversation_is_evicted_for_drafts(tiny: LoadedModel) -> None:
     one = tiny.new_kv().bytes_at(GROWTH_STEP)
     answers = []
     for budget in (one, UNBOUNDED):
@@ -421,7 +419,7 @@ def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
 # ---- how much to guess -------------------------------------------------------------------------------------
 
 
-def test_guesses_get_longer_while_they_come_true() -> None:
+def test_drafts_get_longer_while_they_are_accepted() -> None:
     pace, widths = DraftPacing(), []
     for _ in range(5):
         widths.append(pace.most(100))
@@ -430,7 +428,7 @@ def test_guesses_get_longer_while_they_come_true() -> None:
     assert pace.most(4) == 4
 
 
-def test_guesses_rest_longer_each_time_none_came_true() -> None:
+def test_pauses_get_longer_each_time_a_draft_is_rejected() -> None:
     pace, rests = DraftPacing(), []
     for _ in range(9):
         rest = 0
@@ -442,7 +440,7 @@ def test_guesses_rest_longer_each_time_none_came_true() -> None:
     assert rests == [0, 2, 4, 8, 16, 32, 64, LONGEST_PAUSE, LONGEST_PAUSE]
 
 
-def test_one_guess_that_comes_true_shortens_the_next_rest() -> None:
+def test_a_partly_accepted_draft_shortens_the_next_pause() -> None:
     pace = DraftPacing(failures=3)
     pace.record(3, 2)
     pace.record(3, 0)
@@ -453,13 +451,13 @@ def test_one_guess_that_comes_true_shortens_the_next_rest() -> None:
 
 
 @pytest.mark.parametrize(("accepted", "rest"), [(14, 0), (6, 0), (5, 2), (0, 2)])
-def test_a_long_guess_that_is_partly_wrong_makes_the_next_one_short(accepted: int, rest: int) -> None:
+def test_a_partly_rejected_long_draft_makes_the_next_one_short(accepted: int, rest: int) -> None:
     pace = DraftPacing(width=LONGEST)
     pace.record(LONGEST, accepted)
     assert (pace.width, pace.pause) == (SHORTEST, rest)
 
 
-def test_a_text_goes_on_as_it_did_the_last_time() -> None:
+def test_lookup_proposes_what_followed_the_last_occurrence() -> None:
     text = [1, 2, 3, 4, 5, 1, 2, 3, 7, 8, 9, 1, 2, 3]
     assert PromptLookup().propose(text, 10) == [7, 8, 9]
     assert PromptLookup().propose(text, 2) == [7, 8]
@@ -469,7 +467,7 @@ def test_a_text_goes_on_as_it_did_the_last_time() -> None:
 
 
 @given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 9))
-def test_what_is_looked_up_is_what_followed_the_last_place(tokens: list[int], most: int) -> None:
+def test_lookup_equals_a_search_for_the_last_occurrence(tokens: list[int], most: int) -> None:
     """Token by token, as a turn asks, and at once: the same."""
     growing = PromptLookup()
     for end in range(len(tokens) + 1):
@@ -483,7 +481,7 @@ def test_what_is_looked_up_is_what_followed_the_last_place(tokens: list[int], mo
     assert PromptLookup().propose(tokens, most) == (found if tokens else [])
 
 
-def test_a_draft_model_says_what_it_would_say_and_reads_nothing_twice(tiny: LoadedModel) -> None:
+def test_a_draft_model_proposes_its_greedy_tokens_and_reads_nothing_twice(tiny: LoadedModel) -> None:
     drafter = DraftModel(tiny)
     prompt = tiny.tokenizer.encode(sentences(3)).ids
     first = drafter.propose(prompt, 3)
@@ -502,7 +500,7 @@ def test_a_draft_model_says_what_it_would_say_and_reads_nothing_twice(tiny: Load
     assert drafter._kv.ids[: len(other)] == tuple(other)
 
 
-def test_a_draft_model_stops_guessing_where_its_context_ends(tiny: LoadedModel) -> None:
+def test_a_draft_model_stops_at_its_context_limit(tiny: LoadedModel) -> None:
     drafter = DraftModel(with_context(tiny, 50))
     prompt = tiny.tokenizer.encode(sentences(9)).ids
     assert len(drafter.propose(prompt[:47], 3)) == 2
