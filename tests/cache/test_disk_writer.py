@@ -19,12 +19,12 @@ from tests.cache.test_snapshot import FINGERPRINT, assert_same, new_kv, read
 
 
 class Desk:
-    """A saver on a shelf, and what it told."""
+    """A saver on a store, and what it told."""
 
     def __init__(self, root: Path) -> None:
-        self.shelf = DiskStore(root, 10_000_000)
+        self.store = DiskStore(root, 10_000_000)
         self.results: list[SaveResult] = []
-        self.saver = DiskWriter(self.shelf, self.results.append)
+        self.saver = DiskWriter(self.store, self.results.append)
 
     def turn(self, name: str, kv: ConversationKV, tokens: int) -> None:
         """Reads so many tokens and hands them to the saver."""
@@ -33,7 +33,7 @@ class Desk:
 
     def restored(self, name: str) -> ConversationKV:
         kv = new_kv()
-        load(self.shelf.chain(name), kv, FINGERPRINT)
+        load(self.store.chain(name), kv, FINGERPRINT)
         return kv
 
     @property
@@ -63,14 +63,14 @@ def test_turns_are_written_in_order_and_reported(desk: Desk) -> None:
     assert [result.conversation for result in desk.results] == ["a", "b"] * 3
     assert desk.errors == [""] * 6
     assert all(result.seconds > 0 for result in desk.results)
-    assert sum(result.bytes for result in desk.results) == desk.shelf.total_bytes()
+    assert sum(result.bytes for result in desk.results) == desk.store.total_bytes()
     assert_same(desk.restored("a"), a)
     assert_same(desk.restored("b"), b)
 
 
 def test_later_changes_of_the_cache_do_not_change_submitted_rows(desk: Desk) -> None:
     kv = new_kv()
-    with desk.shelf.locked():
+    with desk.store.locked():
         desk.turn("a", kv, 5)
         before = kv.fork(5)
         kv.truncate(2)
@@ -81,7 +81,7 @@ def test_later_changes_of_the_cache_do_not_change_submitted_rows(desk: Desk) -> 
 
 
 def test_waiting_for_a_conversation_ignores_the_others(desk: Desk) -> None:
-    with desk.shelf.locked():
+    with desk.store.locked():
         desk.turn("a", new_kv(), 5)
         desk.saver.wait("b")
         assert desk.results == []
@@ -103,7 +103,7 @@ def test_closing_writes_the_queue_and_refuses_more(desk: Desk) -> None:
 def test_a_forgotten_conversation_is_removed_and_not_written_later(desk: Desk) -> None:
     """One write has begun, two are queued; another conversation's is among them."""
     a, b = new_kv(), new_kv()
-    with desk.shelf.locked():
+    with desk.store.locked():
         for tokens in (5, 4, 3):
             desk.turn("a", a, tokens)
             desk.turn("b", b, tokens)
@@ -113,7 +113,7 @@ def test_a_forgotten_conversation_is_removed_and_not_written_later(desk: Desk) -
     forgetting.join()
     desk.saver.flush()
     assert [result.conversation for result in desk.results] == ["a", "b", "b", "b"]
-    assert desk.shelf.conversations() == ["b"]
+    assert desk.store.conversations() == ["b"]
     assert_same(desk.restored("b"), b)
 
 
@@ -124,7 +124,7 @@ def test_a_forgotten_conversation_can_only_start_over(desk: Desk) -> None:
     desk.turn("a", kv, 4)
     desk.saver.flush()
     assert "don't continue what is saved" in desk.errors[-1]
-    assert desk.shelf.conversations() == []
+    assert desk.store.conversations() == []
 
 
 def test_forgetting_an_unsaved_conversation_does_nothing(desk: Desk) -> None:
@@ -156,7 +156,7 @@ def test_a_failing_disk_is_reported_and_earlier_saves_stay(
     assert desk.errors[1] == f"The cache of conversation a could not be saved: {os.strerror(code)}."
     assert "don't continue what is saved" in desk.errors[2]
     assert_same(desk.restored("a"), before)
-    assert [path.suffix for path in desk.shelf.folder("a").iterdir()] == [".safetensors"]
+    assert [path.suffix for path in desk.store.folder("a").iterdir()] == [".safetensors"]
     kv.saved_rows = 0
     desk.turn("a", kv, 2)
     desk.saver.flush()
@@ -208,14 +208,14 @@ def test_a_loaded_cache_continues_its_chain(desk: Desk, tmp_path: Path) -> None:
     kv = new_kv()
     desk.turn("a", kv, 5)
     desk.saver.flush()
-    later = Desk(desk.shelf.root)
-    chain, restored = later.shelf.chain("a"), new_kv()
+    later = Desk(desk.store.root)
+    chain, restored = later.store.chain("a"), new_kv()
     load(chain, restored, FINGERPRINT)
     later.saver.adopt(chain)
     later.turn("a", restored, 4)
     later.saver.close()
     assert later.errors == [""]
-    assert len(later.shelf.chain("a").segments) == 2
+    assert len(later.store.chain("a").segments) == 2
     assert_same(later.restored("a"), restored)
 
 
@@ -223,8 +223,8 @@ def test_the_second_of_two_writers_of_a_conversation_gets_an_error(desk: Desk) -
     kv = new_kv()
     desk.turn("a", kv, 5)
     desk.saver.flush()
-    other = Desk(desk.shelf.root)
-    chain, theirs = other.shelf.chain("a"), new_kv()
+    other = Desk(desk.store.root)
+    chain, theirs = other.store.chain("a"), new_kv()
     load(chain, theirs, FINGERPRINT)
     other.saver.adopt(chain)
     other.turn("a", theirs, 1)
@@ -240,30 +240,30 @@ def test_removed_conversations_are_reported_and_start_at_row_0(desk: Desk) -> No
     desk.turn("a", a, 300)
     desk.turn("b", b, 300)
     desk.saver.flush()
-    desk.shelf.cap_bytes = desk.shelf.total_bytes()
+    desk.store.cap_bytes = desk.store.total_bytes()
     desk.turn("b", b, 1)
     desk.turn("a", a, 1)
     desk.saver.flush()
     assert [result.removed for result in desk.results] == [(), (), ("a",), ()]
     assert desk.errors[2] == ""
     assert "don't continue what is saved" in desk.errors[3]
-    assert desk.shelf.total_bytes() <= desk.shelf.cap_bytes
+    assert desk.store.total_bytes() <= desk.store.cap_bytes
 
 
 def test_a_segment_beyond_the_cap_is_reported_and_removes_nothing(desk: Desk) -> None:
     desk.turn("b", new_kv(), 3)
     desk.saver.flush()
-    desk.shelf.cap_bytes = desk.shelf.total_bytes() + 1000
+    desk.store.cap_bytes = desk.store.total_bytes() + 1000
     desk.turn("a", new_kv(), 3000)
     desk.saver.flush()
     assert "all of them may take" in desk.errors[-1]
-    assert desk.shelf.conversations() == ["b"]
+    assert desk.store.conversations() == ["b"]
 
 
 def test_a_locked_store_is_reported(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf_module, "LOCK_S", 0.0)
-    other = Desk(desk.shelf.root)
-    with desk.shelf.locked():
+    other = Desk(desk.store.root)
+    with desk.store.locked():
         other.turn("a", new_kv(), 3)
         other.saver.flush()
         with pytest.raises(KvchatError, match="Another kvchat has been writing"):

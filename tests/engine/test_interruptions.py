@@ -62,7 +62,7 @@ def assert_next_turn_equals_cold(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("index", range(REPLY))
-def test_a_stop_at_any_token_keeps_what_was_read(
+def test_a_stop_at_any_token_keeps_the_tokens_read(
     engine: LocalEngine, loaded: LoadedModel, index: int
 ) -> None:
     chat = chatting(engine, loaded)
@@ -222,7 +222,7 @@ def test_a_question_edited_after_its_turn_failed_costs_nothing_read_before(
 
 
 @pytest.mark.parametrize("new", [1, 5], ids=["one token", "five tokens"])
-def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(loaded: LoadedModel, new: int) -> None:
+def test_a_pass_that_fails_after_any_layer_does_not_change_the_cache(loaded: LoadedModel, new: int) -> None:
     ids = loaded.tokenizer.encode(sentences(2)).ids
     start = ids[:-new]
     cold = uncached_logits(loaded.model, ids)[-1]
@@ -251,7 +251,9 @@ def test_an_interrupt_of_the_process_rolls_back_too(engine: LocalEngine, loaded:
     assert_next_turn_equals_cold(chat)
 
 
-def test_a_listener_that_leaves_in_the_middle_does_no_harm(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_closing_the_iterator_during_a_turn_leaves_a_consistent_cache(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
     chat = chatting(engine, loaded)
     chat.messages.append(chat.messages[0])
     request = chat.request()

@@ -126,7 +126,7 @@ def test_a_looked_up_row_is_the_row() -> None:
     assert torch.equal(torch.ops.kvchat.lookup(ids[::2], pack(blocks)), blocks.weights()[ids[::2]])
 
 
-def test_products_of_what_does_not_fit_are_refused() -> None:
+def test_products_of_mismatched_shapes_are_refused() -> None:
     packed, states = pack(blocks_of(16, 8)), random(2, COLUMNS)
     multiply, lookup = torch.ops.kvchat.product, torch.ops.kvchat.lookup
     for other in (states[:, :64], states.bfloat16(), states[None]):
@@ -259,7 +259,7 @@ def test_the_oracle_is_torchs_own_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_what_torch_computes_over_the_same_rows(case: Case, dtype: torch.dtype) -> None:
+def test_attention_equals_torch_over_the_same_rows(case: Case, dtype: torch.dtype) -> None:
     layer = DenseLayer(case.shape, dtype)
     states = case.states(WHOLE)
     found = case.attend(layer, states, [WHOLE])
@@ -333,7 +333,7 @@ def test_huge_scores_overflow_nothing() -> None:
     torch.testing.assert_close(found.double(), case.expected(layer, query * 1e4), atol=1e-4, rtol=1e-4)
 
 
-def test_attention_over_what_does_not_fit_is_refused() -> None:
+def test_attention_over_mismatched_memory_is_refused() -> None:
     """It would read and write what belongs to others."""
     case = Case()
     layer = DenseLayer(case.shape, torch.float32)

@@ -103,7 +103,7 @@ def test_a_context_larger_than_the_models_own_is_cut_to_it(tiny_folder: Path) ->
         "no folder",
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(
+def test_an_incomplete_folder_is_refused_with_a_sentence(
     tiny_folder: Path, tmp_path: Path, damage: Damage, sentence: str
 ) -> None:
     folder = tmp_path / "damaged"

@@ -154,7 +154,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_is_named_with_its_place_and_its_price(loaded: LoadedModel, name: str) -> None:
+def test_a_miss_has_its_place_and_its_cost(loaded: LoadedModel, name: str) -> None:
     chat, at = talked(loaded)
     held = chat.kv.ids
     rate = at.engine.planner.rate.tokens_per_s
@@ -184,7 +184,7 @@ def assert_shows_the_difference(
     assert miss.was != miss.now or token == len(held)
 
 
-def test_the_sentence_of_a_miss_tells_cause_price_and_difference() -> None:
+def test_the_sentence_of_a_miss_has_cause_cost_and_difference() -> None:
     miss = Miss("message 2 edited", 1200, 2.4, 40, "was this", "is that", 2)
     assert miss_reason.sentence(miss) == (
         "message 2 edited (1,200 tokens to read again, about 2.4 s at your measured 500 tok/s; "
@@ -226,7 +226,7 @@ def test_ids_of_another_tokenizer_are_named(loaded: LoadedModel) -> None:
     assert_shows_the_difference(miss, held, played, loaded)
 
 
-def test_a_template_that_rewrites_what_was_read_is_named() -> None:
+def test_a_template_that_rewrites_earlier_messages_is_named() -> None:
     loaded = tiny_loaded(template=REWRITING)
     at = desk(loaded)
     chat = Chat(at.engine, loaded, system=SYSTEM)
@@ -297,7 +297,7 @@ GONE: dict[str, tuple[Callable[[Chat, Desk], None], str]] = {
 
 
 @pytest.mark.parametrize("name", GONE)
-def test_why_a_cache_is_not_there_is_said(tiny: LoadedModel, name: str) -> None:
+def test_the_drop_reason_of_a_cache_explains_the_miss(tiny: LoadedModel, name: str) -> None:
     at = desk(tiny)
     chat = Chat(at.engine, tiny, system=SYSTEM)
     chat.precision = KVPrecision.BF16  # never lowered to make room
@@ -314,7 +314,7 @@ def test_why_a_cache_is_not_there_is_said(tiny: LoadedModel, name: str) -> None:
     assert (miss.token, miss.was, miss.now, miss.message) == (None, "", "", None)
 
 
-def test_what_an_engine_never_read_has_no_measured_price(loaded: LoadedModel) -> None:
+def test_without_a_measured_rate_a_miss_has_no_seconds(loaded: LoadedModel) -> None:
     before, _ = talked(loaded)
     at = desk(loaded)
     chat = Chat(at.engine, loaded)
@@ -325,7 +325,7 @@ def test_what_an_engine_never_read_has_no_measured_price(loaded: LoadedModel) ->
     assert "tok/s" not in miss_reason.sentence(miss)
 
 
-def test_what_has_no_history_misses_nothing(loaded: LoadedModel) -> None:
+def test_without_history_there_is_no_miss(loaded: LoadedModel) -> None:
     at = desk(loaded)
     chat = Chat(at.engine, loaded, system=SYSTEM)
     chat.messages.append(user(QUESTIONS[0]))
@@ -334,7 +334,7 @@ def test_what_has_no_history_misses_nothing(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("mode", list(CacheMode))
-def test_a_quote_is_right_in_every_mode(loaded: LoadedModel, mode: CacheMode) -> None:
+def test_an_estimate_is_right_in_every_mode(loaded: LoadedModel, mode: CacheMode) -> None:
     chat, at = talked(loaded, mode=mode)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
@@ -365,7 +365,7 @@ def going_on(chat: Chat, at: Desk) -> Chat:
 
 
 @pytest.mark.parametrize("other", [lent, forked, again, going_on])
-def test_a_quote_is_right_for_what_costs_hardly_anything(
+def test_an_estimate_is_right_for_small_costs(
     loaded: LoadedModel, other: Callable[[Chat, Desk], Chat]
 ) -> None:
     chat, at = talked(loaded)
@@ -422,7 +422,7 @@ def test_a_gap_is_no_use_to_a_policy_without_gaps() -> None:
     assert_equals_cold(played, chat.loaded)
 
 
-def test_turns_that_are_left_out_are_a_cause() -> None:
+def test_evicted_turns_are_a_cause_of_a_miss() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
     evicted_messages = chat.evicted_messages
     assert evicted_messages > 0
@@ -434,7 +434,7 @@ def test_turns_that_are_left_out_are_a_cause() -> None:
     assert miss.tokens > 0
 
 
-def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> None:
+def test_evicted_messages_count_in_the_number_of_an_edited_one() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
     chat.ask("Why?")
     evicted_messages = chat.evicted_messages
@@ -447,7 +447,7 @@ def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> No
     assert (miss.cause, miss.message) == (f"message {evicted_messages + 2} edited", evicted_messages + 2)
 
 
-def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> None:
+def test_the_estimate_of_an_unanswerable_conversation_is_a_refusal() -> None:
     at = desk(small(100))
     chat = Chat(at.engine, at.engine._loaded, policy=EvictionPolicy.NONE)
     chat.messages.append(user(sentences(20)))
@@ -457,7 +457,7 @@ def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> N
 
 
 @pytest.mark.parametrize("policy", list(EvictionPolicy))
-def test_a_quote_previews_what_would_be_dropped(tiny: LoadedModel, policy: EvictionPolicy) -> None:
+def test_an_estimate_previews_the_eviction(tiny: LoadedModel, policy: EvictionPolicy) -> None:
     chat, at = talked(tiny, policy=policy)
     chat.messages.append(user("Are you sure?"))
     preview = at.quote(chat).preview
@@ -486,7 +486,7 @@ def recurrent() -> LoadedModel:
     return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
-def test_what_recurrent_layers_cannot_go_back_to_is_named(recurrent: LoadedModel) -> None:
+def test_an_edit_before_a_checkpoint_is_named(recurrent: LoadedModel) -> None:
     chat, at = talked(recurrent)
     held = chat.kv.ids
     del chat.messages[5:]
@@ -567,7 +567,7 @@ def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:
     assert rate.seconds(100) == pytest.approx(0.4)
 
 
-def test_what_a_turn_reads_is_measured(loaded: LoadedModel) -> None:
+def test_a_turn_measures_the_prefill_rate(loaded: LoadedModel) -> None:
     chat, at = talked(loaded)
     rates = [at.engine.planner.rate.tokens_per_s]
     played = chat.ask(sentences(12))

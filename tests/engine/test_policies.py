@@ -211,7 +211,7 @@ def test_sinks_evict_several_times_in_one_endless_answer(small: LoadedModel) -> 
     journal.assert_agrees(small.model)
 
 
-def test_snapkv_ends_an_answer_that_fills_the_context_alone(small: LoadedModel) -> None:
+def test_snapkv_ends_an_answer_that_is_longer_than_the_context(small: LoadedModel) -> None:
     chat, journal = chat_with(LocalEngine(small), small, SNAPKV, max_tokens=400), Journal()
     with journal.of(chat):
         played = chat.ask("Hi")
@@ -264,7 +264,7 @@ def test_both_branches_of_a_fork_with_gaps_equal_masked_passes(
 
 
 @GAPS
-def test_a_change_after_the_gap_keeps_the_gap_and_one_before_it_reads_again(
+def test_a_change_after_a_gap_keeps_it_and_one_before_it_reads_again(
     small: LoadedModel, policy: EvictionPolicy
 ) -> None:
     journal = Journal()
@@ -287,7 +287,7 @@ def test_a_change_after_the_gap_keeps_the_gap_and_one_before_it_reads_again(
 
 
 @GAPS
-def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
+def test_switching_to_an_exact_policy_reads_the_tokens_after_the_gap_again(
     small: LoadedModel, policy: EvictionPolicy
 ) -> None:
     chat = filled(LocalEngine(small), small, policy, Journal())
@@ -300,7 +300,7 @@ def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
     assert_equals_cold_without(played, small, chat.evicted_messages)
 
 
-def test_turns_are_left_out_between_answers_and_stay_out(small: LoadedModel) -> None:
+def test_turns_are_evicted_between_answers_and_stay_evicted(small: LoadedModel) -> None:
     chat = filled(LocalEngine(small), small, TURNS, Journal())
     played = chat.ask(question(FULL))
     (event,) = evictions(played)
@@ -315,7 +315,7 @@ def test_turns_are_left_out_between_answers_and_stay_out(small: LoadedModel) -> 
     assert_equals_cold_without(again, small, chat.evicted_messages)
 
 
-def test_the_system_prompt_is_never_left_out(small: LoadedModel) -> None:
+def test_the_system_prompt_is_never_evicted(small: LoadedModel) -> None:
     chat = chat_with(LocalEngine(small), small, TURNS, system="Answer in the words of the old towns.")
     for number in range(9):
         assert_equals_cold_without(chat.ask(question(number)), small, chat.evicted_messages)
@@ -323,7 +323,7 @@ def test_the_system_prompt_is_never_left_out(small: LoadedModel) -> None:
     assert chat.kv.ids[:20] == tuple(rendered(small, chat.messages))[:20]
 
 
-def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
+def test_turns_are_evicted_during_an_answer(small: LoadedModel) -> None:
     chat = filled(LocalEngine(small), small, TURNS, Journal())
     chat.messages = chat.messages[:6]
     chat.sampling = replace(chat.sampling, max_tokens=60)
@@ -343,7 +343,7 @@ def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
     assert_equals_cold_without(again, small, event.evicted_messages)
 
 
-def test_turns_end_an_answer_that_fills_the_context_alone(small: LoadedModel) -> None:
+def test_turns_end_an_answer_that_is_longer_than_the_context(small: LoadedModel) -> None:
     chat = chat_with(LocalEngine(small), small, TURNS, max_tokens=400)
     played = chat.ask("Hi")
     assert played.finished.stats.finish_reason == "context"
@@ -387,9 +387,7 @@ def test_events_stats_and_timeline_say_the_same(small: LoadedModel, policy: Evic
 
 
 @GAPS
-def test_the_thrown_away_cache_of_a_turn_evicts_as_a_kept_one(
-    small: LoadedModel, policy: EvictionPolicy
-) -> None:
+def test_turn_mode_evicts_as_a_resident_cache_does(small: LoadedModel, policy: EvictionPolicy) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.TURN
     for number in range(FULL + 2):
@@ -402,9 +400,7 @@ def test_the_thrown_away_cache_of_a_turn_evicts_as_a_kept_one(
 
 
 @pytest.mark.parametrize("policy", [TURNS, SINKS_POLICY, SNAPKV])
-def test_without_a_cache_every_policy_leaves_out_whole_turns(
-    small: LoadedModel, policy: EvictionPolicy
-) -> None:
+def test_without_a_cache_every_policy_evicts_whole_turns(small: LoadedModel, policy: EvictionPolicy) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.OFF
     for number in range(FULL + 2):
@@ -414,7 +410,9 @@ def test_without_a_cache_every_policy_leaves_out_whole_turns(
 
 
 @pytest.mark.parametrize("policy", [TURNS, SINKS_POLICY, SNAPKV])
-def test_without_a_cache_turns_are_left_out_in_mid_answer(small: LoadedModel, policy: EvictionPolicy) -> None:
+def test_without_a_cache_turns_are_evicted_during_an_answer(
+    small: LoadedModel, policy: EvictionPolicy
+) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.OFF
     for number in range(FULL - 1):
@@ -437,7 +435,7 @@ def test_none_refuses_in_every_cache_mode(small: LoadedModel, mode: CacheMode) -
 
 @GAPS
 @pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
-def test_quantised_blocks_go_as_a_whole_and_are_never_quantised_again(
+def test_quantised_blocks_are_evicted_as_a_whole_and_never_requantised(
     tiny: LoadedModel, policy: EvictionPolicy, kv: KVPrecision
 ) -> None:
     loaded = with_context(tiny, 6 * BLOCK)
@@ -534,7 +532,7 @@ def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: 
 
 
 @pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
-def test_quantised_keys_are_never_turned(tiny: LoadedModel, kv: KVPrecision) -> None:
+def test_quantised_keys_are_never_rotated(tiny: LoadedModel, kv: KVPrecision) -> None:
     loaded = with_positions(with_context(tiny, 6 * BLOCK), 7 * BLOCK)
     chat = chat_with(LocalEngine(loaded), loaded, SINKS_POLICY, kv=kv, max_tokens=30)
     notes = [
@@ -615,7 +613,7 @@ EARLY, LATE = 0, 3
         "asked for, and sinks don't care",
     ],
 )
-def test_a_code_word_is_found_where_it_was_kept(
+def test_a_code_word_is_retrieved_where_it_was_not_evicted(
     smollm2: LoadedModel, policy: EvictionPolicy, limit: int, word: str, before: int, found: bool
 ) -> None:
     loaded = with_context(smollm2, limit)
@@ -628,7 +626,7 @@ def test_a_code_word_is_found_where_it_was_kept(
 
 
 @pytest.mark.model
-def test_sinks_keep_the_loss_of_what_follows_and_a_window_alone_does_not(smollm2: LoadedModel) -> None:
+def test_sinks_keep_the_loss_low_and_a_window_alone_does_not(smollm2: LoadedModel) -> None:
     """StreamingLLM, section 3.1: without its first tokens the model is lost."""
     ids = smollm2.tokenizer.encode(" ".join(ESSAY)).ids
     read, window = len(ids) - 50, 40
