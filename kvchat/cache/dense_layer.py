@@ -13,7 +13,7 @@ from kvchat.cache.layer import AddressedLayer, Growth, HeadShape, Memory, bytes_
 
 
 class _Addresses(NamedTuple):
-    """Where a pair of tensors lies; computed once, and asked for every token."""
+    """The addresses of a pair of tensors; computed once, and asked for every token."""
 
     keys: torch.Tensor
     values: torch.Tensor

@@ -68,7 +68,7 @@ def _drafters(draft: object) -> Callable[[], Drafter | None]:
 def _draft_model(loaded: LoadedModel, draft: LoadedModel) -> DraftModel:
     if draft.facts.tokenizer != loaded.facts.tokenizer:
         raise KvchatError(
-            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess for it. "
+            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't draft for it. "
             "Take a model of the same family, or --draft lookup."
         )
     return DraftModel(draft)

@@ -140,11 +140,11 @@ def text_before(rendered: Rendered, token: int, decode: Decode) -> str:
 
 def sentence(miss: Miss) -> str:
     """The miss and its cost, in one sentence."""
-    price = f"{miss.tokens:,} tokens to read again"
+    cost = f"{miss.tokens:,} tokens to read again"
     if miss.seconds is not None and miss.tokens:
-        price += f", about {miss.seconds:.1f} s at your measured {miss.tokens / miss.seconds:,.0f} tok/s"
+        cost += f", about {miss.seconds:.1f} s at your measured {miss.tokens / miss.seconds:,.0f} tok/s"
     where = f"; first difference: {miss.was!r} → {miss.now!r}" if miss.was or miss.now else ""
-    return f"{miss.cause} ({price}{where})"
+    return f"{miss.cause} ({cost}{where})"
 
 
 def _system(messages: Sequence[PromptMessage]) -> str:

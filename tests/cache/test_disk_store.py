@@ -1,4 +1,4 @@
-"""The store without a tensor: headers, chains, listing, the cap, and what vanishes or is damaged."""
+"""The store without tensors: headers, chains, listing, the cap, missing and damaged files."""
 
 import os
 import stat
@@ -96,7 +96,7 @@ def test_an_id_that_points_outside_the_root_is_refused(store: DiskStore, convers
 
 
 def test_a_chain_is_merged_as_unpack_would(store: DiskStore) -> None:
-    """Rows 0 to 9, then 4 to 6: what came after row 4 is gone."""
+    """Rows 0 to 9, then 4 to 6: the earlier rows after 4 are superseded."""
     base = write(store, header("a", 10))
     write(store, header("a", 3, start=4, parent=base), 1)
     chain = store.chain("a")

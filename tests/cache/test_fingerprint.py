@@ -1,4 +1,4 @@
-"""Every field of a fingerprint is one that a cache depends on, and a difference is told by its name."""
+"""Every field of a fingerprint is compared, and a difference is named."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""The growable layer against transformers' own, and the commits of a conversation's cache."""
+"""The dense layer compared with transformers' own, and the commits of a cache."""
 
 from collections.abc import Sequence
 

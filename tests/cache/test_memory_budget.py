@@ -1,4 +1,4 @@
-"""Who makes room first, and how."""
+"""Which cache is evicted first, and how."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -21,22 +21,22 @@ helds = st.lists(
         prefix_only=st.booleans(),
     ),
     max_size=8,
-    unique_by=lambda held: held.conversation,
+    unique_by=lambda caches: caches.conversation,
 )
 
 
-def names(held: list[Candidate]) -> list[str]:
-    return [each.conversation for each in eviction_order(held)]
+def names(caches: list[Candidate]) -> list[str]:
+    return [each.conversation for each in eviction_order(caches)]
 
 
 @given(helds)
-def test_all_but_the_active_cache_are_in_the_eviction_order(held: list[Candidate]) -> None:
-    assert sorted(names(held)) == sorted(each.conversation for each in held if not each.active)
+def test_all_but_the_active_cache_are_in_the_eviction_order(caches: list[Candidate]) -> None:
+    assert sorted(names(caches)) == sorted(each.conversation for each in caches if not each.active)
 
 
 @given(helds)
-def test_eviction_order_sorts_by_prefix_pin_and_last_use(held: list[Candidate]) -> None:
-    for a, b in pairwise(eviction_order(held)):
+def test_eviction_order_sorts_by_prefix_pin_and_last_use(caches: list[Candidate]) -> None:
+    for a, b in pairwise(eviction_order(caches)):
         if a.prefix_only != b.prefix_only:
             assert b.prefix_only
         elif a.pinned != b.pinned:
@@ -46,17 +46,17 @@ def test_eviction_order_sorts_by_prefix_pin_and_last_use(held: list[Candidate]) 
 
 
 @given(helds)
-def test_the_first_in_eviction_order_is_evicted(held: list[Candidate]) -> None:
-    relief = next_eviction(held)
-    if not names(held):
-        assert relief is None
+def test_the_first_in_eviction_order_is_evicted(caches: list[Candidate]) -> None:
+    chosen = next_eviction(caches)
+    if not names(caches):
+        assert chosen is None
     else:
-        assert relief is not None
-        assert relief[0] == names(held)[0]
+        assert chosen is not None
+        assert chosen[0] == names(caches)[0]
 
 
 def test_eviction_order_is_lru_pinned_then_prefix() -> None:
-    held = [
+    caches = [
         Candidate("prefix", 1.0, prefix_only=True),
         Candidate("pinned", 2.0, pinned=True),
         Candidate("latest", 5.0),
@@ -64,11 +64,11 @@ def test_eviction_order_is_lru_pinned_then_prefix() -> None:
         Candidate("oldest", 3.0),
         Candidate("pinned prefix", 0.5, pinned=True, prefix_only=True),
     ]
-    assert names(held) == ["oldest", "latest", "pinned", "prefix", "pinned prefix"]
+    assert names(caches) == ["oldest", "latest", "pinned", "prefix", "pinned prefix"]
 
 
 @pytest.mark.parametrize(
-    ("can_spill", "can_quantise", "relief"),
+    ("can_spill", "can_quantise", "chosen"),
     [
         (True, True, EvictionAction.SPILL),
         (True, False, EvictionAction.SPILL),
@@ -77,10 +77,10 @@ def test_eviction_order_is_lru_pinned_then_prefix() -> None:
     ],
 )
 def test_spilling_is_preferred_to_quantising_and_that_to_dropping(
-    can_spill: bool, can_quantise: bool, relief: EvictionAction
+    can_spill: bool, can_quantise: bool, chosen: EvictionAction
 ) -> None:
-    held = Candidate("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
-    assert next_eviction([held, Candidate("b", 2.0)]) == ("a", relief)
+    caches = Candidate("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
+    assert next_eviction([caches, Candidate("b", 2.0)]) == ("a", chosen)
 
 
 def test_the_active_cache_is_never_evicted() -> None:

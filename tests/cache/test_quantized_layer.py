@@ -1,4 +1,4 @@
-"""Layers of 8 and 4 bits against a list of rows, and against the model without them."""
+"""Quantised layers compared with a list of rows, and with an unquantised cache."""
 
 from itertools import count, pairwise
 from pathlib import Path
@@ -179,7 +179,7 @@ class QuantizedLayers(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def restore(self, data: st.DataObject) -> None:
-        """Goes on with what the file holds."""
+        """Continues with the layer from the file."""
         holder = self.pick(data)
         holder.save()
         holder.layer = holder.file.fork()

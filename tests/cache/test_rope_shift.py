@@ -1,4 +1,4 @@
-"""Keys turned to other positions, against the angles themselves and against a model that reads them there."""
+"""Keys rotated to other positions, compared with the angles and with a model that reads them there."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def by(delta: int) -> torch.Tensor:
 
 
 def as_complex(keys: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-    """Every pair as one complex number: the plane it is turned in, in fp64."""
+    """Every pair as one complex number, in fp64."""
     keys = keys.double()
     first, second = (keys[..., 0::2], keys[..., 1::2]) if interleaved else keys.chunk(2, dim=-1)
     return torch.complex(first, second)
@@ -97,7 +97,7 @@ def exactly(keys: torch.Tensor, delta: int) -> torch.Tensor:
 
 
 def test_keys_rotated_from_their_original_position_do_not_drift() -> None:
-    """100 shifts of bf16 keys: each as good as the first. Turned on and on, they are far worse."""
+    """100 shifts of bf16 keys: each as exact as the first. Repeated rotations are far worse."""
     base = some_keys(dtype=torch.bfloat16)
     chained = base
     one_rounding = 2.0**-8

@@ -1,4 +1,4 @@
-"""Caches to disk and back, bit for bit; and everything that damage, death and mix-ups can do to the files."""
+"""Saving and loading caches bit for bit; damaged, incomplete and mixed-up files."""
 
 import json
 import multiprocessing
@@ -68,7 +68,7 @@ def stored(kv: ConversationKV) -> list[torch.Tensor]:
 
 
 def marked(kv: ConversationKV, checkpoint: int) -> list[torch.Tensor]:
-    """The states kept at a checkpoint."""
+    """The states of a checkpoint."""
     return [
         tensor for state in kv.checkpoints.states[checkpoint] for _, tensor in sorted(state.tensors.items())
     ]
@@ -81,7 +81,7 @@ def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
-    """Bit for bit the same cache; `other` may have come back with older marks that `kv` let go of."""
+    """The caches are bit-identical; `other` may have older checkpoints that `kv` dropped."""
     assert (kv.ids, kv.rows, kv.positions) == (other.ids, other.rows, other.positions)
     assert kv.checkpoints.states.keys() <= other.checkpoints.states.keys()
     assert len(other.checkpoints.states) <= CHECKPOINTS
@@ -499,7 +499,7 @@ def test_a_cache_that_is_not_empty_is_not_overwritten(chat: Chat) -> None:
 
 
 def test_rows_never_continue_those_of_another_process(chat: Chat) -> None:
-    """Both loaded the same chain; the second one to save is told, and may start over."""
+    """Both loaded the same chain; the second one to save gets an error, and may start at row 0."""
     other = Chat(chat.store, chat.restored())
     other.checksum = chat.checksum
     chat.turn(2)
@@ -619,7 +619,7 @@ def reread(kv: ConversationKV, ids: Sequence[int]) -> None:
 
 
 def save_for_ever(root: Path, turn: int) -> None:
-    """Goes on with the chain that is there, until killed."""
+    """Continues the existing chain until killed."""
     chat = Chat(DiskStore(root, 10_000_000), new_kv())
     chain = chat.store.chain(chat.name)
     if chain.segments:
@@ -635,7 +635,7 @@ def save_for_ever(root: Path, turn: int) -> None:
 
 
 def test_a_process_killed_while_saving_leaves_a_chain_that_it_had_saved(tmp_path: Path) -> None:
-    """Twelve processes one after the other, each one goes on with what the one before it left."""
+    """Twelve processes one after the other; each continues the chain of the one before."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.cache.test_snapshot"])
     turns = {tuple(history(turn)): turn for turn in range(1, 2000)}

@@ -1,4 +1,4 @@
-"""Layers with a state against transformers' own, and what a conversation's cache does with them."""
+"""Layers with a state compared with transformers' own, and the checkpoints of a cache."""
 
 from collections.abc import Sequence
 
@@ -253,13 +253,13 @@ def test_every_checkpoint_is_reachable_and_before_the_first_only_empty(made: typ
     for turn in range(CHECKPOINTS + 3):
         read(kv, [turn, turn + 1])
         kv.checkpoint()
-    kept = range(2 * (CHECKPOINTS + 3), 6, -2)
-    for length in kept:
+    lengths = range(2 * (CHECKPOINTS + 3), 6, -2)
+    for length in lengths:
         branch, expected = kv.fork(length), made()
         read(expected, kv.ids[:length])
         assert kv.reachable(length + 1) == length
         assert_same(branch, expected)
-    assert len(kept) == CHECKPOINTS
+    assert len(lengths) == CHECKPOINTS
     assert kv.reachable(6) == 0
 
 
@@ -301,9 +301,9 @@ def test_a_repeated_checkpoint_is_free_and_an_empty_cache_has_none() -> None:
     assert kv.storage_bytes == 0
     read(kv, [1, 2, 3])
     kv.checkpoint()
-    held = kv.storages()
+    memory = kv.storages()
     kv.checkpoint()
-    assert kv.storages() == held
+    assert kv.storages() == memory
 
 
 @pytest.mark.parametrize("made", [convolving, summing, lambda: ConversationKV([RecurrentLayer()])])

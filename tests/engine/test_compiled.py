@@ -1,4 +1,4 @@
-"""The compiled step is the model: near what transformers computes, and the same bits however tokens are read.
+"""The compiled step: close to transformers, and bit-identical however tokens are batched.
 
 Two packages are built once, by the process that users start: a Llama in fp32, which plain transformers says
 what is right of, and a model with sliding windows and a softcap in int8.
@@ -347,7 +347,7 @@ def chatted(
     kv: str = "auto",
     mode: CacheMode = CacheMode.ON,
 ) -> tuple[list[tuple[int, ...]], Chat]:
-    """The answers of three turns, and the chat; with a folder, each turn is of an engine of its own."""
+    """The answers of three turns, and the chat; with a folder, each turn runs in a new engine."""
 
     def engine() -> LocalEngine:
         return LocalEngine(loaded, disk=tier(folder) if folder else None, new_drafter=new_drafter)
@@ -388,7 +388,7 @@ def test_a_chat_is_read_by_the_step_alone(built: Built, monkeypatch: pytest.Monk
 
 
 class Anything:
-    """Guesses right, wrong, and right at first, in turn."""
+    """Drafts that are right, wrong and partly right, in turn."""
 
     def __init__(self, answers: list[tuple[int, ...]]) -> None:
         self.answers, self.asked = answers, 0
@@ -758,7 +758,7 @@ def test_models_with_states_are_refused(llama: Built) -> None:
 
 
 def test_attention_with_unsupported_arguments_is_refused() -> None:
-    """It would be left out, and nobody would see it."""
+    """Ignoring them would give wrong results without an error."""
     rows = torch.zeros(1, 2, 3, 16)
     with pytest.raises(KvchatError, match="its attention has position_bias"):
         export.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)

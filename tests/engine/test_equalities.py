@@ -1,4 +1,4 @@
-"""Whatever the cache is asked to reuse, the answer is the one of a cold run: in fp32, logit by logit."""
+"""Answers with a cache equal those without one, in fp32, logit by logit."""
 
 import random
 from collections.abc import Sequence
@@ -59,10 +59,10 @@ def spelled(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 def test_the_second_turn_equals_a_cold_pass_for_64_tokens(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
-    held = len(chat.kv)
+    cached = len(chat.kv)
     chat.sampling = Sampling(max_tokens=64)
     second = chat.ask("Tell me a long story about the sea, the rivers and the old towns of the north.")
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert len(second.tokens) == 64
     assert_equals_cold(second, loaded)
 
@@ -128,12 +128,12 @@ def test_a_shorter_different_prompt_crops_to_the_common_prefix(
 ) -> None:
     chat = Chat(engine, loaded)
     chat.ask(sentences(4))
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[:] = [user(sentences(1))]
     shorter = chat.answer()
     prompt = rendered(loaded, shorter.request.messages)
-    assert len(prompt) < len(held)
-    assert shorter.started.reused_tokens == shared_prefix(held, prompt) < len(prompt) - 1
+    assert len(prompt) < len(cached)
+    assert shorter.started.reused_tokens == shared_prefix(cached, prompt) < len(prompt) - 1
     assert_committed(chat.kv, [*prompt, *shorter.tokens[:-1]])
     assert_equals_cold(shorter, loaded)
 
@@ -146,13 +146,13 @@ def test_an_edit_reads_from_the_edited_message_on_and_is_a_named_miss(
     chat.ask(FIRST)
     chat.ask(SECOND)
     chat.ask(THIRD)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[message] = PromptMessage(chat.messages[message].role, "The sea is open.")
     del chat.messages[5:]
     edited = chat.answer()
     prompt = rendered(loaded, edited.request.messages)
-    assert edited.started.reused_tokens == shared_prefix(held, prompt)
-    # of the last question nothing was asked again: what it costs is what it says
+    assert edited.started.reused_tokens == shared_prefix(cached, prompt)
+    # the last question was not read before, so it counts as new, not as a miss
     assert edited.started.reuse_note == (f"message {message + 1} edited" if message < 4 else "")
     assert_committed(chat.kv, [*prompt, *edited.tokens[:-1]])
     assert_equals_cold(edited, loaded)
@@ -163,11 +163,11 @@ def test_an_edit_of_the_last_answer_is_named_by_the_next_turn(
 ) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[1] = PromptMessage("assistant", "None of them.")
     second = chat.ask(SECOND)
     prompt = rendered(loaded, second.request.messages)
-    assert second.started.reused_tokens == shared_prefix(held, prompt) < len(held)
+    assert second.started.reused_tokens == shared_prefix(cached, prompt) < len(cached)
     assert second.started.reuse_note == "message 2 edited"
     assert_equals_cold(second, loaded)
 
@@ -186,12 +186,12 @@ def test_a_changed_system_prompt_reads_everything_and_is_a_named_miss(
 ) -> None:
     chat = Chat(engine, loaded, system="Answer in one word.")
     chat.ask(FIRST)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[0] = PromptMessage("system", "The answer is a poem.")
     changed = chat.ask(SECOND)
     prompt = rendered(loaded, changed.request.messages)
     header = loaded.tokenizer.encode("<|im_start|>system\n").ids
-    assert changed.started.reused_tokens == shared_prefix(held, prompt) == len(header)
+    assert changed.started.reused_tokens == shared_prefix(cached, prompt) == len(header)
     assert changed.started.reuse_note == "system prompt edited"
     assert_equals_cold(changed, loaded)
 
@@ -213,10 +213,10 @@ def test_a_reply_that_would_encode_to_other_ids_is_reused_whole(
     assert first.finished.stats.finish_reason == "stop"
     assert first.finished.stats.generated_tokens == len(reply) + 1
     assert_committed(chat.kv, [*rendered(loaded, first.request.messages), *reply])
-    held = len(chat.kv)
+    cached = len(chat.kv)
     chat.sampling = GREEDY
     second = chat.ask(SECOND)
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert second.started.reuse_note == ""
     assert_equals_cold(second, loaded)
 
@@ -229,9 +229,9 @@ def test_a_reply_cut_inside_a_character_is_reused_whole(engine: LocalEngine, loa
     with saying(loaded.model, emoji):
         first = chat.ask(FIRST)
     assert (first.finished.text, list(first.finished.token_ids)) == ("", emoji[:-1])
-    held = len(chat.kv)
+    cached = len(chat.kv)
     second = chat.ask(SECOND)
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert_equals_cold(second, loaded)
 
 

@@ -1,4 +1,4 @@
-"""After a turn that brought no answer, the next prompt is that of a conversation in which it never was."""
+"""After a turn without an answer, the next prompt is as if that turn had not happened."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -21,7 +21,7 @@ DEFAULTS = ConversationDefaults(system_prompt="Be brief.", sampling=Sampling(max
 
 
 class Recording(LocalEngine):
-    """An engine that remembers what it was asked."""
+    """An engine that records its requests."""
 
     requests: list[TurnRequest]
 
@@ -91,7 +91,7 @@ Failure = Callable[[LocalEngine], AbstractContextManager[str]]
 
 
 def last_prompt(loaded: LoadedModel, engine: Recording) -> list[int]:
-    """The ids of the turn that was asked last; without the date, which is that of the conversation."""
+    """The prompt ids of the latest turn, without the conversation's date."""
     return rendered(loaded, engine.requests[-1].messages)
 
 

@@ -148,7 +148,7 @@ def test_products_of_mismatched_shapes_are_refused() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer's attention is asked for."""
+    """The inputs of one layer's attention."""
 
     heads: int = 4
     kv_heads: int = 2

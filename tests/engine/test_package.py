@@ -1,4 +1,4 @@
-"""Where packages lie, what they belong to, who may write to them, and what is remembered of a failure."""
+"""Where packages are, what they depend on, who can write to them, and stored refusals."""
 
 import os
 import shutil
@@ -35,11 +35,11 @@ from tests.engine.conftest import need_compiler
 
 has_modes = pytest.mark.skipif(os.name == "nt", reason="access lists in place of modes")
 BESIDE = {".lock", "model.txt", "files.json"}
-"""What lies beside the packages of a model."""
+"""Files beside the packages of a model."""
 
 
 def ignore(_progress: Progress) -> None:
-    """A report nobody reads."""
+    """Ignores progress reports."""
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_step_is_built_for_downloaded_models_and_where_there_was_one(root: Pat
     assert not wants_step(root, model)
 
 
-# ---- who may write to it -----------------------------------------------------------------------------------
+# ---- write access ----------------------------------------------------------------------------------------
 
 
 @has_modes

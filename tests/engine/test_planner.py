@@ -1,4 +1,4 @@
-"""A turn's price: told before, explained while it is paid, and the same both times.
+"""A turn's cost: estimated before the turn and explained by it, with the same result.
 
 Every cause of a miss, with the first token that differs, the message it stands in, and what it costs.
 """
@@ -58,7 +58,7 @@ class Desk:
     reports: list[Report]
 
     def quote(self, chat: Chat) -> CostEstimate:
-        """The price of the turn that `chat` would ask for now."""
+        """The cost estimate of the next turn of `chat`."""
         self.reports.clear()
         self.engine.command(EstimateCost("key", chat.request()))
         quote, pool = self.reports
@@ -84,12 +84,12 @@ def talked(loaded: LoadedModel, system: str = SYSTEM, **options: object) -> tupl
 
 
 def assert_paid_as_quoted(chat: Chat, at: Desk) -> Played:
-    """The quote says what the turn then says and does, and asking for it changed nothing."""
+    """The estimate equals what the turn then reports and does, and changed nothing."""
     kept = at.engine.caches.get(chat.name)
-    held, rate = kept and kept.kv.ids, at.engine.planner.rate.tokens_per_s
+    cached, rate = kept and kept.kv.ids, at.engine.planner.rate.tokens_per_s
     quote = at.quote(chat)
     assert at.quote(chat) == quote
-    assert (kept and kept.kv.ids) == held
+    assert (kept and kept.kv.ids) == cached
     played = chat.answer()
     stats = played.finished.stats
     assert (quote.prompt_tokens, quote.reused_tokens, quote.prefilled_tokens) == (
@@ -104,7 +104,7 @@ def assert_paid_as_quoted(chat: Chat, at: Desk) -> Played:
 
 
 def miss_of(played: Played) -> Miss:
-    """The turn's miss, told the same way everywhere."""
+    """The turn's miss, the same in every report."""
     miss = played.started.miss
     assert miss is not None
     assert miss.cause == played.started.reuse_note == played.finished.stats.reuse_note != ""
@@ -132,18 +132,18 @@ def change_system(chat: Chat) -> None:
 
 
 def add_a_turn_of_elsewhere(chat: Chat) -> None:
-    """As another process does that answers the same conversation."""
+    """As if another process had answered the same conversation."""
     chat.messages += [user("And by boat?"), PromptMessage("assistant", "Two hours.")]
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A change, and what is said of it."""
+    """A change, and the expected cause of the miss."""
 
     change: Change
     words: str
     message: int
-    """In which the first difference stands."""
+    """The message of the first difference."""
 
 
 DIFFERENCES = {
@@ -156,7 +156,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_miss_has_its_place_and_its_cost(loaded: LoadedModel, name: str) -> None:
     chat, at = talked(loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     rate = at.engine.planner.rate.tokens_per_s
     assert rate is not None
     cause = DIFFERENCES[name]
@@ -166,22 +166,22 @@ def test_a_miss_has_its_place_and_its_cost(loaded: LoadedModel, name: str) -> No
     miss = miss_of(played)
     assert (miss.cause, miss.message) == (cause.words, cause.message)
     assert (miss.tokens, miss.seconds) == (tokens_read_again(played, loaded), miss.tokens / rate)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert_equals_cold(played, loaded)
 
 
 def assert_shows_the_difference(
-    miss: Miss, held: tuple[int, ...], played: Played, loaded: LoadedModel
+    miss: Miss, cached: tuple[int, ...], played: Played, loaded: LoadedModel
 ) -> None:
     renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     prompt = renderer.render(played.request.messages, played.request.today).ids
-    token = common_prefix(held, prompt)
+    token = common_prefix(cached, prompt)
     assert miss.token == token == played.started.reused_tokens
     shown = miss_reason.SHOWN_TOKENS
-    assert miss.was == renderer.decode(held[token : token + shown])
+    assert miss.was == renderer.decode(cached[token : token + shown])
     assert miss.now == renderer.decode(prompt[token : token + shown])
     assert miss.before == renderer.decode(prompt[max(0, token - miss_reason.SHOWN_BEFORE) : token])
-    assert miss.was != miss.now or token == len(held)
+    assert miss.was != miss.now or token == len(cached)
 
 
 def test_the_sentence_of_a_miss_has_cause_cost_and_difference() -> None:
@@ -217,13 +217,13 @@ def test_ids_of_another_tokenizer_are_named(loaded: LoadedModel) -> None:
     letters = [loaded.tokenizer.encode(letter, add_special_tokens=False).ids[0] for letter in "passes"]
     with saying(loaded.model, letters):
         chat.ask(QUESTIONS[0])
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[2] = replace(chat.messages[2], tokenizer="of another model")
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert (miss.cause, miss.message) == (miss_reason.ANOTHER_TOKENIZER, 2)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
 
 
 def test_a_template_that_rewrites_earlier_messages_is_named() -> None:
@@ -231,17 +231,17 @@ def test_a_template_that_rewrites_earlier_messages_is_named() -> None:
     at = desk(loaded)
     chat = Chat(at.engine, loaded, system=SYSTEM)
     chat.ask(QUESTIONS[0])
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages.append(user(QUESTIONS[1]))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     # the full stop comes after the first message's text, and so belongs to what follows it
     assert (miss.cause, miss.message) == (miss_reason.TEMPLATE_REWROTE, 2)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert_equals_cold(played, loaded)
 
 
-# What is said of a cache that is not there: no difference to show, and the price of everything.
+# Misses without a cache: no difference to show, and the cost of everything.
 
 
 def dropped(chat: Chat, at: Desk) -> None:
@@ -403,13 +403,13 @@ def test_an_estimate_after_a_gap_counts_visible_tokens(policy: EvictionPolicy) -
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
 def test_an_edit_around_a_gap_is_named(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
-    held, first_gap = chat.kv.ids, chat.kv.index.first_gap
+    cached, first_gap = chat.kv.ids, chat.kv.index.first_gap
     chat.messages[0] = user("Nobody knows." + chat.messages[0].text)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert miss.cause == miss_reason.BEFORE_A_GAP
-    assert played.started.reused_tokens <= min(first_gap, common_prefix(held, chat.kv.ids))
+    assert played.started.reused_tokens <= min(first_gap, common_prefix(cached, chat.kv.ids))
 
 
 def test_a_gap_is_no_use_to_a_policy_without_gaps() -> None:
@@ -472,7 +472,7 @@ def test_an_estimate_previews_the_eviction(tiny: LoadedModel, policy: EvictionPo
 
 @pytest.fixture(scope="module")
 def recurrent() -> LoadedModel:
-    """A tiny Mamba: it can go back to marks only."""
+    """A tiny Mamba: it can return to checkpoints only."""
     chat = tiny_chat()
     config = MambaConfig(
         vocab_size=len(chat),
@@ -488,12 +488,12 @@ def recurrent() -> LoadedModel:
 
 def test_an_edit_before_a_checkpoint_is_named(recurrent: LoadedModel) -> None:
     chat, at = talked(recurrent)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     del chat.messages[5:]
     chat.messages[4] = PromptMessage("assistant", chat.messages[4].text + " Yes.")
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
-    assert played.started.reused_tokens < common_prefix(held, chat.kv.ids)
+    assert played.started.reused_tokens < common_prefix(cached, chat.kv.ids)
     assert miss_of(played).cause == "message 4 edited"
     assert_equals_cold(played, recurrent)
 
@@ -506,10 +506,10 @@ def test_a_frozen_date_costs_no_cache_at_midnight(monkeypatch: pytest.MonkeyPatc
     assert "Today is 03 February 2026" in loaded.tokenizer.decode(list(chat.kv.ids))
     clock_of(monkeypatch, 2031)
     for question in QUESTIONS[1:]:
-        held = chat.kv.ids
+        cached = chat.kv.ids
         chat.messages.append(user(question))
         played = assert_paid_as_quoted(chat, at)
-        assert (played.started.reused_tokens, played.started.miss) == (len(held), None)
+        assert (played.started.reused_tokens, played.started.miss) == (len(cached), None)
         assert_equals_cold(played, loaded)
 
 
@@ -531,13 +531,13 @@ def test_another_date_is_a_miss_that_shows_both(monkeypatch: pytest.MonkeyPatch)
     chat = Chat(at.engine, loaded)
     chat.ask(QUESTIONS[0])
     assert "Today is 06 May 2031" in loaded.tokenizer.decode(list(chat.kv.ids))
-    held = chat.kv.ids
+    cached = chat.kv.ids
     clock_of(monkeypatch, 2032)
     chat.messages.append(user(QUESTIONS[1]))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert miss.cause == miss_reason.TEMPLATE_REWROTE
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert (miss.was[0], miss.now[0]) == ("1", "2")
 
 

@@ -471,7 +471,7 @@ def assert_quantised_rows_are_the_same(
 
 
 def until_positions_move(chat: Chat, journal: Journal) -> int:
-    """Asks until keys are turned; returns the first token that was read at another position than its own."""
+    """Asks until keys are rotated; returns the first token that was read at another position."""
     with journal.of(chat):
         for number in range(FULL, 20):
             played = chat.ask(question(number))
@@ -513,7 +513,7 @@ def with_sinks_moved(model: PreTrainedModel, journal: Journal, since: int) -> to
 
 
 def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: LoadedModel) -> None:
-    """A key that was turned once is not turned again: the kept tokens are read as if they were all."""
+    """A key that was rotated once is not rotated again: the remaining tokens are read again."""
     loaded, journal = with_positions(small, 200), Journal()
     chat = filled(LocalEngine(loaded), loaded, SINKS_POLICY, journal)
     until_positions_move(chat, journal)
@@ -576,7 +576,7 @@ def test_a_model_that_can_not_have_gaps_refuses_them_in_words(
 
 
 def conversation_with_a_needle(loaded: LoadedModel, policy: EvictionPolicy, word: str, before: int) -> Chat:
-    """Four topics, and a code word said after `before` of them."""
+    """Four topics, and a code word after `before` of them."""
     chat = chat_with(LocalEngine(loaded, prefill_chunk=64), loaded, policy, max_tokens=16)
     for number, (topic, text) in enumerate(zip(TOPICS, ESSAY, strict=True)):
         if number == before:
@@ -643,7 +643,7 @@ def loss_after(loaded: LoadedModel, ids: Sequence[int], read: int, rows: Sequenc
 
 
 def gapped(loaded: LoadedModel, ids: Sequence[int], rows: Sequence[int]) -> ConversationKV:
-    """A cache that read `ids` and kept `rows` of them."""
+    """A cache that read `ids` and evicted all but `rows`."""
     kv = loaded.new_kv()
     CachedReader(loaded.model, kv).read(ids)
     kv.select(rows)

@@ -44,7 +44,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 
 def ignore(_: Progress) -> None:
-    """A report nobody reads."""
+    """Ignores progress reports."""
 
 
 def byte_letters() -> list[str]:

@@ -1,4 +1,4 @@
-"""Packed weights are those of the GGUF file number for number, or rounded by no more than they say."""
+"""Packed weights equal those of the GGUF file, or differ by at most the rounding error."""
 
 import struct
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def weights(rows: int = ROWS, seed: int = 0) -> torch.Tensor:
 
 
 def read_slowly(packed: torch.Tensor, row: int, column: int) -> tuple[int, float, float]:
-    """(quant, scale, minimum) of one weight, as the words over `pack` say where it lies."""
+    """(quant, scale, minimum) of one weight, by the layout documented at `pack`."""
     bits = 8 if packed.shape[2] == TILE * GROUP + 2 * TILE else 4
     block = bytes(packed[row // TILE, column // GROUP].tolist())
     in_lane, lanes = 16 // bits, bits * 16

@@ -1,4 +1,4 @@
-"""What may be drawn is what transformers' own processors leave, and a seed makes choices repeatable."""
+"""Candidates equal those of transformers' processors, and a seed makes samples repeatable."""
 
 import pytest
 import torch

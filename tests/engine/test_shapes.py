@@ -246,7 +246,7 @@ def some_ids(number: int, seed: int = 0) -> list[int]:
 
 
 class Reading:
-    """One conversation, read as an engine reads it: a mark before the last prompt token and at turn ends."""
+    """One conversation, read as by an engine: checkpoints before the last prompt token and at turn ends."""
 
     def __init__(self, loaded: LoadedModel, kv: ConversationKV | None = None) -> None:
         self.model = loaded.model
@@ -284,7 +284,7 @@ def one_turn(loaded: LoadedModel) -> Reading:
 
 
 def assert_whole(kv: ConversationKV, length: int) -> None:
-    """All layers hold the same tokens, and those are the ones the cache tells of."""
+    """All layers have as many tokens as the cache."""
     assert [layer.length for layer in kv.stored] == [length] * len(kv.stored)
     assert len(kv) == len(kv.ids) == length
 
@@ -455,7 +455,7 @@ def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
     reading = Reading(shaped, fresh)
     reading.read(some_ids(PROMPT))
     assert fresh.used_bytes == PROMPT * shape.kv_bytes_per_token(torch.float32)
-    # the window in which a record begins is held besides, until the next mark
+    # the window at the start of a record is also stored, until the next checkpoint
     windows = shape.state_bytes if recorded else 0
     assert fresh.storage_bytes == foretold + recorded + windows
     fresh.checkpoint()
@@ -500,7 +500,7 @@ def test_a_gap_keeps_positions_where_the_table_allows_gaps(shaped: LoadedModel) 
 
 
 def test_the_measured_rotation_moves_keys_to_other_positions(shaped: LoadedModel) -> None:
-    """A token on its own, read at position 100, has the keys of position 3 turned by 97."""
+    """A single token, read at position 100, has the keys of position 3 rotated by 97."""
     frequencies = shaped.rotary_frequencies()
     if frequencies is None:
         assert shaped.shape.rotary_dims == 0
@@ -546,7 +546,7 @@ def test_another_precision_is_that_of_the_stored_keys() -> None:
 
 
 def test_a_compressed_layer_is_measured_and_not_computed() -> None:
-    """DeepSeek keeps one compressed key and one turned part per token, whatever its config says of heads."""
+    """DeepSeek stores one latent key and one rotated part per token, whatever its config says about heads."""
     heads = {
         (head.kv_heads, head.key_dim, head.value_dim) for head in assembled("DeepSeek-V3").shape.heads if head
     }
@@ -588,7 +588,7 @@ def test_without_a_position_limit_the_requested_context_is_used() -> None:
 
 
 def test_the_window_of_these_tests_hides_something() -> None:
-    """Else cached and uncached would be equal whatever the cache kept."""
+    """Else cached and uncached results would be equal with any cache."""
     narrow = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=WINDOW))
     wide = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=None))
     ids = some_ids(PROMPT)

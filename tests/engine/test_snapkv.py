@@ -1,4 +1,4 @@
-"""Scores of tokens are the attention that a model pays them, as transformers' own eager code says."""
+"""Scores of tokens equal the attention weights of transformers' eager implementation."""
 
 import pytest
 import torch

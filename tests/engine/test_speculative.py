@@ -1,4 +1,4 @@
-"""Guessing ahead changes no answer and no cache, however good, bad or hostile the guesses are."""
+"""Drafts change no answer and no cache, whether they are right, wrong or hostile."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -53,15 +53,15 @@ def no_drafts() -> None:
     """Here there are some."""
 
 
-# ---- those who guess ---------------------------------------------------------------------------------------
+# ---- drafters ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Guessing:
-    """Knows the answers that will come, and guesses by them as `guess` says."""
+    """Knows the coming answers, and proposes what `guess` makes of them."""
 
     guess: Callable[[list[int]], list[int]]
-    """What to guess where those tokens are right."""
+    """The proposal where those tokens are right."""
     answers: list[list[int]] = field(default_factory=list)
     asked: int = 0
     judged: list[tuple[int, int]] = field(default_factory=list)
@@ -130,7 +130,7 @@ def drafter(request: pytest.FixtureRequest) -> Drafter:
 
 @pytest.fixture(params=[right, half_right, anything])
 def knowing(request: pytest.FixtureRequest) -> Guessing:
-    """Those whose guesses are as long as they may be, and often right: ends come in the middle of them."""
+    """Drafters with long, often correct drafts: answers end in the middle of them."""
     guessing: Guessing = request.param()
     return guessing
 
@@ -170,7 +170,7 @@ class Told:
 
 
 def cache_sizes(played: Played) -> list[int]:
-    """Tokens cached as each token was told; what is read of a guess is not counted before it came true."""
+    """Cached tokens reported with each token; drafted tokens count once they are accepted."""
     return [event.kv_tokens for event in played.events if isinstance(event, Tokens)]
 
 
@@ -204,7 +204,7 @@ plain_runs: dict[str, Told] = {}
 
 
 def without(loaded: LoadedModel, sampling: Sampling, options: Mapping[str, object]) -> Told:
-    """The same without guesses; once for all who guess."""
+    """The same without drafts, computed once for all drafters."""
     key = repr((loaded.facts.context_limit, sampling, options))
     if key not in plain_runs:
         plain_runs[key] = tell(loaded, None, sampling, **options)  # type: ignore[arg-type]
@@ -212,23 +212,23 @@ def without(loaded: LoadedModel, sampling: Sampling, options: Mapping[str, objec
 
 
 def both(loaded: LoadedModel, drafter: Drafter, sampling: Sampling = GREEDY, **options: object) -> Told:
-    """Told with guesses and without, which has to be the same."""
+    """What has to be the same with and without drafts."""
     plain = without(loaded, sampling, options)
     if isinstance(drafter, Guessing):
         drafter.answers = plain.answers
-    told = tell(loaded, drafter, sampling, **options)  # type: ignore[arg-type]
-    told.assert_equals(plain)
+    report = tell(loaded, drafter, sampling, **options)  # type: ignore[arg-type]
+    report.assert_equals(plain)
     assert plain.drafted == plain.accepted == 0
-    assert 0 <= told.accepted <= told.drafted
-    return told
+    assert 0 <= report.accepted <= report.drafted
+    return report
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED], ids=["greedy", "drawn", "penalised"])
 def test_drafts_change_neither_answers_nor_caches(
     tiny: LoadedModel, drafter: Drafter, sampling: Sampling
 ) -> None:
-    told = both(tiny, drafter, sampling)
-    assert [len(answer) for answer in told.answers] == [ANSWER, ANSWER]
+    report = both(tiny, drafter, sampling)
+    assert [len(answer) for answer in report.answers] == [ANSWER, ANSWER]
 
 
 def test_answers_with_drafts_equal_a_cold_run(tiny: LoadedModel) -> None:
@@ -245,22 +245,22 @@ def test_answers_with_drafts_equal_a_cold_run(tiny: LoadedModel) -> None:
 
 
 def test_correct_drafts_are_accepted_and_save_passes(tiny: LoadedModel) -> None:
-    told = both(tiny, right())
-    assert told.accepted == told.drafted >= ANSWER
-    assert len(told.turns[0].logits) < ANSWER // 4
+    report = both(tiny, right())
+    assert report.accepted == report.drafted >= ANSWER
+    assert len(report.turns[0].logits) < ANSWER // 4
 
 
 def test_wrong_drafts_are_rejected(tiny: LoadedModel) -> None:
     drafter = wrong()
-    told = both(tiny, drafter)
-    assert (told.accepted, told.drafted > ANSWER) == (0, True)
-    assert sum(proposed for proposed, _ in drafter.judged) == told.drafted
+    report = both(tiny, drafter)
+    assert (report.accepted, report.drafted > ANSWER) == (0, True)
+    assert sum(proposed for proposed, _ in drafter.judged) == report.drafted
     assert not any(accepted for _, accepted in drafter.judged)
 
 
 def test_drafted_tokens_count_as_evaluated(tiny: LoadedModel) -> None:
-    told = both(tiny, half_right())
-    for played in told.turns:
+    report = both(tiny, half_right())
+    for played in report.turns:
         stats = played.finished.stats
         read = stats.prefilled_tokens + stats.generated_tokens - 1
         assert stats.evaluated_tokens == played.evaluated
@@ -269,17 +269,17 @@ def test_drafted_tokens_count_as_evaluated(tiny: LoadedModel) -> None:
 
 @pytest.mark.parametrize("most", [1, 2, 17])
 def test_an_answer_ends_in_the_middle_of_a_draft(tiny: LoadedModel, knowing: Guessing, most: int) -> None:
-    told = both(tiny, knowing, replace(GREEDY, max_tokens=most))
-    assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in told.turns)
+    report = both(tiny, knowing, replace(GREEDY, max_tokens=most))
+    assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in report.turns)
 
 
 @pytest.mark.parametrize("stop_after", [1, 7])
 def test_a_stop_in_the_middle_of_a_draft_crops_the_rest(
     tiny: LoadedModel, knowing: Guessing, stop_after: int
 ) -> None:
-    told = both(tiny, knowing, stop_after=stop_after)
-    assert all(p.finished.stats.finish_reason == FinishReason.CANCELLED for p in told.turns)
-    assert [len(answer) for answer in told.answers] == [stop_after + 1] * 2
+    report = both(tiny, knowing, stop_after=stop_after)
+    assert all(p.finished.stats.finish_reason == FinishReason.CANCELLED for p in report.turns)
+    assert [len(answer) for answer in report.answers] == [stop_after + 1] * 2
 
 
 def test_an_end_token_in_the_middle_of_a_draft_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
@@ -287,10 +287,10 @@ def test_an_end_token_in_the_middle_of_a_draft_ends_the_turn(tiny: LoadedModel, 
     end = next(i for i in range(6, ANSWER) if said[i] not in said[:i])
     loaded = replace(tiny, end_ids=frozenset({said[end]}))
     knowing.answers = [said]
-    plain, told = tell(loaded, None), tell(loaded, knowing)
-    told.assert_equals(plain)
-    assert told.turns[0].finished.stats.finish_reason == FinishReason.STOP
-    assert len(told.answers[0]) == end
+    plain, report = tell(loaded, None), tell(loaded, knowing)
+    report.assert_equals(plain)
+    assert report.turns[0].finished.stats.finish_reason == FinishReason.STOP
+    assert len(report.answers[0]) == end
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_drafts_at_the_end_of_the_context_do_not_change_evictions(
     tiny: LoadedModel, new_drafter: Callable[[], Guessing], policy: EvictionPolicy, precision: KVPrecision
 ) -> None:
     loaded = with_context(tiny, 300)
-    told = both(
+    report = both(
         loaded,
         new_drafter(),
         replace(GREEDY, max_tokens=120),
@@ -310,15 +310,15 @@ def test_drafts_at_the_end_of_the_context_do_not_change_evictions(
         precision=precision,
         texts=[sentences(6), "And the train?"],
     )
-    reasons = [played.finished.stats.finish_reason for played in told.turns]
-    assert any(evictions(played) for played in told.turns) or FinishReason.CONTEXT in reasons
+    reasons = [played.finished.stats.finish_reason for played in report.turns]
+    assert any(evictions(played) for played in report.turns) or FinishReason.CONTEXT in reasons
 
 
 @pytest.mark.parametrize("precision", [KVPrecision.INT8, KVPrecision.INT4])
 def test_a_draft_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
-    """What is quantised stays so: a wrong guess in it would stay for ever."""
-    told = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
-    assert max(len(ids) for ids, *_ in told.kept) > 192  # type: ignore[arg-type]
+    """Quantisation can't be undone, so a rejected token in a block would stay."""
+    report = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
+    assert max(len(ids) for ids, *_ in report.kept) > 192  # type: ignore[arg-type]
 
 
 # ---- where nothing is guessed ------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(tiny: LoadedModel) -> N
 
 
 def with_draft_model(tiny: LoadedModel, budget: int) -> tuple[LocalEngine, Callable[[TurnEvent], None]]:
-    """An engine that guesses by another model, and a watch over its budget."""
+    """An engine with a draft model, and a guard of its budget."""
     engine = open_engine(tiny, budget, None, 0, draft=small())
 
     def guard(_event: TurnEvent) -> None:
@@ -377,7 +377,7 @@ def test_the_draft_models_cache_counts_in_the_budget(tiny: LoadedModel) -> None:
 
 
 def test_the_draft_models_cache_is_evicted_before_conversations(tiny: LoadedModel) -> None:
-    """Room for three caches: two conversations and the guesses, until a third conversation comes."""
+    """A budget for three caches: two conversations and the draft model's, then a third conversation."""
     engine, guard = with_draft_model(tiny, 3 * tiny.new_kv().bytes_at(GROWTH_STEP))
     for name in "ab":
         Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
@@ -416,7 +416,7 @@ def test_no_conversation_is_evicted_for_drafts(tiny: LoadedModel) -> None:
     assert large.finished.stats.drafted_tokens > 0
 
 
-# ---- how much to guess -------------------------------------------------------------------------------------
+# ---- draft lengths ----------------------------------------------------------------------------------------
 
 
 def test_drafts_get_longer_while_they_are_accepted() -> None:
@@ -494,7 +494,7 @@ def test_a_draft_model_proposes_its_greedy_tokens_and_reads_nothing_twice(tiny: 
         said.append(token)
     drafter.record(3, 2)
     assert drafter._kv.ids == (*prompt, *first[:2])
-    # the second guess was wrong: it goes back there, and reads on
+    # the second token was rejected: it crops to there and continues
     other = [*prompt, first[0], (first[1] + 1) % 500]
     drafter.propose(other, 3)
     assert drafter._kv.ids[: len(other)] == tuple(other)

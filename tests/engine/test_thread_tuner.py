@@ -1,4 +1,4 @@
-"""One thread takes over where several wait for each other, and gives back where they don't."""
+"""A single thread is chosen where several wait for each other, and all where they don't."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""The reference for caches with gaps, computed by plain transformers; and helpers for engines with little memory.
+"""The reference for caches with gaps, computed by plain transformers; helpers for engines with little memory.
 
 A token read after an eviction doesn't attend to the evicted tokens; one that was read before did. So the
 reference for a conversation with gaps is one pass over all of its tokens, the evicted ones included, at their

@@ -270,7 +270,7 @@ def _header_of(segment: Mapping[str, object], table: Mapping[str, object]) -> He
     if len(positions) != len(rows) or any(a >= b for a, b in pairwise((first - 1, *rows, end))):
         raise ValueError("rows that are no rows of its tokens")
     if any(not first <= checkpoint <= end for checkpoint in checkpoints):
-        raise ValueError("marks outside its tokens")
+        raise ValueError("checkpoints outside its tokens")
     if bool(start) != bool(parent) or (first and not start):
         raise ValueError("a beginning that continues something")
     checksums = _mapping(segment["checksums"])

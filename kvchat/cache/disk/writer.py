@@ -57,7 +57,7 @@ class DiskWriter:
         self._closed = False
         self._checksums: dict[str, str] = {}
         """Conversation → checksum of the chain on disk that its cache continues; guarded by `_changed`."""
-        self._thread = threading.Thread(target=self._run, name="kv-saver", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
         self._thread.start()
 
     def adopt(self, chain: Chain) -> None:

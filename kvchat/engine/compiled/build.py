@@ -94,7 +94,7 @@ def prepare_step(root: Path, folder: Path, weights: str, report: Report, *, forc
 
     Raises:
         KvchatError: there is no compiler, or compiling failed, or others can write to the data folder; the
-            sentence says why. Only a `RefusedError` is remembered.
+            sentence says why. Only a `RefusedError` is stored.
     """
     if not force and (made := _decided(root, folder, weights)):
         return made

@@ -23,7 +23,7 @@ from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.runner import LIBRARY, WEIGHTS
 from kvchat.errors import KvchatError
 
-EXAMPLE_TOKENS, EXAMPLE_KEPT = 7, 3
+EXAMPLE_TOKENS, EXAMPLE_SELECTED = 7, 3
 """Example sizes for export; any two different numbers give the same graph."""
 LONGEST = 1 << 20
 """Upper bound of tokens, which torch.export requires."""
@@ -47,11 +47,11 @@ def export_step(model: PreTrainedModel, layers: int) -> torch.export.ExportedPro
         RefusedError: torch.export can't record this model.
     """
     tokens = torch.export.Dim("tokens", min=1, max=LONGEST)
-    kept = torch.export.Dim("kept", min=1, max=LONGEST)
+    selected = torch.export.Dim("selected", min=1, max=LONGEST)
     ids = torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64)
     table = torch.zeros(layers, len(Memory._fields), dtype=torch.int64)
-    inputs = (ids, ids.clone(), ids.clone()[None, None], table, torch.arange(EXAMPLE_KEPT))
-    shapes = ({1: tokens}, {1: tokens}, {3: tokens}, None, {0: kept})
+    inputs = (ids, ids.clone(), ids.clone()[None, None], table, torch.arange(EXAMPLE_SELECTED))
+    shapes = ({1: tokens}, {1: tokens}, {3: tokens}, None, {0: selected})
     _describe_kernels()
     AttentionInterface.register(ATTENTION, step_attention)
     model.set_attn_implementation(ATTENTION)
@@ -219,15 +219,15 @@ class Step(nn.Module):
         positions: torch.Tensor,
         rows: torch.Tensor,
         table: torch.Tensor,
-        kept: torch.Tensor,
+        selected: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits `[kept, vocabulary]` in fp32; writes keys and values to the memory in `table`.
+        """Logits `[selected, vocabulary]` in fp32; writes keys and values to the memory in `table`.
 
         Args:
             ids: `[1, tokens]`, as are their positions.
             rows: `[1, 1, 1, tokens]`, the consecutive rows of the cache that they fill.
             table: `[layers, fields]`, a `Memory` each.
-            kept: indices of the tokens whose logits are returned.
+            selected: indices of the tokens whose logits are returned.
         """
         _tables[:] = [table]
         output = self.model(
@@ -236,7 +236,7 @@ class Step(nn.Module):
             attention_mask=rows,
             past_key_values=Cache(layers=[_PassThroughLayer() for _ in range(self.layers)]),
             use_cache=True,
-            logits_to_keep=kept,
+            logits_to_keep=selected,
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()

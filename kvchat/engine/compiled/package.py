@@ -34,7 +34,7 @@ from kvchat.models.resolve import MARKER, MODEL_PATH, compiled_folder
 from kvchat.system.ownership import close_to_others, digest_of, files_in, make_private, require_own
 
 OLD_FOLDER = "compiled"
-"""In a model's folder: earlier versions kept packages there. Nothing is loaded from it."""
+"""In a model's folder: earlier versions stored packages there. Nothing is loaded from it."""
 SOURCES = (
     *(
         "kvchat.engine.compiled.build",
@@ -295,7 +295,7 @@ def remove_old_packages(folder: Path) -> None:
     if old.is_symlink() or not old.is_dir():
         return
     shutil.rmtree(old, ignore_errors=True)
-    logger.info("%s was removed: compiled code lies in kvchat's data folder now", old)
+    logger.info("%s was removed: compiled code is in kvchat's data folder now", old)
 
 
 # ---- checks before loading ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ SAMPLES = 64
 def identify(
     facts: ModelFacts, revision: str, template: ChatTemplate, frequencies: Sequence[float]
 ) -> Fingerprint:
-    """The fingerprint of caches in the precision that `auto` stands for.
+    """The fingerprint of caches in the precision that `auto` means.
 
     Args:
         revision: the `weights_hash`.
