@@ -168,7 +168,7 @@ class QuantizedLayer(AddressedLayer):
         if counts:
             exact = {name: [tensor] for name, tensor in self._residual.filled.items()}
             new = {name: torch.cat([*exact.get(name, []), tensor]) for name, tensor in new.items()}
-            self._slots.write(len(self._counts), self._quantised(new, rows_of(counts)))
+            self._slots.write(len(self._counts), _quantised(new, rows_of(counts), self.bits))
             new = {name: tensor[sum(counts) :] for name, tensor in new.items()}
         self._residual.write(0 if counts else self._residual.count, new)
         self._counts += counts
@@ -181,7 +181,7 @@ class QuantizedLayer(AddressedLayer):
             raise ValueError("a layer without a known shape can't be allocated before its first token")
         if counts := finished_blocks(self._start, self.length + 1):
             exact = self._residual.filled
-            self._slots.write(len(self._counts), self._quantised(exact, rows_of(counts)))
+            self._slots.write(len(self._counts), _quantised(exact, rows_of(counts), self.bits))
             self._counts += counts
             self._residual.write(0, {name: tensor[sum(counts) :] for name, tensor in exact.items()})
         shape, dtype = self._shape, self._dtype
@@ -224,23 +224,15 @@ class QuantizedLayer(AddressedLayer):
         self._residual.count += tokens
         self.length += tokens
 
-    def _quantised(self, exact: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Slots for the states `[tokens, kv_heads, head_dim]` at `rows` `[slots, BLOCK]`."""
-        keys = quantise(exact["keys"][rows].transpose(1, 2), self.bits, PER_CHANNEL)
-        values = quantise(exact["values"][rows].transpose(1, 2), self.bits, PER_TOKEN)
-        both = {f"key_{name}": tensor for name, tensor in keys._asdict().items()}
-        both |= {f"value_{name}": tensor for name, tensor in values._asdict().items()}
-        return {name: tensor for name, tensor in both.items() if tensor is not None}
-
     def _read(self, what: str, dtype: torch.dtype) -> torch.Tensor:
         """All keys or all values, `[1, kv_heads, length, head_dim]`, dequantised."""
         exact = self._residual[f"{what}s"]
         _, heads, dim = exact.shape
         out = exact.new_empty((heads, self.length, dim), dtype=dtype)
         row = 0
-        for first, last, count in self._runs():
+        for first, last, count in _runs(self._counts):
             end = row + (last - first - 1) * BLOCK + count
-            codes = self._codes(what, first, last)
+            codes = _codes(self._slots.filled, what, first, last)
             if count == BLOCK:
                 dequantise(codes, out[:, row:end].view(heads, -1, BLOCK, dim).transpose(0, 1))
             else:
@@ -250,27 +242,6 @@ class QuantizedLayer(AddressedLayer):
             row = end
         out[:, row:] = exact.transpose(0, 1)
         return out[None]
-
-    def _runs(self) -> Iterator[tuple[int, int, int]]:
-        """(first slot, slot after the last, rows of each): runs of full slots, and each shorter slot."""
-        first = 0
-        for slot, count in enumerate(self._counts):
-            if count < BLOCK:
-                if first < slot:
-                    yield first, slot, BLOCK
-                yield slot, slot + 1, count
-                first = slot + 1
-        if first < len(self._counts):
-            yield first, len(self._counts), BLOCK
-
-    def _codes(self, what: str, first: int, last: int) -> Codes:
-        slots = self._slots.filled
-        zeros = slots.get(f"{what}_zeros")
-        return Codes(
-            slots[f"{what}_codes"][first:last],
-            slots[f"{what}_scales"][first:last],
-            None if zeros is None else zeros[first:last],
-        )
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens; a block that is cut keeps its bits and has fewer rows.
@@ -357,7 +328,7 @@ class QuantizedLayer(AddressedLayer):
         exact = {name: parts[name] for name in ("keys", "values")}
         slots = {name: tensor for name, tensor in parts.items() if name != COUNTS and name not in exact}
         counts: list[int] = parts[COUNTS].tolist()
-        self._check_tensors(exact, slots, len(counts))
+        _check_tensors(exact, slots, len(counts), self.bits, (self._shape, self._dtype))
         self._check_counts(start, [*counts, len(exact["keys"])])
         self.truncate(start)
         if slots:
@@ -368,27 +339,6 @@ class QuantizedLayer(AddressedLayer):
         self.length = start + sum(counts) + self._residual.count
         self._packed_rows = self._start
         self.is_initialized = True
-
-    def _check_tensors(
-        self, exact: Mapping[str, torch.Tensor], slots: Mapping[str, torch.Tensor], count: int
-    ) -> None:
-        """Raises `ValueError` where names, dtypes or shapes don't fit this layer."""
-        keys, values = exact["keys"], exact["values"]
-        if (keys.ndim, values.ndim) != (3, 3) or keys.shape[:2] != values.shape[:2]:
-            raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} don't match")
-        shape, dtype = self._shape or _shape_of(exact), self._dtype or keys.dtype
-        one = {
-            "keys": torch.zeros(1, shape.kv_heads, shape.key_dim, dtype=dtype),
-            "values": torch.zeros(1, shape.kv_heads, shape.value_dim, dtype=dtype),
-        }
-        expected = {name: (len(keys), tensor) for name, tensor in one.items()}
-        if count or slots:
-            expected |= {name: (count, slot) for name, slot in self._quantised(one, rows_of([1])).items()}
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in {**exact, **slots}.items()}
-        if found != {n: ((rows, *like.shape[1:]), like.dtype) for n, (rows, like) in expected.items()}:
-            raise ValueError(
-                f"the tensors don't fit a layer of {self.bits} bits, {shape} and {dtype}: {found}"
-            )
 
     def _check_counts(self, start: int, counts: list[int]) -> None:
         """Raises `ValueError` where a slot, or the residual, would cross a block boundary."""
@@ -420,6 +370,61 @@ def _shape_of(exact: Mapping[str, torch.Tensor]) -> HeadShape:
     """The head shape of `keys` and `values` `[tokens, kv_heads, head_dim]`."""
     _, heads, key_dim = exact["keys"].shape
     return HeadShape(heads, key_dim, exact["values"].shape[-1])
+
+
+def _quantised(exact: Mapping[str, torch.Tensor], rows: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """Slots for the states `[tokens, kv_heads, head_dim]` at `rows` `[slots, BLOCK]`."""
+    keys = quantise(exact["keys"][rows].transpose(1, 2), bits, PER_CHANNEL)
+    values = quantise(exact["values"][rows].transpose(1, 2), bits, PER_TOKEN)
+    both = {f"key_{name}": tensor for name, tensor in keys._asdict().items()}
+    both |= {f"value_{name}": tensor for name, tensor in values._asdict().items()}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first slot, slot after the last, rows of each): runs of full slots, and each shorter slot."""
+    first = 0
+    for slot, count in enumerate(counts):
+        if count < BLOCK:
+            if first < slot:
+                yield first, slot, BLOCK
+            yield slot, slot + 1, count
+            first = slot + 1
+    if first < len(counts):
+        yield first, len(counts), BLOCK
+
+
+def _codes(slots: Mapping[str, torch.Tensor], what: str, first: int, last: int) -> Codes:
+    zeros = slots.get(f"{what}_zeros")
+    return Codes(
+        slots[f"{what}_codes"][first:last],
+        slots[f"{what}_scales"][first:last],
+        None if zeros is None else zeros[first:last],
+    )
+
+
+def _check_tensors(
+    exact: Mapping[str, torch.Tensor],
+    slots: Mapping[str, torch.Tensor],
+    count: int,
+    bits: int,
+    known: tuple[HeadShape | None, torch.dtype | None],
+) -> None:
+    """Raises `ValueError` where names, dtypes or shapes don't fit a layer of that shape and dtype."""
+    keys, values = exact["keys"], exact["values"]
+    if (keys.ndim, values.ndim) != (3, 3) or keys.shape[:2] != values.shape[:2]:
+        raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} don't match")
+    shape, dtype = known[0] or _shape_of(exact), known[1] or keys.dtype
+    one = {
+        "keys": torch.zeros(1, shape.kv_heads, shape.key_dim, dtype=dtype),
+        "values": torch.zeros(1, shape.kv_heads, shape.value_dim, dtype=dtype),
+    }
+    expected = {name: (len(keys), tensor) for name, tensor in one.items()}
+    if count or slots:
+        expected |= {name: (count, slot) for name, slot in _quantised(one, rows_of([1]), bits).items()}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in {**exact, **slots}.items()}
+    if found != {n: ((rows, *like.shape[1:]), like.dtype) for n, (rows, like) in expected.items()}:
+        raise ValueError(f"the tensors don't fit a layer of {bits} bits, {shape} and {dtype}: {found}")
 
 
 def convert(layer: StoredLayer, to: StoredLayer) -> None:

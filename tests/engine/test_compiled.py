@@ -361,7 +361,7 @@ def chatted(
             chat.engine = engine()
         chat.messages.append(user(text))
         finished = list(chat.engine.turn(chat.request()))[-1]
-        chat._keep(finished)  # type: ignore[arg-type]
+        chat._add(finished)  # type: ignore[arg-type]
         answers.append(chat.messages[-1].token_ids)
     return answers, chat
 

@@ -240,7 +240,7 @@ def test_the_events_of_a_turn_come_in_order_and_complete(running: Linked) -> Non
 
 
 def test_turns_of_a_conversation_keep_its_cache(running: Linked) -> None:
-    request = ask("Bread is made from flour, water and salt.")  # nobody else asks it, and could lend it
+    request = ask("Bread is made from flour, water and salt.")  # no other conversation asks it
     held, reused = {0, OPENING}, []
     for question in ("How long is the drive?", "And the train?", "Why?"):
         answer = ended(list(running.engine.turn(request)))
