@@ -305,7 +305,7 @@ def test_without_a_cache_everything_is_read_again_and_is_the_same(built: Built) 
     built.assert_same(reader.read(IDS[:39]), expected[38:39])
     built.assert_same(reader.read(IDS[39:40]), expected[39:])
     assert reader.evaluated == 39 + 40
-    with pytest.raises(ValueError, match="no drafts to check"):
+    with pytest.raises(ValueError, match="no drafts to verify"):
         reader.read([1, 2], keep=2)
 
 
@@ -547,9 +547,9 @@ def test_a_package_belongs_to_its_model_precision_and_machine(
 
 
 def test_kernels_of_another_layout_are_refused(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("abi.ABI", 2), ("abi.TILE", 16), ("abi.GROUP", 64), ("compiled.BLOCK", 32)):
+    for name, value in (("abi.ABI", 2), ("abi.TILE", 16), ("abi.GROUP", 64), ("runner.BLOCK", 32)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvchat.engine.{name}", value)
+            patch.setattr(f"kvchat.engine.compiled.{name}", value)
             with pytest.raises(KvchatError, match="lay out memory in another way"):
                 CompiledStep(llama.package)
     swapped = (Memory._fields[1], Memory._fields[0], *Memory._fields[2:])

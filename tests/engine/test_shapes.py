@@ -180,7 +180,7 @@ SHAPES: dict[str, Can] = {
     "LFM2": Can(
         lambda: config(tf.Lfm2Config, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3),
         SINCE_MARK,
-        "a convolution mixes neighbours",
+        "a convolution mixes neighbouring tokens",
         notes=("2 convolution layers",),
     ),
     "Qwen3-Next": Can(
