@@ -370,9 +370,9 @@ def test_garbage_is_refused(chat: Chat, garbage: bytes) -> None:
 
 def test_another_fingerprint_is_refused_by_the_field_that_differs(chat: Chat) -> None:
     for expected, match in [
-        (FINGERPRINT | {"kv": "bf16"}, r"another kv \(fp32 instead of bf16\)"),
-        (FINGERPRINT | {"rope": "8192"}, r"another rope \(nothing instead of 8192\)"),
-        ({"model": "m"}, r"another kv \(fp32 instead of nothing\)"),
+        (FINGERPRINT | {"kv": "bf16"}, r"different kv \(fp32 instead of bf16\)"),
+        (FINGERPRINT | {"rope": "8192"}, r"different rope \(nothing instead of 8192\)"),
+        ({"model": "m"}, r"different kv \(fp32 instead of nothing\)"),
     ]:
         kv = new_kv()
         with pytest.raises(SnapshotRefused, match=match):
@@ -424,10 +424,13 @@ def test_a_segment_of_another_model_in_the_chain_is_refused(chat: Chat) -> None:
         (new_kv(shape=HeadShape(1, 8, 6)), r"keys of F32 \[2, 5, 8\], not F32 \[1, 5, 8\]"),
         (new_kv(shape=HeadShape(2, 8, 8)), r"values of F32 \[2, 5, 6\]"),
         (new_kv(states=1), "there is no state of 5 tokens"),
-        (ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]), "no place"),
+        (
+            ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]),
+            "this model doesn.t have",
+        ),
         (
             ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS + 1)]),
-            "nothing of layer 3",
+            "nothing for layer 3",
         ),
     ],
     ids=["dtype", "heads", "dims", "states", "fewer layers", "more layers"],
@@ -484,7 +487,7 @@ def test_rows_without_tensors_are_refused(chat: Chat) -> None:
         path.write_bytes(encode_header(cut) + bytes(cut.tensor_bytes))
         for other in segment_files(chat.store.folder(chat.name))[1:]:
             other.unlink()
-        assert_refused(chat, "of layer 0, not keys and values|of layer 1, not keys and values")
+        assert_refused(chat, "for layer 0, not keys and values|for layer 1, not keys and values")
 
 
 def test_loading_an_empty_chain_is_refused(chat: Chat) -> None:
@@ -519,7 +522,7 @@ def test_rows_in_the_middle_need_a_chain_that_is_known(chat: Chat) -> None:
 
 def test_a_chain_is_not_continued_by_another_model(chat: Chat) -> None:
     read(chat.kv, [1])
-    with pytest.raises(SnapshotRefused, match="another kv"):
+    with pytest.raises(SnapshotRefused, match="different kv"):
         save(chat.store, chat.name, FINGERPRINT | {"kv": "int8"}, pack_rows(chat.kv), chat.checksum)
 
 

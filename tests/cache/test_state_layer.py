@@ -210,7 +210,7 @@ def test_a_state_of_another_shape_is_refused_without_changes(
     layer = RecurrentLayer(StateShape(1, STATE_BYTES))
     layer.update_conv_state(inputs(4), conv_kernel_size=KERNEL)
     before = layer.state()
-    with pytest.raises(ValueError, match="is not one of"):
+    with pytest.raises(ValueError, match="does not fit"):
         layer.restore(RecurrentState(tensors))
     assert equal(layer.state(), before)
 
