@@ -124,7 +124,7 @@ class KnownAnswerDrafter:
         guess = list(self._text[place : place + min(most, self.RIGHT + 1)])
         return [*guess[:-1], (guess[-1] + 1) % self._vocabulary] if guess else []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         """Ignores the result."""
 
 
@@ -138,7 +138,7 @@ def ask(chat: Chat, question: str) -> Answered:
         if not isinstance(event, Evicted):
             return
         cache = engine.caches.get(chat.name)
-        if cache and cache.kv.has_gap:
+        if cache and cache.kv.index.has_gap:
             evictions.append((len(cache.kv.ids), frozenset(cache.kv.rows)))
         else:  # the prompt was prefilled again without the oldest messages: earlier logits don't compare
             engine.sampler.clear()

@@ -1,8 +1,9 @@
-"""The KV cache: read this folder to understand one.
+"""The KV cache.
 
-Mechanism moves memory: `layers` (one layer's keys and values), `quantize` (in fewer bits), `recurrent`
-(layers that hold a state), `kv` (all layers of one conversation), `rotate` (keys turned to other
-positions), `snapshot` (to disk and back). Policy decides in integers and imports no tensors: `prefix` (what
-a prompt can reuse), `evict` (what goes when the context is full), `pool` (what goes when memory is),
-`fingerprint` (whether a cache may be used at all), `shelf` (what lies on disk).
+With tensors: `kv_cache` (all layers of one conversation), `layer` (interfaces), `dense_layer`,
+`quantized_layer` with `quant_codec`, `state_layer` with `state_checkpoints`, `cow_buffer` (copy-on-write),
+`rope_shift` (keys at other positions), `packed_rows` and `disk.snapshot` (to disk and back).
+Integers only: `token_index` (tokens and rows), `prefix` (what a prompt can reuse), `eviction` (when the
+context is full), `memory_budget` (when memory is full), `fingerprint` (which model a cache fits),
+`disk.segment` and `disk.disk_store` (files).
 """

@@ -1,6 +1,6 @@
-"""Whether a cache may be used: keys and values belong to exactly one model, read in exactly one way.
+"""Whether a cache fits a model: keys and values depend on the model and on how it is computed.
 
-It compares strings; where they come from is the engine's business.
+Compares strings; the engine supplies them.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Fingerprint:
     weights: str
     """Precision of the weights."""
     revision: str
-    """Hash of the weights, which is another one in another precision."""
+    """Hash of the weights; each precision has its own."""
     kv: str
     """Precision of keys and values."""
     rope: str
@@ -40,7 +40,7 @@ class Fingerprint:
         return asdict(self)
 
     def difference(self, stored: Mapping[str, str]) -> str:
-        """The first field in which `stored` differs, in words; empty where none does."""
+        """A sentence about the first field in which `stored` differs; empty where none does."""
         for field in fields(self):
             then, now = stored.get(field.name, "?"), getattr(self, field.name)
             if then != now:

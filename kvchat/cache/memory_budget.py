@@ -1,9 +1,8 @@
-"""Which conversation's cache makes room for another's, decided in byte counts and times of use.
+"""Which cache is evicted from memory when the budget is full, and how.
 
-The order: the least recently used first, pinned ones after the others, system prefixes that chats share
-last; the active conversation never. What happens to it: it goes to disk where it can (exact, it comes
-back); where it can't, it is stored in fewer bits if its owner left that open; else it is dropped and has to
-be read again.
+Order: least recently used first; then pinned caches; then shared system prefixes; the active conversation
+never. How: spilled to disk where that is allowed (exact, can be restored); else quantised if its precision
+is automatic; else dropped, and its conversation has to be prefilled again. Must not import tensors.
 """
 
 from collections.abc import Iterable
@@ -19,46 +18,46 @@ def default_budget(free_bytes: int) -> int:
     return free_bytes // SHARE_OF_MEMORY
 
 
-class Relief(StrEnum):
-    """What happens to a cache that has to make room."""
+class EvictionAction(StrEnum):
+    """What happens to a cache that is evicted."""
 
     SPILL = "spill"
-    """To disk; restored exactly when it is needed."""
+    """Written to disk; restored exactly when it is needed."""
     QUANTISE = "quantise"
-    """Into 8 bits; approximate from then on."""
+    """Stored in 8 bits; approximate from then on."""
     DROP = "drop"
-    """Gone; the conversation is read again when it goes on."""
+    """Freed; the conversation's next turn prefills it again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Candidate:
     """One cache in memory."""
 
     conversation: str
     last_used: float
-    """Any clock that only goes forward."""
+    """Of any monotonic clock."""
     pinned: bool = False
     active: bool = False
     can_spill: bool = False
     can_quantise: bool = False
     prefix_only: bool = False
-    """Nothing is left of it but the system prefix, which other conversations can share."""
+    """Only its system prefix is in memory, which other conversations can share."""
 
 
-def eviction_order(held: Iterable[Held]) -> list[Held]:
-    """Who goes first; the active one is not among them."""
-    candidates = (each for each in held if not each.active)
+def eviction_order(caches: Iterable[Candidate]) -> list[Candidate]:
+    """The caches in the order in which they are evicted, without the active one."""
+    candidates = (each for each in caches if not each.active)
     return sorted(candidates, key=lambda each: (each.prefix_only, each.pinned, each.last_used))
 
 
-def next_relief(held: Iterable[Held]) -> tuple[str, Relief] | None:
-    """(conversation, what happens to it); None when only the active one is left."""
-    going = eviction_order(held)
-    if not going:
+def next_eviction(caches: Iterable[Candidate]) -> tuple[str, EvictionAction] | None:
+    """(conversation, what happens to its cache); None when only the active one is left."""
+    order = eviction_order(caches)
+    if not order:
         return None
-    first = going[0]
+    first = order[0]
     if first.can_spill:
-        return first.conversation, Relief.SPILL
+        return first.conversation, EvictionAction.SPILL
     if first.can_quantise:
-        return first.conversation, Relief.QUANTISE
-    return first.conversation, Relief.DROP
+        return first.conversation, EvictionAction.QUANTISE
+    return first.conversation, EvictionAction.DROP

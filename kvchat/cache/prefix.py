@@ -1,7 +1,7 @@
 """Which part of a cache a prompt can reuse, decided in token ids alone.
 
-A key or value depends on every token before it, so a cache is good exactly up to the first token that
-differs. It knows no tensors and no text.
+A key or value depends on every token before it, so a cache is valid exactly up to the first token that
+differs. Must not import tensors.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def reusable_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
     """Length of the longest common prefix that leaves at least the last token of the prompt to read.
 
-    The logits that choose the first new token come out of reading the last prompt token, and a cache holds
-    none, so a full match still reads one token.
+    The logits for the first new token are computed from the last prompt token, and a cache stores no logits.
 
     Raises:
         ValueError: the prompt is empty.
@@ -43,5 +42,5 @@ def gap_bounds(rows: Sequence[int], tokens: int) -> tuple[int, int]:
     first = next((i for i, row in enumerate(rows) if row != i), len(rows))
     if not rows or rows[-1] != tokens - 1:
         return first, tokens
-    kept_at_end = next(n for n in range(1, len(rows) + 1) if n == len(rows) or rows[-n - 1] != rows[-n] - 1)
-    return first, tokens - kept_at_end
+    at_end = next(n for n in range(1, len(rows) + 1) if n == len(rows) or rows[-n - 1] != rows[-n] - 1)
+    return first, tokens - at_end

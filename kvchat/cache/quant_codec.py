@@ -1,7 +1,6 @@
-"""Blocks of keys or values as numbers of 8 or 4 bits, and back.
+"""Quantises blocks of keys or values to 8 or 4 bits, and dequantises them.
 
-It knows bits, scales and the shape of a block; it refuses to know where blocks are kept, and which tokens
-they are of.
+Must not depend on where blocks are stored or which tokens they belong to.
 """
 
 from typing import NamedTuple
@@ -9,20 +8,20 @@ from typing import NamedTuple
 import torch
 
 BLOCK = 64
-"""Rows of a block. 32 would quantise keys a little better and cost 3 % of bf16 more in scales."""
+"""Rows of a block. 32 would quantise keys slightly better; its scales would take 3 % of bf16 more."""
 
 SCALE = torch.float16
-"""dtype of scales and zero points. Codes are computed with the rounded ones, which costs nothing."""
+"""dtype of scales and zero points. Codes are computed with the rounded values."""
 
 PER_CHANNEL, PER_TOKEN = -2, -1
 """The dimension of `[slots, kv_heads, BLOCK, head_dim]` whose numbers share a scale."""
 
 
 class Codes(NamedTuple):
-    """Quantised states: `codes * scales + zeros`, broadcast over the dimension that shares them."""
+    """Quantised states: `codes * scales + zeros`, broadcast over the dimension that shares a scale."""
 
     codes: torch.Tensor
-    """8 bits: int8 `[slots, kv_heads, BLOCK, head_dim]`. 4 bits: uint8, half as many rows; the low half-bytes
+    """8 bits: int8 `[slots, kv_heads, BLOCK, head_dim]`. 4 bits: uint8, half as many rows; the low nibbles
     are the first half of the block's rows."""
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -31,8 +30,9 @@ class Codes(NamedTuple):
 def quantise(states: torch.Tensor, bits: int, shared: int) -> Codes:
     """Rounds states `[slots, kv_heads, BLOCK, head_dim]` to 8 or 4 bits, computing in fp32.
 
-    4 bits go from the minimum to the maximum of what shares a scale (KIVI, arXiv 2402.02750, section 3).
-    8 bits are symmetric: per token around zero, per channel around its middle (keys have channels off zero).
+    4 bits span minimum to maximum of the numbers that share a scale (KIVI, arXiv 2402.02750, section 3).
+    8 bits are symmetric: per token around zero, per channel around the middle (some channels of keys have
+    an offset).
     """
     exact = states.float()
     lowest, highest = exact.aminmax(dim=shared, keepdim=True)

@@ -1,14 +1,15 @@
-"""Keys turned to other positions, where the model marks positions by rotation.
+"""Moves cached keys to other positions, for models with rotary position embeddings (RoPE).
 
-A rotary model turns a key by an angle per position before it is stored (RoFormer, arXiv 2104.09864).
-Turning it further by the difference moves it to another position. One turn in fp32 of a key in bf16 costs
-one rounding; turns on turns add up, so a key is turned once and no further.
+RoPE rotates a key by an angle per position before it is stored (RoFormer, arXiv 2104.09864). Rotating it by
+the difference moves it to another position. One rotation in fp32 of a key in bf16 costs one rounding;
+errors of repeated rotations add up, so a key is rotated only once.
 """
 
 import torch
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer
+from kvchat.cache.token_index import TokenIndex
 
 
 def rotated(
@@ -17,8 +18,8 @@ def rotated(
     """Keys `[1, kv_heads, tokens, head_dim]` moved by `delta` `[tokens]` positions.
 
     Args:
-        frequencies: `[rotary_dim / 2]` radians per position; the head's other numbers stay.
-        interleaved: whether neighbours form a pair, instead of the first half with the second.
+        frequencies: `[rotary_dim / 2]` radians per position; the rest of the head is unchanged.
+        interleaved: whether neighbouring numbers form a pair, instead of first and second half.
     """
     angle = delta.float()[:, None] * frequencies.float()
     cos, sin = angle.cos(), angle.sin()
@@ -31,7 +32,7 @@ def rotated(
 
 
 def can_close_gaps(kv: ConversationKV) -> bool:
-    """Whether each key that has to move is still where it was read, and stored unquantised."""
+    """Whether no key that has to move was moved before, and all are unquantised."""
     moved_before = any(
         position != row and position != index
         for index, (row, position) in enumerate(zip(kv.rows, kv.positions, strict=True))
@@ -40,16 +41,16 @@ def can_close_gaps(kv: ConversationKV) -> bool:
 
 
 def close_gaps(kv: ConversationKV, frequencies: torch.Tensor, *, interleaved: bool = False) -> None:
-    """Moves every key down to the position that is its row, so that positions have no gaps.
+    """Moves every key to the position that equals its row, so that positions have no gaps.
 
     Raises:
-        ValueError: `can_close_gaps` says no.
+        ValueError: `can_close_gaps` is False.
     """
     if not can_close_gaps(kv):
-        raise ValueError("keys were turned before, or are quantised")
+        raise ValueError("keys were rotated before, or are quantised")
     positions = range(len(kv))
     delta = torch.tensor(positions) - torch.tensor(kv.positions)
     for layer in kv.stored:
         assert isinstance(layer, DenseLayer)
         layer.change_keys(lambda keys: rotated(keys, delta, frequencies, interleaved=interleaved))
-    kv.reposition(positions)
+    kv.reindex(TokenIndex(kv.ids, kv.rows, positions))

@@ -1,102 +1,101 @@
-"""Layers whose memory is a state of constant size: recurrent ones, and short convolutions.
+"""Layers with a state of constant size: recurrent layers and short convolutions.
 
-A state holds the whole past in one value. It can't be cropped: what can be done is to keep copies of it, and
-to go back to one of them. A short convolution is milder: its state is its last inputs, so that a layer that
-has nothing else can be taken back exactly through the inputs it recorded.
+A recurrent state can't be cropped; it can only be copied and restored. The state of a short convolution is
+its last inputs, so a layer that has no other state can be rewound through the inputs it recorded.
 
-It knows tensors, names and bytes. It refuses to know token ids, and when a copy is worth its memory.
+Must not depend on token ids, or decide when to copy a state (`state_checkpoints` does).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvchat.cache.layer import DenseLayer, HeadShape
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.layer import HeadShape, bytes_of
 
 PIECES = 64
-"""Recorded pieces that are joined into one: a piece per token would make every look at the memory slow."""
+"""Recorded tensors before they are concatenated: one per token would make counting memory slow."""
 
 
 class StateShape(NamedTuple):
-    """What one layer remembers, measured on a first forward pass."""
+    """The states of one layer, measured on a first forward pass."""
 
     number: int = 1
-    """Convolutions in the layer, each with a state of its own."""
+    """Convolutions in the layer, each with its own state."""
     bytes: int = 0
-    """Bytes of all states of the layer; 0 where that is not known yet."""
+    """Bytes of all states of the layer; 0 where not known yet."""
     recorded_bytes: int = 0
-    """Bytes that one token adds until the next `settle`; 0 for a recurrent layer."""
+    """Bytes that one token adds to the record of inputs; 0 for a recurrent layer."""
     by_steps: bool = False
     """Whether the model continues the state exactly by one token at a time only."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecurrentState:
-    """A copy of everything one layer remembers, by name: `conv.I [1, channels, kernel]`, `recurrent.I`."""
+    """A copy of one layer's states, by name: `conv.I [1, channels, kernel]`, `recurrent.I`."""
 
     tensors: dict[str, torch.Tensor]
 
     def storages(self) -> dict[int, int]:
-        """Address → bytes of every piece of memory held."""
-        return _storages(self.tensors.values())
+        """Address → bytes of the tensors' memory."""
+        return bytes_of(self.tensors.values())
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes of the tensors."""
         return sum(self.storages().values())
 
 
 class StateLayer(ABC):
-    """What ConversationKV asks of a layer with a state."""
+    """The interface of a layer with a state."""
 
     @abstractmethod
     def state(self) -> RecurrentState:
-        """A copy of the state as it is."""
+        """A copy of the current state."""
 
     @abstractmethod
     def restore(self, state: RecurrentState | None) -> None:
-        """Puts a copied state back; None is the state before the first token.
+        """Loads a copied state and restarts the record; None is the state before the first token.
 
         Raises:
-            ValueError: that state doesn't belong to a layer of this shape.
+            ValueError: the state doesn't fit this layer.
         """
 
     @property
     @abstractmethod
     def can_rewind(self) -> bool:
-        """Whether every token since the last `settle` or `restore` can be taken back exactly."""
+        """Whether `rewind` is possible: the layer recorded all inputs since the record was restarted."""
 
     @abstractmethod
     def rewind(self, tokens: int) -> None:
-        """Keeps the first `tokens` tokens since the last `settle` or `restore`.
+        """Keeps the first `tokens` tokens of the record.
 
         Raises:
-            ValueError: so many were not recorded.
+            ValueError: fewer were recorded.
         """
 
     @abstractmethod
-    def settle(self) -> None:
-        """Lets go of what `rewind` needs: from now on it counts from here."""
+    def restart_recording(self) -> None:
+        """Drops the record of inputs and starts a new one here."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets everything and lets go of the memory."""
+        """Empties the layer and frees its memory."""
 
     @abstractmethod
     def fork(self) -> Self:
-        """A layer with the same content and a live state of its own."""
+        """A layer with the same content and its own copy of the state."""
 
     @abstractmethod
     def state_storages(self) -> dict[int, int]:
-        """Address → bytes of every piece of memory that the state holds, without keys and values."""
+        """Address → bytes of the memory of states and record, without keys and values."""
 
     @abstractmethod
     def state_growth(self, tokens: int) -> int:
-        """Bytes that reading so many tokens adds to the state's memory."""
+        """Bytes that reading so many tokens adds to states and record."""
 
     @property
     @abstractmethod
@@ -105,22 +104,22 @@ class StateLayer(ABC):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that the state holds."""
+        """Bytes of states and record."""
         return sum(self.state_storages().values())
 
 
 class RecurrentLayer(LinearAttentionLayer, StateLayer):
-    """transformers' own layer for recurrent states and short convolutions, with copies and a way back.
+    """transformers' layer for recurrent states and short convolutions, with copies and rewinding.
 
-    Until a recurrent state shows up, it records the inputs `[1, channels, tokens]` of the convolution. Which
-    layers never have one is known after the first forward pass only (`is_croppable`).
+    It records the inputs `[1, channels, tokens]` of the convolution until it gets a recurrent state. Whether
+    a layer ever gets one is known after the first forward pass only (`is_croppable`).
     """
 
     def __init__(self, shape: StateShape = StateShape()) -> None:  # noqa: B008 - a value, and immutable
         LinearAttentionLayer.__init__(self, number_of_states=shape.number)
         self._state_shape = shape
         self._recorded: dict[int, list[torch.Tensor]] = {}
-        """Convolution → its inputs in order, from the window `[1, channels, kernel]` at `settle` on."""
+        """Convolution → the window `[1, channels, kernel]` at the start of the record, then its inputs."""
         self.record_past = True
 
     def update_conv_state(
@@ -130,11 +129,11 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
         conv_kernel_size: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Takes inputs `[1, channels, new]`; returns them after the window that came before them.
+        """Takes inputs `[1, channels, new]`; returns the window before them, concatenated with them.
 
-        transformers returns, and so convolves again, everything recorded; the window is all that counts.
+        transformers returns everything recorded, and so convolves it again; only the window is needed.
         """
-        if conv_kernel_size is None:  # such a model prepares the window itself: there are no inputs to record
+        if conv_kernel_size is None:  # the model computes the window itself: there are no inputs to record
             self._stop_recording()
         if not self.record_past or conv_kernel_size is None:
             updated: torch.Tensor = super().update_conv_state(
@@ -150,7 +149,7 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
         return full if begun else conv_states
 
     def _begin(self, conv_states: torch.Tensor, index: int, kernel: int) -> None:
-        """Zeros `[1, channels, kernel]` stand for what came before the first token."""
+        """The window before the first token is zeros `[1, channels, kernel]`."""
         window = conv_states.new_zeros((*conv_states.shape[:-1], kernel))
         self._take_conv(index, window)
         self._recorded[index] = [window]
@@ -175,7 +174,7 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
     ) -> torch.Tensor:
-        """Takes the state over; a convolution's inputs alone are no way back from now on."""
+        """Stores the state; from now on the record of inputs can't restore the layer."""
         self._stop_recording()
         state: torch.Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         return state
@@ -185,11 +184,11 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
         self._recorded.clear()
 
     def state(self) -> RecurrentState:
-        kept = {"conv": self.conv_states, "recurrent": self.recurrent_states}
+        states_of = {"conv": self.conv_states, "recurrent": self.recurrent_states}
         return RecurrentState(
             {
                 f"{kind}.{index}": tensor.clone()
-                for kind, states in kept.items()
+                for kind, states in states_of.items()
                 for index, tensor in states.items()
                 if tensor is not None
             }
@@ -208,17 +207,17 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
                 self.recurrent_states[int(index)] = tensor.clone()
                 self.is_recurrent_states_initialized[int(index)] = True
                 self.record_past = False
-        self.settle()
+        self.restart_recording()
 
     def _check(self, state: RecurrentState | None) -> None:
         if state is None:
             return
         numbers = range(self._state_shape.number)
-        strange = state.tensors.keys() - {f"{kind}.{i}" for kind in ("conv", "recurrent") for i in numbers}
+        unknown = state.tensors.keys() - {f"{kind}.{i}" for kind in ("conv", "recurrent") for i in numbers}
         size = sum(tensor.nbytes for tensor in state.tensors.values())
-        if strange or size != (self._state_shape.bytes or size):
+        if unknown or size != (self._state_shape.bytes or size):
             names = ", ".join(sorted(state.tensors))
-            raise ValueError(f"a state of {names} and {size} bytes is not one of {self._state_shape}")
+            raise ValueError(f"a state of {names} and {size} bytes does not fit {self._state_shape}")
 
     @property
     def by_steps(self) -> bool:
@@ -234,21 +233,21 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
             end = self._window(index).shape[-1] + tokens
             if not self.can_rewind or tokens < 0 or end > inputs.shape[-1]:
                 raise ValueError(f"{tokens} tokens were not recorded")
-            kept = inputs[..., :end].clone()
-            self._recorded[index] = [kept]
-            self.conv_states[index] = kept[..., tokens:].clone()
+            remaining = inputs[..., :end].clone()
+            self._recorded[index] = [remaining]
+            self.conv_states[index] = remaining[..., tokens:].clone()
 
-    def settle(self) -> None:
+    def restart_recording(self) -> None:
         if self.record_past:
             self._recorded = {i: [window] for i, window in self.conv_states.items() if window is not None}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses.
+        """Not supported.
 
         Raises:
-            RuntimeError: always. transformers crops the convolution, and leaves a recurrent state as it is.
+            RuntimeError: always. transformers would crop the convolution, but not the recurrent state.
         """
-        raise RuntimeError("a state can't be cropped; ConversationKV.truncate knows where it can go back to")
+        raise RuntimeError("a state can't be cropped; use ConversationKV.truncate")
 
     def reset(self) -> None:
         self.restore(None)
@@ -267,11 +266,11 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
     def state_storages(self) -> dict[int, int]:
         states = [*self.conv_states.values(), *self.recurrent_states.values()]
         recorded = [piece for pieces in self._recorded.values() for piece in pieces]
-        return _storages([tensor for tensor in (*states, *recorded) if tensor is not None])
+        return bytes_of(tensor for tensor in (*states, *recorded) if tensor is not None)
 
     @property
     def recorded_bytes(self) -> int:
-        """Bytes of the inputs recorded since the last `settle`."""
+        """Bytes of the recorded inputs."""
         windows = sum(window.nbytes for window in self.conv_states.values() if window is not None)
         pieces = sum(piece.nbytes for pieces in self._recorded.values() for piece in pieces)
         return max(0, pieces - windows)
@@ -281,8 +280,8 @@ class RecurrentLayer(LinearAttentionLayer, StateLayer):
         return (0 if begun else self._state_shape.bytes) + tokens * self._state_shape.recorded_bytes
 
 
-class HybridLayer(RecurrentLayer, DenseLayer):  # type: ignore[override] # it knows `is_croppable` later
-    """Attention and a recurrent state side by side in one layer: keys and values grow, the state does not."""
+class HybridLayer(RecurrentLayer, DenseLayer):  # type: ignore[override] # sets `is_croppable` later
+    """Attention and a recurrent state in one layer: keys and values grow, the state does not."""
 
     is_compileable = False
 
@@ -303,8 +302,3 @@ class HybridLayer(RecurrentLayer, DenseLayer):  # type: ignore[override] # it kn
         other = DenseLayer.fork(self)
         other._take_state_of(self)
         return other
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -146,6 +146,11 @@ def m008_evicted_messages(db: Database) -> None:
     db.execute("alter table conversations rename column left_out to evicted_messages")
 
 
+@migrations()
+def m009_shared_prefixes(db: Database) -> None:
+    db.execute("update cache_events set kind = 'share' where kind = 'lend'")
+
+
 class _Readable(Database):
     """A database that reports damage on reading: a file with one bad page can still be opened."""
 

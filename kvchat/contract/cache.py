@@ -54,7 +54,7 @@ class CacheEventKind(StrEnum):
     REFUSE = "refuse"
     """A saved cache could not be used, or a cache could not be saved."""
     FORK = "fork"
-    SHARE = "lend"
+    SHARE = "share"
     """Another conversation's prefix was shared."""
     CONVERT = "convert"
     DROP = "drop"

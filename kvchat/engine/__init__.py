@@ -1,1 +1,1 @@
-"""The engine: render → prefix → prefill → decode → detokenise → meter. It knows no screen and no sessions."""
+"""The engine: render, find the cached prefix, prefill, decode, detokenise, measure. Imports no screen."""

@@ -1,8 +1,6 @@
-"""Acts on caches between turns: pin, move, drop, fork, store in another precision, price."""
+"""Commands on caches between turns: pin, spill, load, drop, fork, convert, estimate costs, inspect."""
 
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.contract import (
@@ -31,28 +29,28 @@ from kvchat.engine.planner import Planner
 from kvchat.errors import KvchatError
 
 COMPARED_TOKENS = 64
-"""Of the end of a conversation: how many of them the model would still choose after a conversion."""
+"""Tokens at the end of a conversation that are predicted before and after a conversion."""
 COARSENESS = (KVPrecision.FP32, KVPrecision.BF16, KVPrecision.INT8, KVPrecision.INT4)
 DROPPED_BY_YOU = "you dropped it"
 SPILLED_BY_YOU = "you moved it out of memory, and it is not on disk"
 
 
-def do(
-    act: CacheCommand, caches: Caches, planner: Planner, loaded: LoadedModel, disk: DiskTier | None
+def execute(
+    command: CacheCommand, caches: Caches, planner: Planner, loaded: LoadedModel, disk: DiskTier | None
 ) -> Iterator[Report]:
-    """Does it, and yields what there is to say besides the new state of all caches.
+    """Executes a command and yields its results; the new state of all caches is reported separately.
 
     Raises:
         KvchatError: it can't be done; the sentence says why.
     """
-    match act:
+    match command:
         case Pin(conversation, pinned):
-            caches.pin(conversation, pinned=pinned)
+            (caches.pinned.add if pinned else caches.pinned.discard)(conversation)
         case Spill(conversation):
-            if (kept := caches.get(conversation)) and not caches.spill(conversation):
-                caches.drop(conversation, "" if kept.prefix_only else SPILLED_BY_YOU)
+            if (cache := caches.get(conversation)) and not caches.spill(conversation):
+                caches.drop(conversation, "" if cache.prefix_only else SPILLED_BY_YOU)
         case Warm(conversation, kv):
-            _warm(conversation, kv, caches, disk)
+            _load(conversation, kv, caches, disk)
         case Drop(conversation):
             caches.forget(conversation)
             caches.drop_reasons[conversation] = DROPPED_BY_YOU
@@ -61,18 +59,18 @@ def do(
             caches.active = ""
             caches.make_room(lambda: 0)
         case Fork(parent, child):
-            _fork(parent, child, caches)
+            caches.fork(parent, child)
         case SetPrecision(conversation, kv):
             yield _set_precision(conversation, kv, caches, loaded)
         case EstimateCost():
-            yield _quote(act, planner)
-        case Inspect():
-            yield cache_map(act, caches, planner, loaded, disk)
+            yield _estimate(command, planner)
+        case Inspect(request):
+            yield cache_map(request, caches, planner.prompts, loaded, disk)
         case CountTokens(key, texts):
-            yield TokenCounts(key, tuple(map(planner.count, texts)))
+            yield TokenCounts(key, tuple(map(planner.prompts.renderer.count, texts)))
 
 
-def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:
+def _load(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | None) -> None:
     saved = disk.find(conversation) if disk else None
     if caches.get(conversation) or saved is None:
         return
@@ -83,47 +81,39 @@ def _warm(conversation: str, kv: KVPrecision, caches: Caches, disk: DiskTier | N
     caches.restore(conversation, saved, kv)
 
 
-def _fork(parent: str, child: str, caches: Caches) -> None:
-    if kept := caches.get(parent):
-        fork = replace(kept, kv=kept.kv.fork(len(kept.kv.ids)), last_used=time.time())
-        caches.put(child, fork)
-        caches.log_fork(parent, child, len(fork.kv))
-
-
 def _set_precision(conversation: str, kv: KVPrecision, caches: Caches, loaded: LoadedModel) -> Converted:
     wanted = caches.real(kv)
-    kept = caches.get(conversation)
-    if kept is None or not kept.kv:
-        return Converted(
-            conversation, wanted.value, 0, 0, 0, 0, "nothing is cached; the next turn is stored so"
-        )
-    before = kept.kv.storage_bytes
-    kept.auto = kv is KVPrecision.AUTO
-    if kept.precision is wanted:
-        return Converted(conversation, wanted.value, before, before, 0, 0, "it is stored so already")
-    if COARSENESS.index(wanted) < COARSENESS.index(kept.precision):
-        caches.discard(conversation, f"KV precision raised from {kept.precision} to {wanted}")
-        note = "what was rounded can't come back: the next turn reads the conversation again"
+    cache = caches.get(conversation)
+    if cache is None or not cache.kv:
+        note = "nothing is cached; the next turn uses this precision"
+        return Converted(conversation, wanted.value, 0, 0, 0, 0, note)
+    before = cache.kv.storage_bytes
+    cache.auto = kv is KVPrecision.AUTO
+    if cache.precision is wanted:
+        return Converted(conversation, wanted.value, before, before, 0, 0, "it is in this precision already")
+    if COARSENESS.index(wanted) < COARSENESS.index(cache.precision):
+        caches.discard(conversation, f"KV precision raised from {cache.precision} to {wanted}")
+        note = "rounding can't be undone: the next turn reads the conversation again"
         return Converted(conversation, wanted.value, before, 0, 0, 0, note)
-    return _lowered(conversation, kept, wanted, caches, loaded)
+    return _lowered(conversation, cache, wanted, caches, loaded)
 
 
 def _lowered(
-    conversation: str, kept: ResidentCache, wanted: KVPrecision, caches: Caches, loaded: LoadedModel
+    conversation: str, cache: ResidentCache, wanted: KVPrecision, caches: Caches, loaded: LoadedModel
 ) -> Converted:
-    """Stores the cache in fewer bits, and compares what the model would say with what it would have said."""
-    before = kept.kv.storage_bytes
-    was = _choices(loaded, kept.kv)
+    """Stores the cache in fewer bits, and compares the model's predictions before and after."""
+    before = cache.kv.storage_bytes
+    expected = _predictions(loaded, cache.kv)
     caches.convert(conversation, wanted, "you asked for it")
-    now = _choices(loaded, kept.kv)
-    agreeing = sum(a == b for a, b in zip(was, now, strict=True))
-    return Converted(conversation, wanted.value, before, kept.kv.storage_bytes, len(was), agreeing)
+    found = _predictions(loaded, cache.kv)
+    agreeing = sum(a == b for a, b in zip(expected, found, strict=True))
+    return Converted(conversation, wanted.value, before, cache.kv.storage_bytes, len(expected), agreeing)
 
 
-def _choices(loaded: LoadedModel, kv: ConversationKV) -> list[int]:
-    """What the model finds most probable after each of the last tokens, which are read again for it."""
+def _predictions(loaded: LoadedModel, kv: ConversationKV) -> list[int]:
+    """The most probable token after each of the last tokens, which are read again for it."""
     ids = kv.ids
-    start = kv.reachable(max(len(ids) - COMPARED_TOKENS, kv.last_gap_end + 1))
+    start = kv.reachable(max(len(ids) - COMPARED_TOKENS, kv.index.last_gap_end + 1))
     if kv.states or start >= len(ids):
         return []
     kv.truncate(start)
@@ -131,12 +121,12 @@ def _choices(loaded: LoadedModel, kv: ConversationKV) -> list[int]:
     return [int(i) for i in logits.argmax(dim=-1)]
 
 
-def _quote(ask: EstimateCost, planner: Planner) -> CostEstimate:
+def _estimate(command: EstimateCost, planner: Planner) -> CostEstimate:
     try:
-        plan = planner.plan(ask.request)
+        plan = planner.plan(command.request)
     except KvchatError as error:
-        return CostEstimate(ask.key, 0, 0, 0, None, None, "", str(error))
+        return CostEstimate(command.key, 0, 0, 0, None, None, "", str(error))
     unread = len(plan.unread)
-    price = planner.seconds(unread)
-    preview = planner.preview(ask.request, plan)
-    return CostEstimate(ask.key, plan.rows + unread, plan.rows, unread, price, plan.miss, preview)
+    seconds = planner.rate.seconds(unread)
+    preview = planner.preview(command.request, plan)
+    return CostEstimate(command.key, plan.rows + unread, plan.rows, unread, seconds, plan.miss, preview)

@@ -1,4 +1,4 @@
-"""A model's chat template, as a value: rendering takes no tokenizer and no model."""
+"""A model's chat template as a plain value: rendering needs no tokenizer and no model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """How messages become the text that the model reads."""
+    """Renders messages to the text that the model reads."""
 
     text: str
     """In Jinja."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Special tokens that the template may name, such as `bos_token`."""
+    """Name → text of the special tokens that the template may use, such as `bos_token`."""
     controls: tuple[str, ...] = ()
-    """Texts that the tokenizer takes for control tokens."""
+    """Texts that the tokenizer encodes as control tokens."""
 
     @property
     def delimiters(self) -> tuple[str, ...]:

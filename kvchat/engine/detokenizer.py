@@ -1,4 +1,4 @@
-"""Token ids become text while they arrive; half a character waits for its other half."""
+"""Decodes token ids to text as they arrive; bytes of an incomplete character wait for the rest."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class Detokenizer:
     """Decodes one answer. Constant time per token."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """`before` are ids that the answer goes on after: some tokenizers drop the first word's space."""
+        """`before` are ids before a continued answer: some tokenizers drop the space of a first word."""
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=list(before), skip_special_tokens=True)
 

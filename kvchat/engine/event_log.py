@@ -1,4 +1,4 @@
-"""What happened to caches, until somebody asks. Threads may tell; one reads."""
+"""The log of cache events between two reports. Any thread may log; one takes."""
 
 import time
 
@@ -6,7 +6,7 @@ from kvchat.contract import CacheEvent, CacheEventKind
 
 
 class EventLog:
-    """Collects events."""
+    """Collects cache events."""
 
     def __init__(self) -> None:
         self._events: list[CacheEvent] = []
@@ -21,11 +21,11 @@ class EventLog:
         seconds: float = 0.0,
         note: str = "",
     ) -> None:
-        """Notes that it happened now; `size` in bytes."""
+        """Logs an event with the current time; `size` in bytes."""
         self._events.append(CacheEvent(conversation, kind, tokens, size, seconds, note, time.time()))
 
     def take(self) -> tuple[CacheEvent, ...]:
-        """Everything since the last time."""
+        """Removes and returns all events."""
         events = tuple(self._events)
         del self._events[: len(events)]  # another thread may have added one meanwhile
         return events

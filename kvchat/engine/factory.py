@@ -1,4 +1,4 @@
-"""Puts an engine together: a loaded model, a budget for its caches, and a shelf to save them on."""
+"""Builds an engine from a loaded model, a memory budget for its caches, and a store to save them in."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,31 +30,31 @@ def open_engine(
     Args:
         budget: bytes in memory for all caches; None takes a share of what is available now.
         disk_cap: bytes that all saved caches may take; with 0 none is saved.
-        report: gets what came of an act.
-        draft: what guesses ahead: `lookup`, `off`, or another model.
+        report: gets the results of cache commands.
+        draft: what drafts tokens: `lookup`, `off`, or another model.
 
     Raises:
-        KvchatError: the other model has another tokenizer.
+        KvchatError: the draft model has another tokenizer.
     """
     available = default_budget(int(psutil.virtual_memory().available))
     disk = DiskTier(DiskStore(folder, disk_cap)) if folder and disk_cap else None
-    guesser = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
+    model = _draft_model(loaded, draft) if isinstance(draft, LoadedModel) else None
     engine = LocalEngine(
         loaded,
         budget_bytes=available if budget is None else budget,
         disk=disk,
         report=report,
-        new_drafter=_drafters(guesser or draft),
+        new_drafter=_drafters(model or draft),
     )
-    if guesser:
-        engine.caches.host(guesser)
+    if model:
+        engine.caches.add_draft_cache(model)
     return engine
 
 
 def load_draft(
     draft: str, folder: Path | None, threads: int | None, compiled: Path | None = None
 ) -> LoadedModel | str:
-    """What `open_engine` takes: the words as they are, or the model in `folder`."""
+    """The `draft` argument of `open_engine`: the word as it is, or the model loaded from `folder`."""
     return draft if folder is None else load_model(folder, draft, threads=threads, compiled=compiled)
 
 
@@ -65,10 +65,9 @@ def _drafters(draft: object) -> Callable[[], Drafter | None]:
 
 
 def _draft_model(loaded: LoadedModel, draft: LoadedModel) -> DraftModel:
-    """It keeps what it has read from turn to turn."""
     if draft.facts.tokenizer != loaded.facts.tokenizer:
         raise KvchatError(
-            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't guess for it. "
+            f"{draft.facts.name} has another tokenizer than {loaded.facts.name}, so it can't draft for it. "
             "Take a model of the same family, or --draft lookup."
         )
     return DraftModel(draft)

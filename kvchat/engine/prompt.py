@@ -1,10 +1,8 @@
-"""A conversation becomes token ids: the model's own chat template, with the generated ids spliced in.
+"""Renders a conversation to token ids: the model's chat template, with the generated ids inserted.
 
-Two rules hold here. The ids that a model generated are the truth: encoding their text again gives other ids
-for one reply in ten or more, and the cache would be lost. And what somebody typed is text: a typed
-`<|im_end|>` must not end a message.
-
-It knows templates and tokenizers; it refuses to know the cache.
+Two rules. Generated ids are used as they are: encoding their text again gives other ids for one reply in ten
+or more, and the cache would miss. Typed text is never a control token: a typed `<|im_end|>` must not end a
+message. Must not depend on the cache.
 """
 
 import re
@@ -22,21 +20,21 @@ from kvchat.engine.chat_template import ChatTemplate
 from kvchat.errors import KvchatError
 
 SPLIT = "\ufdd0"
-"""Put inside a typed control token so that it is text to the tokenizer. Unicode reserves this code point for
-use inside a program; it never reaches the model."""
+"""Inserted into a typed control token so that the tokenizer sees text. Unicode reserves this code point for
+internal use; it never reaches the model."""
 MARK = "\ufdd1"
-"""Stands around a message's number where the skeleton of a conversation has that message's text."""
+"""Encloses a message's number in the skeleton of a conversation, in place of that message's text."""
 HALF = "\ufffd"
 """What the bytes of an incomplete character decode to."""
 DATE = re.compile(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
-"""How templates ask for the date: the name is transformers' own."""
+"""How templates get the date: transformers defines that function."""
 ENCODED_RUNS = 4096
-"""Template and message texts whose ids are remembered, so that a turn encodes only its new text."""
+"""Cached encodings of template and message texts, so that a turn encodes only its new text."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """Where a message's text stands in the rendered conversation, in characters."""
+    """The place of a message's text in the rendered conversation, in characters."""
 
     start: int
     end: int
@@ -49,8 +47,8 @@ class Rendered:
 
     ids: tuple[int, ...]
     ends: tuple[int, ...]
-    """For each message, the number of tokens up to the end of its text; where a template did something else
-    with a text, the end of the message before it."""
+    """For each message, the number of tokens up to the end of its text; where a template changed a text, the
+    end of the message before it."""
 
 
 class Renderer:
@@ -68,7 +66,7 @@ class Renderer:
         self._delimiters = {tokenizer.token_to_id(control) for control in template.delimiters}
 
     def render(self, messages: Sequence[PromptMessage], today: str = "") -> Rendered:
-        """The whole conversation, ending where the answer starts or, if it was begun, goes on.
+        """The whole conversation, ending where the answer starts, or continues if it was begun.
 
         Args:
             today: the date that the template sees, ISO 8601; empty for now.
@@ -97,7 +95,7 @@ class Renderer:
         rendered: str,
         spans: Sequence[TextSpan],
     ) -> Rendered:
-        """Generated ids where they stand for exactly the rendered text, encoded text everywhere else."""
+        """Uses generated ids where they decode to exactly the rendered text, else encodes the text."""
         ids: list[int] = []
         ends = [0] * len(messages)
         position, waiting = 0, list[TextSpan]()
@@ -118,18 +116,18 @@ class Renderer:
         return Rendered(tuple(ids), tuple(ends))
 
     def _generated(self, message: PromptMessage) -> bool:
-        """Whether the ids of a message can stand for its text.
+        """Whether the ids of a message can be used in place of its text.
 
-        Only an answer has generated ids. They come from files too, so they are compared with the
-        vocabulary, and what they decode to with the text: ids of other words would be read unseen. Control
-        tokens have no text; those that the template puts between messages would begin another message.
+        Only answers have generated ids. They may come from imported files, so they must be in the
+        vocabulary and decode to the text; else the model would read something that the user can't see.
+        Control tokens decode to nothing; the template's delimiters would start another message.
         """
         ids = message.token_ids
         if message.role != "assistant" or not ids or message.tokenizer != self._fingerprint:
             return False
         if min(ids) < 0 or max(ids) >= self._vocabulary or not self._delimiters.isdisjoint(ids):
             return False
-        # an answer that was cut inside a character has ids of its first bytes, and no text for them
+        # an answer that was cut inside a character has ids for its first bytes, and no text
         return self._decode_answer(ids).rstrip(HALF) == message.text.rstrip(HALF)
 
     def _decode_uncached(self, ids: tuple[int, ...]) -> str:
@@ -138,14 +136,14 @@ class Renderer:
     def _add_run(
         self, ids: list[int], ends: list[int], rendered: str, run: range, spans: Sequence[TextSpan]
     ) -> None:
-        """Encodes a run of characters, and notes where the messages inside it end."""
+        """Encodes a run of characters, and computes where the messages inside it end."""
         run_ids, starts = self._encode_run(rendered[run.start : run.stop])
         for span in spans:
             ends[span.message] = len(ids) + bisect_left(starts, span.end - run.start)
         ids.extend(run_ids)
 
     def _encode_uncached(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(ids, the character at which each of them starts)."""
+        """(ids, the character offset of each)."""
         ids, starts, position = list[int](), list[int](), 0
         for piece in text.split(SPLIT):
             encoded = self._tokenizer.encode(piece, add_special_tokens=False)
@@ -163,13 +161,13 @@ class Renderer:
         goes_on = turns[-1]["role"] == "assistant"
         try:
             return self._chat.render(turns, goes_on=goes_on, text=self._dated(today))
-        except Exception as error:  # a template is a program of the model's: it may raise anything
+        except Exception as error:  # a template is a program of the model: it may raise anything
             raise KvchatError(
-                f"The model's chat template refuses this conversation: {_said(error)}"
+                f"The model's chat template refuses this conversation: {_reason(error)}"
             ) from error
 
     def _dated(self, today: str) -> str:
-        """The chat template with a frozen date written into it: transformers lets no function through."""
+        """The chat template with a fixed date written into it: transformers accepts no own function."""
         template = self._chat.text
         if not today:
             return template
@@ -177,17 +175,17 @@ class Renderer:
         return DATE.sub(lambda call: repr(moment.strftime(call["format"])), template)
 
 
-def _said(error: Exception) -> str:
-    """What a template said itself, or how it failed."""
+def _reason(error: Exception) -> str:
+    """The message that a template raised, or how it failed."""
     words = " ".join(str(error).split()) or "it gives no reason"
     return words if isinstance(error, TemplateError | ValueError) else f"{type(error).__name__}: {words}"
 
 
 def find_texts(rendered: str, skeleton: str, texts: Sequence[str]) -> list[TextSpan]:
-    """Where each message's text went, by laying the skeleton (numbers for texts) over the rendering.
+    """Finds each message's text by aligning the skeleton (numbers in place of texts) with the rendering.
 
     Templates may strip a text or drop the reasoning of an old answer; both are recognised. Where a template
-    did something else, the spans found so far are returned: the rest counts as plain text.
+    changed a text otherwise, the spans found so far are returned; the rest is encoded as plain text.
     """
     first, *rest = re.split(f"{MARK}(\\d+){MARK}", skeleton)
     if not rendered.startswith(first):

@@ -1,8 +1,8 @@
 """Chooses the next token from logits.
 
-The rules are those of transformers' logits processors, in their order (penalty, temperature, top-k, top-p,
-min-p), applied to the most probable tokens only: sorting a vocabulary of 50,000 for every token takes as long
-as computing the token.
+The same rules in the same order as transformers' logits processors (penalty, temperature, top-k, top-p,
+min-p), applied to the most probable tokens only: sorting a vocabulary of 50,000 takes as long as decoding
+a token.
 """
 
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from kvchat.contract import Sampling
 from kvchat.errors import KvchatError
 
 CANDIDATES = 256
-"""Tokens that are looked at first; all of them only where these don't suffice."""
+"""Most probable tokens that are sorted first; the whole vocabulary only where these aren't enough."""
 
 
 class NotANumberError(KvchatError):
-    """The model computed NaN: neither its logits nor what it cached meanwhile can be used."""
+    """The model computed NaN: its logits and the keys and values of that pass can't be used."""
 
 
 class Sampler:
-    """One turn's choices; two samplers with the same seed choose alike from the same logits."""
+    """Samples the tokens of one turn; the same seed and logits give the same tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self.reads_context = sampling.repeat_penalty != 1.0
-        """Whether `choose` needs the ids so far; gathering them costs time that grows with the context."""
+        """Whether `choose` needs the ids so far; collecting them takes time that grows with the context."""
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -40,9 +40,9 @@ class Sampler:
             NotANumberError: a logit is NaN.
         """
         scores = logits[0].float().cpu()
-        if scores.max().isnan():  # the maximum of numbers and NaN is NaN
+        if scores.max().isnan():  # the maximum is NaN if any score is
             raise NotANumberError(
-                "The model computed values that are no numbers, so there is no answer. "
+                "The model computed NaN (not a number), so there is no answer. "
                 "Try another --precision, or another model."
             )
         if self.reads_context and context:
@@ -54,17 +54,17 @@ class Sampler:
 
 
 def penalised(scores: torch.Tensor, context: Sequence[int], penalty: float) -> torch.Tensor:
-    """Scores `[vocabulary]` with those of ids in `context` made smaller (CTRL, arXiv 1909.05858)."""
+    """Scores `[vocabulary]`, lowered for ids in `context` (CTRL, arXiv 1909.05858)."""
     seen = torch.tensor(sorted(set(context)))
     found = scores[seen]
     return scores.index_put((seen,), torch.where(found < 0, found * penalty, found / penalty))
 
 
 def candidates(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, weights) of the tokens that may be drawn from scores `[vocabulary]`, the most probable first.
+    """(ids, weights) of the tokens to sample from, for scores `[vocabulary]`; the most probable first.
 
-    top-k keeps so many; top-p (arXiv 1904.09751) the smallest set that has so much of the probability; min-p
-    (arXiv 2407.01082) those that have such a part of the most probable one's.
+    top-k keeps the k most probable; top-p (arXiv 1904.09751) the smallest set with total probability p; min-p
+    (arXiv 2407.01082) those with at least that share of the highest probability.
     """
     vocabulary = scores.shape[0]
     if not sampling.top_k and sampling.top_p >= 1 and not sampling.min_p:
@@ -72,9 +72,9 @@ def candidates(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
     for width in (min(sampling.top_k or CANDIDATES, vocabulary), vocabulary):
         best, ids = scores.topk(width)
         weights = (best - (best if sampling.top_k else scores).logsumexp(-1)).exp()
-        kept = weights.cumsum(-1) - weights < sampling.top_p if sampling.top_p < 1 else weights >= 0
-        kept &= weights >= sampling.min_p * weights[0]
-        kept[0] = True
-        if sampling.top_k or not kept[-1]:
+        chosen = weights.cumsum(-1) - weights < sampling.top_p if sampling.top_p < 1 else weights >= 0
+        chosen &= weights >= sampling.min_p * weights[0]
+        chosen[0] = True
+        if sampling.top_k or not chosen[-1]:
             break
-    return ids[kept], weights[kept]
+    return ids[chosen], weights[chosen]

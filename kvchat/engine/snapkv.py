@@ -1,8 +1,9 @@
-"""How much the latest queries attend to each cached token: what a score-based eviction decides by.
+"""Scores for SnapKV eviction: how much the latest queries attend to each cached token.
 
 The attention kernel returns no weights, so the latest tokens are read again while queries and keys are
-watched. SnapKV (arXiv 2404.14469) keeps a set per head; here one set serves all, so the head that looks
-hardest speaks for its layer, and the layers are added up: an average over heads drowns the few that retrieve.
+recorded. SnapKV (arXiv 2404.14469) keeps a set of tokens per head; here one set serves all heads and layers:
+scores are the maximum over the heads of a layer, summed over layers. A mean over heads would hide the few
+heads that retrieve.
 """
 
 from typing import TYPE_CHECKING
@@ -18,23 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOW = 32
-"""Latest tokens whose queries decide."""
+"""Latest tokens whose queries count."""
 POOL = 7
-"""Neighbours that share a score: a clue is more than one token."""
+"""Width of the average pooling over neighbouring tokens."""
 
 
 def scoring_window(kv: ConversationKV) -> int:
-    """Latest tokens that are read again to score a cache: none of them from before its last gap."""
-    return max(0, min(WINDOW, len(kv) - 1, len(kv.ids) - kv.last_gap_end - 1))
+    """Latest tokens that are read again to score a cache; all of them are after its last gap."""
+    return max(0, min(WINDOW, len(kv) - 1, len(kv.ids) - kv.index.last_gap_end - 1))
 
 
 def attention_scores(model: "PreTrainedModel", kv: ConversationKV) -> list[float]:
-    """One score per row; reads the last `scoring_window` tokens again. Where there are none, all are equal.
+    """One score per row; reads the last `scoring_window` tokens again. Without any, all scores are 0.
 
     Raises:
-        KvchatError: this model's attention can't be watched.
+        KvchatError: this model's attention can't be recorded.
     """
-    from kvchat.engine.model.sdpa import watching_attention  # with the model itself
+    from kvchat.engine.model.sdpa import watching_attention  # imports transformers' models
 
     window = scoring_window(kv)
     if not window:
@@ -52,7 +53,7 @@ def attention_scores(model: "PreTrainedModel", kv: ConversationKV) -> list[float
     with watching_attention(watch):
         CachedReader(model, kv).read(tail)
     if not layers:
-        raise KvchatError("This model's attention can't be watched, so snapkv can't score its tokens.")
+        raise KvchatError("This model's attention can't be recorded, so snapkv can't score its tokens.")
     pooled = avg_pool1d(total[None], POOL, stride=1, padding=POOL // 2, count_include_pad=False)[0]
     return [float(score) for score in pooled]
 

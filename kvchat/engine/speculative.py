@@ -1,8 +1,8 @@
-"""Guesses the next tokens, so that the model checks several in one pass instead of computing one by one.
+"""Speculative decoding: drafts the next tokens, so that the model verifies several in one pass.
 
-What a guess is worth depends on the text, so `Pace` watches: it guesses more while guesses come true, and
-rests longer each time none did. A wrong guess costs time and never changes an answer: each token is chosen
-from the model's own logits, and what was read too far is taken back by a crop.
+How often drafts are accepted depends on the text, so `DraftPacing` adapts: longer drafts while they are
+accepted, longer pauses each time they are rejected. A rejected token costs time and never changes an answer:
+each token is sampled from the model's own logits, and a crop removes rejected tokens from the cache.
 """
 
 import sys
@@ -15,96 +15,96 @@ from kvchat.cache.prefix import common_prefix
 if TYPE_CHECKING:
     from kvchat.engine.model.loader import LoadedModel
 
-LEAST, MOST = 3, 15
-"""Tokens of a guess: with the one before them 4 or 16, of which the kernels multiply 4 at a time."""
+SHORTEST, LONGEST = 3, 15
+"""Tokens of a draft: with the token before them 4 or 16; the kernels multiply 4 at a time."""
 NGRAM = 3
-"""Tokens that have to agree before what followed them is guessed."""
-LONGEST_REST = 128
+"""Tokens that have to match before the tokens after them are drafted."""
+LONGEST_PAUSE = 128
 """Tokens."""
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on."""
+    """Proposes how a text continues."""
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens after `tokens`; none where it has no idea."""
+        """At most `most` tokens after `tokens`; may be none."""
         ...
 
-    def judge(self, proposed: int, accepted: int) -> None:
-        """Tells how many of the last proposal came true."""
+    def record(self, proposed: int, accepted: int) -> None:
+        """Records how many tokens of the last proposal were accepted."""
         ...
 
 
 @dataclass(slots=True)
-class Pace:
-    """How much to guess, and how long to rest."""
+class DraftPacing:
+    """How long drafts are, and how long to pause after rejected ones."""
 
-    width: int = LEAST
-    rest: int = 0
+    width: int = SHORTEST
+    pause: int = 0
     failures: int = 0
 
     def most(self, allowed: int) -> int:
-        """Tokens to guess now; counts a token of rest."""
-        if self.rest:
-            self.rest -= 1
+        """Tokens to draft now; each call counts as one token of the pause."""
+        if self.pause:
+            self.pause -= 1
             return 0
         return min(self.width, allowed)
 
-    def judge(self, proposed: int, accepted: int) -> None:
-        """Checking three guesses takes up to as long as a token does: more than one has to come true."""
+    def record(self, proposed: int, accepted: int) -> None:
+        """Adapts. Verifying three tokens takes up to as long as decoding one: more than one must be right."""
         if accepted == proposed:
-            self.width = min(MOST, 2 * self.width + 1)
+            self.width = min(LONGEST, 2 * self.width + 1)
             self.failures = 0
             return
-        self.width = LEAST
+        self.width = SHORTEST
         if 3 * accepted > proposed:
             self.failures = max(0, self.failures - 1)
         else:
             self.failures += 1
-            self.rest = min(LONGEST_REST, 2**self.failures)
+            self.pause = min(LONGEST_PAUSE, 2**self.failures)
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did where its last tokens stood before.
+    """Drafts the tokens that followed the last n-gram where it occurred before.
 
     Source: Saxena, "Prompt Lookup Decoding", 2023 (https://github.com/apoorvumang/prompt-lookup-decoding).
     """
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._pacing = DraftPacing()
         self._after: dict[tuple[int, ...], int] = {}
-        """Every n-gram → the token after its last place."""
+        """Every n-gram → index of the token after its last occurrence."""
         self._indexed = NGRAM
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What followed the last n-gram the last time; all tokens are those of one conversation, growing."""
-        # the last n-gram is looked up before it is noted: it would find itself
+        """What followed the last n-gram; `tokens` must extend those of the previous call."""
+        # the last n-gram is not indexed before the lookup, since it would find itself
         for end in range(self._indexed, len(tokens)):
             self._after[tuple(tokens[end - NGRAM : end])] = end
         self._indexed = max(self._indexed, len(tokens))
-        place, width = self._after.get(tuple(tokens[-NGRAM:])), self._pace.most(most)
+        place, width = self._after.get(tuple(tokens[-NGRAM:])), self._pacing.most(most)
         if place is None or not width:
             return []
         return list(tokens[place : place + width])
 
-    def judge(self, proposed: int, accepted: int) -> None:
-        """Guesses more, less, or not for a while."""
-        self._pace.judge(proposed, accepted)
+    def record(self, proposed: int, accepted: int) -> None:
+        """Adapts the length of the next drafts."""
+        self._pacing.record(proposed, accepted)
 
 
 class DraftModel:
-    """Guesses what a smaller model would say. Its own cache counts in the budget, and is the first to go."""
+    """Drafts with a smaller model. Its own cache counts in the budget and is evicted first."""
 
     def __init__(self, loaded: "LoadedModel") -> None:
-        """The model has to have the tokenizer of the one that checks."""
+        """The model must have the tokenizer of the one that verifies."""
         self._loaded = loaded
         self._kv = loaded.new_kv()
-        self._pace = Pace()
-        self.room: Callable[[], int] = lambda: sys.maxsize
+        self._pacing = DraftPacing()
+        self.free_bytes: Callable[[], int] = lambda: sys.maxsize
 
     @property
     def storage_bytes(self) -> int:
-        """What its cache takes."""
+        """Bytes of its cache."""
         return self._kv.storage_bytes
 
     def clear(self) -> int:
@@ -114,26 +114,25 @@ class DraftModel:
         return tokens
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """The most probable tokens, one after the other; reads what it has not read yet.
+        """The most probable tokens, one after the other; first reads the tokens it has not read yet.
 
-        None where the budget has no room to read: no conversation loses its cache for guesses.
+        None where the budget is full: no conversation's cache is evicted for drafts.
         """
-        room = self._loaded.facts.context_limit - len(tokens) - 1
-        width = self._pace.most(min(most, room))
+        width = self._pacing.most(min(most, self._loaded.facts.context_limit - len(tokens) - 1))
         if width <= 0:
             return []
         self._kv.truncate(self._kv.reachable(min(common_prefix(self._kv.ids, tokens), len(tokens) - 1)))
         unread = list(tokens[len(self._kv.ids) :])
         needed = self._kv.bytes_to_read(len(unread) + width)
-        if needed and needed > self.room():
+        if needed and needed > self.free_bytes():
             return []
         reader = self._loaded.reader(self._kv)
-        guesses: list[int] = []
-        while len(guesses) < width:
-            guesses.append(int(reader.read(unread)[-1].argmax()))
-            unread = guesses[-1:]
-        return guesses
+        draft: list[int] = []
+        while len(draft) < width:
+            draft.append(int(reader.read(unread)[-1].argmax()))
+            unread = draft[-1:]
+        return draft
 
-    def judge(self, proposed: int, accepted: int) -> None:
-        """Guesses more, less, or not for a while."""
-        self._pace.judge(proposed, accepted)
+    def record(self, proposed: int, accepted: int) -> None:
+        """Adapts the length of the next drafts."""
+        self._pacing.record(proposed, accepted)

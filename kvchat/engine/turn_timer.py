@@ -1,4 +1,4 @@
-"""Measures one turn. It knows clocks and counts; it estimates nothing."""
+"""Measures one turn; never estimates."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from kvchat.contract import CacheMode, FinishReason, ModelFacts, TurnStats
 
 @dataclass(slots=True)
 class TurnTimer:
-    """Clocks of one turn, started when the request arrives; seconds."""
+    """Times in seconds and token counts of one turn; starts when the request arrives."""
 
     started: float = field(default_factory=time.perf_counter)
     prefill_started: float = 0.0
@@ -31,16 +31,16 @@ class TurnTimer:
     accepted_tokens: int = 0
 
     def begin_prefill(self) -> None:
-        """The model starts reading."""
+        """Starts the prefill clock."""
         self.prefill_started = self.prefill_ended = time.perf_counter()
 
     def read(self, tokens: int) -> None:
-        """The first `tokens` unread tokens of the prompt are read by now."""
+        """Records that the first `tokens` unread tokens of the prompt are read."""
         self.prefill_ended = time.perf_counter()
         self.prefill_read = tokens
 
     def token(self, text: str) -> float:
-        """Notes a generated token; returns the seconds since the one before it, or since prefill began."""
+        """Records a generated token; returns the seconds since the previous one, or since prefill began."""
         now = time.perf_counter()
         took = now - (self.last_token or self.prefill_started)
         self.last_token = now
@@ -69,7 +69,7 @@ class TurnTimer:
         kv_bytes: int,
         kv_used_bytes: int,
     ) -> TurnStats:
-        """The figures under their fixed names."""
+        """The figures of the turn."""
         decode_s = self.last_token - self.first_token
         return TurnStats(
             cache_mode=mode.value,

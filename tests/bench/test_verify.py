@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from kvchat.bench.verify import QUESTIONS, TOLERANCE, hiding_mask, run_checks
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.disk import snapshot
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer
+from kvchat.cache.packed_rows import PackedRows, unpack_rows
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.speculative import PromptLookup
 from kvchat.errors import KvchatError
@@ -98,13 +100,13 @@ def repeating(loaded: LoadedModel) -> LoadedModel:
 def test_drafted_answers_are_compared_row_by_row(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass gives several rows of logits, and the context becomes full during an answer."""
     accepted: list[int] = []
-    judge = PromptLookup.judge
+    record = PromptLookup.record
 
     def counting(self: PromptLookup, proposed: int, right: int) -> None:
-        judge(self, proposed, right)
+        record(self, proposed, right)
         accepted.append(right)
 
-    monkeypatch.setattr(PromptLookup, "judge", counting)
+    monkeypatch.setattr(PromptLookup, "record", counting)
     checks = list(run_checks(repeating(tiny), QUESTIONS[1:], LONG))
     assert sum(accepted) > LONG, "the model does not repeat itself"
     assert [check.name for check in checks] == CHECKS
@@ -127,13 +129,13 @@ def exchange_heads(layers: Sequence[object]) -> None:
 
 
 def spoiling_restores(patch: pytest.MonkeyPatch) -> None:
-    right = ConversationKV.unpack
+    right = unpack_rows
 
-    def unpack(self: ConversationKV, packed: object) -> None:
-        right(self, packed)  # type: ignore[arg-type]
-        exchange_heads(self.layers)
+    def unpack(kv: ConversationKV, packed: PackedRows) -> None:
+        right(kv, packed)
+        exchange_heads(kv.layers)
 
-    patch.setattr(ConversationKV, "unpack", unpack)
+    patch.setattr(snapshot, "unpack_rows", unpack)
 
 
 def spoiling_forks(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The thread that saves: order, waiting, forgetting, and errors that end nothing."""
+"""The writer's thread: order, waiting, forgetting, and errors that don't end it."""
 
 import errno
 import os
@@ -13,26 +13,27 @@ from kvchat.cache.disk.disk_store import DiskStore
 from kvchat.cache.disk.snapshot import load
 from kvchat.cache.disk.writer import DiskWriter, SaveResult
 from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import pack_rows
 from kvchat.errors import KvchatError
 from tests.cache.test_snapshot import FINGERPRINT, assert_same, new_kv, read
 
 
-class Desk:
-    """A saver on a shelf, and what it told."""
+class Setup:
+    """A writer on a store, and its results."""
 
     def __init__(self, root: Path) -> None:
-        self.shelf = DiskStore(root, 10_000_000)
+        self.store = DiskStore(root, 10_000_000)
         self.results: list[SaveResult] = []
-        self.saver = DiskWriter(self.shelf, self.results.append)
+        self.writer = DiskWriter(self.store, self.results.append)
 
     def turn(self, name: str, kv: ConversationKV, tokens: int) -> None:
-        """Reads so many tokens and hands them to the saver."""
+        """Reads so many tokens and hands them to the writer."""
         read(kv, range(tokens))
-        self.saver.submit(name, FINGERPRINT, kv.pack())
+        self.writer.submit(name, FINGERPRINT, pack_rows(kv))
 
     def restored(self, name: str) -> ConversationKV:
         kv = new_kv()
-        load(self.shelf.chain(name), kv, FINGERPRINT)
+        load(self.store.chain(name), kv, FINGERPRINT)
         return kv
 
     @property
@@ -41,10 +42,10 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "cache")
-    yield desk
-    desk.saver.close()
+def setup(tmp_path: Path) -> Iterator[Setup]:
+    setup = Setup(tmp_path / "cache")
+    yield setup
+    setup.writer.close()
 
 
 def in_thread(act: Callable[[], object]) -> threading.Thread:
@@ -53,81 +54,81 @@ def in_thread(act: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_turns_are_written_in_order_and_told(desk: Desk) -> None:
+def test_turns_are_written_in_order_and_reported(setup: Setup) -> None:
     a, b = new_kv(), new_kv()
     for tokens in (5, 300, 2):
-        desk.turn("a", a, tokens)
-        desk.turn("b", b, tokens + 1)
-    desk.saver.flush()
-    assert [result.conversation for result in desk.results] == ["a", "b"] * 3
-    assert desk.errors == [""] * 6
-    assert all(result.seconds > 0 for result in desk.results)
-    assert sum(result.bytes for result in desk.results) == desk.shelf.total_bytes()
-    assert_same(desk.restored("a"), a)
-    assert_same(desk.restored("b"), b)
+        setup.turn("a", a, tokens)
+        setup.turn("b", b, tokens + 1)
+    setup.writer.flush()
+    assert [result.conversation for result in setup.results] == ["a", "b"] * 3
+    assert setup.errors == [""] * 6
+    assert all(result.seconds > 0 for result in setup.results)
+    assert sum(result.bytes for result in setup.results) == setup.store.total_bytes()
+    assert_same(setup.restored("a"), a)
+    assert_same(setup.restored("b"), b)
 
 
-def test_what_was_submitted_is_what_is_written_whatever_the_cache_does_meanwhile(desk: Desk) -> None:
+def test_later_changes_of_the_cache_do_not_change_submitted_rows(setup: Setup) -> None:
     kv = new_kv()
-    with desk.shelf.locked():
-        desk.turn("a", kv, 5)
+    with setup.store.locked():
+        setup.turn("a", kv, 5)
         before = kv.fork(5)
         kv.truncate(2)
         read(kv, range(50, 90))
-        assert desk.results == []
-    desk.saver.wait("a")
-    assert_same(desk.restored("a"), before)
+        assert setup.results == []
+    setup.writer.wait("a")
+    assert_same(setup.restored("a"), before)
 
 
-def test_waiting_for_one_conversation_is_not_waiting_for_another(desk: Desk) -> None:
-    with desk.shelf.locked():
-        desk.turn("a", new_kv(), 5)
-        desk.saver.wait("b")
-        assert desk.results == []
-    desk.saver.wait("a")
-    assert len(desk.results) == 1
+def test_waiting_for_a_conversation_ignores_the_others(setup: Setup) -> None:
+    with setup.store.locked():
+        setup.turn("a", new_kv(), 5)
+        setup.writer.wait("b")
+        assert setup.results == []
+    setup.writer.wait("a")
+    assert len(setup.results) == 1
 
 
-def test_closing_writes_what_is_queued_and_takes_nothing_more(desk: Desk) -> None:
+def test_closing_writes_the_queue_and_refuses_more(setup: Setup) -> None:
     kv = new_kv()
     for tokens in (5, 4, 3):
-        desk.turn("a", kv, tokens)
-    desk.saver.close()
-    assert_same(desk.restored("a"), kv)
+        setup.turn("a", kv, tokens)
+    setup.writer.close()
+    assert_same(setup.restored("a"), kv)
     with pytest.raises(RuntimeError, match="closed"):
-        desk.turn("a", kv, 1)
-    desk.saver.close()
+        setup.turn("a", kv, 1)
+    setup.writer.close()
 
 
-def test_a_forgotten_conversation_is_gone_and_nothing_of_it_is_written_later(desk: Desk) -> None:
+def test_a_forgotten_conversation_is_removed_and_not_written_later(setup: Setup) -> None:
     """One write has begun, two are queued; another conversation's is among them."""
     a, b = new_kv(), new_kv()
-    with desk.shelf.locked():
+    with setup.store.locked():
         for tokens in (5, 4, 3):
-            desk.turn("a", a, tokens)
-            desk.turn("b", b, tokens)
-        forgetting = in_thread(lambda: desk.saver.forget("a"))
+            setup.turn("a", a, tokens)
+            setup.turn("b", b, tokens)
+        forgetting = in_thread(lambda: setup.writer.forget("a"))
         forgetting.join(0.2)
         assert forgetting.is_alive()
     forgetting.join()
-    desk.saver.flush()
-    assert [result.conversation for result in desk.results] == ["a", "b", "b", "b"]
-    assert desk.shelf.conversations() == ["b"]
-    assert_same(desk.restored("b"), b)
+    setup.writer.flush()
+    assert [result.conversation for result in setup.results] == ["a", "b", "b", "b"]
+    assert setup.store.conversations() == ["b"]
+    assert_same(setup.restored("b"), b)
 
 
-def test_a_forgotten_conversation_can_only_start_over(desk: Desk) -> None:
+def test_a_forgotten_conversation_can_only_start_over(setup: Setup) -> None:
     kv = new_kv()
-    desk.turn("a", kv, 5)
-    assert desk.saver.forget("a") == desk.results[0].bytes
-    desk.turn("a", kv, 4)
-    desk.saver.flush()
-    assert "don't continue what is saved" in desk.errors[-1]
-    assert desk.shelf.conversations() == []
+    setup.turn("a", kv, 5)
+    assert setup.writer.forget("a") == setup.results[0].bytes
+    setup.turn("a", kv, 4)
+    setup.writer.flush()
+    assert "don't continue what is saved" in setup.errors[-1]
+    assert setup.store.conversations() == []
 
 
-def test_forgetting_what_was_never_saved_is_nothing(desk: Desk) -> None:
-    assert desk.saver.forget("a") == 0
+def test_forgetting_an_unsaved_conversation_does_nothing(setup: Setup) -> None:
+    assert setup.writer.forget("a") == 0
 
 
 def failing(error: OSError) -> Callable[[int], None]:
@@ -138,53 +139,53 @@ def failing(error: OSError) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
-def test_a_disk_that_fails_is_told_and_leaves_what_was_saved(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, code: int
+def test_a_failing_disk_is_reported_and_earlier_saves_stay(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """What is packed later is refused until the cache starts over: it would follow rows that are missing."""
     kv = new_kv()
-    desk.turn("a", kv, 5)
-    desk.saver.flush()
-    before = desk.restored("a")
+    setup.turn("a", kv, 5)
+    setup.writer.flush()
+    before = setup.restored("a")
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", failing(OSError(code, os.strerror(code))))
-        desk.turn("a", kv, 4)
-        desk.saver.flush()
-    desk.turn("a", kv, 3)
-    desk.saver.flush()
-    assert desk.errors[1] == f"The cache of conversation a could not be saved: {os.strerror(code)}."
-    assert "don't continue what is saved" in desk.errors[2]
-    assert_same(desk.restored("a"), before)
-    assert [path.suffix for path in desk.shelf.folder("a").iterdir()] == [".safetensors"]
+        setup.turn("a", kv, 4)
+        setup.writer.flush()
+    setup.turn("a", kv, 3)
+    setup.writer.flush()
+    assert setup.errors[1] == f"The cache of conversation a could not be saved: {os.strerror(code)}."
+    assert "don't continue what is saved" in setup.errors[2]
+    assert_same(setup.restored("a"), before)
+    assert [path.suffix for path in setup.store.folder("a").iterdir()] == [".safetensors"]
     kv.saved_rows = 0
-    desk.turn("a", kv, 2)
-    desk.saver.flush()
-    assert desk.errors[3] == ""
-    assert_same(desk.restored("a"), kv)
+    setup.turn("a", kv, 2)
+    setup.writer.flush()
+    assert setup.errors[3] == ""
+    assert_same(setup.restored("a"), kv)
 
 
-def test_a_crop_behind_rows_that_were_not_saved_does_not_hide_that(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+def test_a_crop_after_a_failed_save_does_not_hide_the_missing_rows(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows 5 to 8 fail. What follows starts at row 5 again, where the chain on disk ends, and is refused: the
     caller was told that it has to start over."""
     kv = new_kv()
-    desk.turn("a", kv, 5)
-    desk.saver.flush()
+    setup.turn("a", kv, 5)
+    setup.writer.flush()
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", failing(OSError(errno.EIO, "broken")))
-        desk.turn("a", kv, 4)
-        desk.saver.flush()
+        setup.turn("a", kv, 4)
+        setup.writer.flush()
     kv.truncate(5)
-    desk.turn("a", kv, 1)
-    desk.saver.flush()
-    assert "don't continue what is saved" in desk.errors[-1]
+    setup.turn("a", kv, 1)
+    setup.writer.flush()
+    assert "don't continue what is saved" in setup.errors[-1]
 
 
-def test_an_id_that_is_no_folder_is_told(desk: Desk) -> None:
-    desk.turn("../a", new_kv(), 5)
-    desk.saver.flush()
-    assert "can't be the name of a folder" in desk.errors[0]
+def test_an_invalid_id_is_reported(setup: Setup) -> None:
+    setup.turn("../a", new_kv(), 5)
+    setup.writer.flush()
+    assert "can't be the name of a folder" in setup.errors[0]
 
 
 def test_a_callback_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
@@ -194,78 +195,78 @@ def test_a_callback_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
         told.append(result.conversation)
         raise RuntimeError("the screen is gone")
 
-    saver = DiskWriter(DiskStore(tmp_path, 10_000_000), fail)
+    writer = DiskWriter(DiskStore(tmp_path, 10_000_000), fail)
     for name in ("a", "b"):
         kv = new_kv()
         read(kv, range(3))
-        saver.submit(name, FINGERPRINT, kv.pack())
-    saver.close()
+        writer.submit(name, FINGERPRINT, pack_rows(kv))
+    writer.close()
     assert told == ["a", "b"]
 
 
-def test_a_loaded_cache_goes_on_where_its_chain_ends(desk: Desk, tmp_path: Path) -> None:
+def test_a_loaded_cache_continues_its_chain(setup: Setup, tmp_path: Path) -> None:
     kv = new_kv()
-    desk.turn("a", kv, 5)
-    desk.saver.flush()
-    later = Desk(desk.shelf.root)
-    chain, restored = later.shelf.chain("a"), new_kv()
+    setup.turn("a", kv, 5)
+    setup.writer.flush()
+    later = Setup(setup.store.root)
+    chain, restored = later.store.chain("a"), new_kv()
     load(chain, restored, FINGERPRINT)
-    later.saver.adopt(chain)
+    later.writer.adopt(chain)
     later.turn("a", restored, 4)
-    later.saver.close()
+    later.writer.close()
     assert later.errors == [""]
-    assert len(later.shelf.chain("a").segments) == 2
+    assert len(later.store.chain("a").segments) == 2
     assert_same(later.restored("a"), restored)
 
 
-def test_of_two_processes_with_one_conversation_the_second_is_told(desk: Desk) -> None:
+def test_the_second_of_two_writers_of_a_conversation_gets_an_error(setup: Setup) -> None:
     kv = new_kv()
-    desk.turn("a", kv, 5)
-    desk.saver.flush()
-    other = Desk(desk.shelf.root)
-    chain, theirs = other.shelf.chain("a"), new_kv()
+    setup.turn("a", kv, 5)
+    setup.writer.flush()
+    other = Setup(setup.store.root)
+    chain, theirs = other.store.chain("a"), new_kv()
     load(chain, theirs, FINGERPRINT)
-    other.saver.adopt(chain)
+    other.writer.adopt(chain)
     other.turn("a", theirs, 1)
-    other.saver.close()
-    desk.turn("a", kv, 2)
-    desk.saver.flush()
-    assert "another process changed it" in desk.errors[-1]
-    assert_same(desk.restored("a"), theirs)
+    other.writer.close()
+    setup.turn("a", kv, 2)
+    setup.writer.flush()
+    assert "another process changed it" in setup.errors[-1]
+    assert_same(setup.restored("a"), theirs)
 
 
-def test_conversations_that_make_room_are_told_and_start_over(desk: Desk) -> None:
+def test_removed_conversations_are_reported_and_start_at_row_0(setup: Setup) -> None:
     a, b = new_kv(), new_kv()
-    desk.turn("a", a, 300)
-    desk.turn("b", b, 300)
-    desk.saver.flush()
-    desk.shelf.cap_bytes = desk.shelf.total_bytes()
-    desk.turn("b", b, 1)
-    desk.turn("a", a, 1)
-    desk.saver.flush()
-    assert [result.removed for result in desk.results] == [(), (), ("a",), ()]
-    assert desk.errors[2] == ""
-    assert "don't continue what is saved" in desk.errors[3]
-    assert desk.shelf.total_bytes() <= desk.shelf.cap_bytes
+    setup.turn("a", a, 300)
+    setup.turn("b", b, 300)
+    setup.writer.flush()
+    setup.store.cap_bytes = setup.store.total_bytes()
+    setup.turn("b", b, 1)
+    setup.turn("a", a, 1)
+    setup.writer.flush()
+    assert [result.removed for result in setup.results] == [(), (), ("a",), ()]
+    assert setup.errors[2] == ""
+    assert "don't continue what is saved" in setup.errors[3]
+    assert setup.store.total_bytes() <= setup.store.cap_bytes
 
 
-def test_what_fits_nowhere_is_told_and_nothing_else_goes(desk: Desk) -> None:
-    desk.turn("b", new_kv(), 3)
-    desk.saver.flush()
-    desk.shelf.cap_bytes = desk.shelf.total_bytes() + 1000
-    desk.turn("a", new_kv(), 3000)
-    desk.saver.flush()
-    assert "all of them may take" in desk.errors[-1]
-    assert desk.shelf.conversations() == ["b"]
+def test_a_segment_beyond_the_cap_is_reported_and_removes_nothing(setup: Setup) -> None:
+    setup.turn("b", new_kv(), 3)
+    setup.writer.flush()
+    setup.store.cap_bytes = setup.store.total_bytes() + 1000
+    setup.turn("a", new_kv(), 3000)
+    setup.writer.flush()
+    assert "all of them may take" in setup.errors[-1]
+    assert setup.store.conversations() == ["b"]
 
 
-def test_a_shelf_that_stays_locked_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_store_is_reported(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf_module, "LOCK_S", 0.0)
-    other = Desk(desk.shelf.root)
-    with desk.shelf.locked():
+    other = Setup(setup.store.root)
+    with setup.store.locked():
         other.turn("a", new_kv(), 3)
-        other.saver.flush()
+        other.writer.flush()
         with pytest.raises(KvchatError, match="Another kvchat has been writing"):
-            other.saver.forget("a")
-    other.saver.close()
+            other.writer.forget("a")
+    other.writer.close()
     assert "Another kvchat has been writing" in other.errors[0]

@@ -1,4 +1,4 @@
-"""Every field of a fingerprint is one that a cache depends on, and a difference is told by its name."""
+"""Every field of a fingerprint is compared, and a difference is named."""
 
 from dataclasses import fields, replace
 
@@ -22,7 +22,7 @@ ONE = Fingerprint(
 fingerprints = st.builds(Fingerprint, **dict.fromkeys(NAMES, st.sampled_from(["a", "b"])))
 
 
-def test_every_field_has_words() -> None:
+def test_every_field_has_a_description() -> None:
     assert list(WORDS) == NAMES
     assert len(set(WORDS.values())) == len(NAMES)
 
@@ -40,7 +40,7 @@ def test_a_field_that_is_missing_is_a_difference(name: str) -> None:
 
 
 @given(fingerprints, fingerprints)
-def test_equal_ones_differ_in_nothing_and_others_in_their_first_field(a: Fingerprint, b: Fingerprint) -> None:
+def test_difference_names_the_first_field_that_differs(a: Fingerprint, b: Fingerprint) -> None:
     different = [name for name in NAMES if getattr(a, name) != getattr(b, name)]
     assert (a.difference(b.as_dict()) == "") == (a == b) == (not different)
     if different:
@@ -48,11 +48,11 @@ def test_equal_ones_differ_in_nothing_and_others_in_their_first_field(a: Fingerp
 
 
 @given(fingerprints)
-def test_it_comes_back_from_a_header_as_it_was(fingerprint: Fingerprint) -> None:
+def test_a_fingerprint_survives_a_header(fingerprint: Fingerprint) -> None:
     assert Fingerprint(**fingerprint.as_dict()) == fingerprint
     assert fingerprint.difference(fingerprint.as_dict()) == ""
 
 
-def test_what_a_later_version_adds_is_no_difference_here() -> None:
+def test_unknown_fields_of_later_versions_are_ignored() -> None:
     """The loader compares every name that either side has; words are for those of this version."""
     assert replace(ONE).difference(ONE.as_dict() | {"colour": "blue"}) == ""

@@ -1,4 +1,4 @@
-"""The growable layer against transformers' own, and the commits of a conversation's cache."""
+"""The dense layer compared with transformers' own, and the commits of a cache."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GROWTH_STEP, DenseLayer, StoredLayer
+from kvchat.cache.layer import GROWTH_STEP, StoredLayer
 
 HEADS, DIM, LAYERS = 2, 16, 3
 
@@ -79,7 +80,7 @@ def test_a_layer_answers_like_transformers_own() -> None:
     assert ours.get_max_length() == theirs.get_max_length() == -1
 
 
-def test_growth_keeps_the_content_and_moves_only_when_the_buffer_is_full() -> None:
+def test_growth_keeps_the_content_and_reallocates_only_a_full_buffer() -> None:
     layer = filled_layer(GROWTH_STEP - 1)
     assert layer.keys is not None
     place, before = layer.keys.data_ptr(), layer.keys[:, :, : GROWTH_STEP - 1].clone()
@@ -91,7 +92,7 @@ def test_growth_keeps_the_content_and_moves_only_when_the_buffer_is_full() -> No
     assert torch.equal(keys, torch.cat([before, states(1, 3), states(1, 5)], dim=-2))
 
 
-def test_growth_after_a_crop_brings_nothing_of_the_cropped_back() -> None:
+def test_growth_after_a_crop_restores_no_cropped_rows() -> None:
     layer = filled_layer(GROWTH_STEP)
     layer.truncate(10)
     keys, values = layer.update(states(GROWTH_STEP, 7), states(GROWTH_STEP, 8))
@@ -122,7 +123,7 @@ def test_keys_and_values_may_have_other_head_sizes() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 6])
-def test_a_layer_refuses_to_keep_what_it_has_not(length: int) -> None:
+def test_truncating_to_more_tokens_than_stored_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match="of 5 tokens"):
         filled_layer(5).truncate(length)
 
@@ -146,7 +147,7 @@ def test_reset_frees_the_memory_and_the_layer_can_be_filled_again() -> None:
     assert torch.equal(keys, states(2, 9))
 
 
-def test_every_layer_can_be_cropped_and_none_forgets_its_past() -> None:
+def test_every_layer_is_croppable_and_none_has_a_sliding_buffer() -> None:
     cache = empty_kv().cache
     assert cache.is_sliding == [False] * LAYERS
     assert all(layer.is_croppable for layer in cache.layers)
@@ -162,7 +163,7 @@ def test_an_append_commits_ids_and_layers_together() -> None:
 
 
 @pytest.mark.parametrize("reached", range(LAYERS + 1))
-def test_an_exception_after_any_layer_takes_all_of_them_back(reached: int) -> None:
+def test_an_exception_after_any_layer_rolls_all_of_them_back(reached: int) -> None:
     kv = empty_kv()
     fill(kv, [5, 6, 7])
     before = [layer.keys[:, :, :3].clone() for layer in kv.stored if layer.keys is not None]
@@ -175,7 +176,7 @@ def test_an_exception_after_any_layer_takes_all_of_them_back(reached: int) -> No
 
 
 @pytest.mark.parametrize("reached", range(LAYERS))
-def test_a_pass_that_misses_a_layer_is_refused_and_taken_back(reached: int) -> None:
+def test_a_pass_that_misses_a_layer_is_refused_and_rolled_back(reached: int) -> None:
     kv = empty_kv()
     fill(kv, [5])
     with pytest.raises(RuntimeError, match="instead of 3"):
@@ -208,7 +209,7 @@ def test_bytes_of_a_conversation_are_the_sum_over_its_layers() -> None:
     assert kv.used_bytes == 2 * LAYERS * HEADS * DIM * 4 * len(kv)
 
 
-def test_clear_forgets_and_frees() -> None:
+def test_clear_removes_tokens_and_frees_memory() -> None:
     kv = empty_kv()
     fill(kv, [5, 6])
     kv.clear()

@@ -1,4 +1,4 @@
-"""Who makes room first, and how."""
+"""Which cache is evicted first, and how."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvchat.cache.memory_budget import Held, Relief, eviction_order, next_relief
+from kvchat.cache.memory_budget import Candidate, EvictionAction, eviction_order, next_eviction
 
 helds = st.lists(
     st.builds(
-        Held,
+        Candidate,
         conversation=st.uuids().map(str),
         last_used=st.integers(0, 5).map(float),
         pinned=st.booleans(),
@@ -21,22 +21,22 @@ helds = st.lists(
         prefix_only=st.booleans(),
     ),
     max_size=8,
-    unique_by=lambda held: held.conversation,
+    unique_by=lambda caches: caches.conversation,
 )
 
 
-def names(held: list[Held]) -> list[str]:
-    return [each.conversation for each in eviction_order(held)]
+def names(caches: list[Candidate]) -> list[str]:
+    return [each.conversation for each in eviction_order(caches)]
 
 
 @given(helds)
-def test_everyone_but_the_active_one_is_in_line(held: list[Held]) -> None:
-    assert sorted(names(held)) == sorted(each.conversation for each in held if not each.active)
+def test_all_but_the_active_cache_are_in_the_eviction_order(caches: list[Candidate]) -> None:
+    assert sorted(names(caches)) == sorted(each.conversation for each in caches if not each.active)
 
 
 @given(helds)
-def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: list[Held]) -> None:
-    for a, b in pairwise(eviction_order(held)):
+def test_eviction_order_sorts_by_prefix_pin_and_last_use(caches: list[Candidate]) -> None:
+    for a, b in pairwise(eviction_order(caches)):
         if a.prefix_only != b.prefix_only:
             assert b.prefix_only
         elif a.pinned != b.pinned:
@@ -46,45 +46,48 @@ def test_prefixes_go_last_pinned_ones_before_them_and_the_oldest_first(held: lis
 
 
 @given(helds)
-def test_relief_comes_from_the_first_in_line(held: list[Held]) -> None:
-    relief = next_relief(held)
-    if not names(held):
-        assert relief is None
+def test_the_first_in_eviction_order_is_evicted(caches: list[Candidate]) -> None:
+    chosen = next_eviction(caches)
+    if not names(caches):
+        assert chosen is None
     else:
-        assert relief is not None
-        assert relief[0] == names(held)[0]
+        assert chosen is not None
+        assert chosen[0] == names(caches)[0]
 
 
-def test_the_line_of_one_evening() -> None:
-    held = [
-        Held("prefix", 1.0, prefix_only=True),
-        Held("pinned", 2.0, pinned=True),
-        Held("latest", 5.0),
-        Held("active", 0.0, active=True),
-        Held("oldest", 3.0),
-        Held("pinned prefix", 0.5, pinned=True, prefix_only=True),
+def test_eviction_order_is_lru_pinned_then_prefix() -> None:
+    caches = [
+        Candidate("prefix", 1.0, prefix_only=True),
+        Candidate("pinned", 2.0, pinned=True),
+        Candidate("latest", 5.0),
+        Candidate("active", 0.0, active=True),
+        Candidate("oldest", 3.0),
+        Candidate("pinned prefix", 0.5, pinned=True, prefix_only=True),
     ]
-    assert names(held) == ["oldest", "latest", "pinned", "prefix", "pinned prefix"]
+    assert names(caches) == ["oldest", "latest", "pinned", "prefix", "pinned prefix"]
 
 
 @pytest.mark.parametrize(
-    ("can_spill", "can_quantise", "relief"),
+    ("can_spill", "can_quantise", "chosen"),
     [
-        (True, True, Relief.SPILL),
-        (True, False, Relief.SPILL),
-        (False, True, Relief.QUANTISE),
-        (False, False, Relief.DROP),
+        (True, True, EvictionAction.SPILL),
+        (True, False, EvictionAction.SPILL),
+        (False, True, EvictionAction.QUANTISE),
+        (False, False, EvictionAction.DROP),
     ],
 )
-def test_disk_is_better_than_fewer_bits_and_those_are_better_than_nothing(
-    can_spill: bool, can_quantise: bool, relief: Relief
+def test_spilling_is_preferred_to_quantising_and_that_to_dropping(
+    can_spill: bool, can_quantise: bool, chosen: EvictionAction
 ) -> None:
-    held = Held("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
-    assert next_relief([held, Held("b", 2.0)]) == ("a", relief)
+    caches = Candidate("a", 1.0, can_spill=can_spill, can_quantise=can_quantise)
+    assert next_eviction([caches, Candidate("b", 2.0)]) == ("a", chosen)
 
 
-def test_the_active_one_never_makes_room() -> None:
-    active = Held("a", 0.0, active=True, can_spill=True, can_quantise=True)
-    assert next_relief([active]) is None
-    assert next_relief([]) is None
-    assert next_relief([active, replace(active, conversation="b", active=False)]) == ("b", Relief.SPILL)
+def test_the_active_cache_is_never_evicted() -> None:
+    active = Candidate("a", 0.0, active=True, can_spill=True, can_quantise=True)
+    assert next_eviction([active]) is None
+    assert next_eviction([]) is None
+    assert next_eviction([active, replace(active, conversation="b", active=False)]) == (
+        "b",
+        EvictionAction.SPILL,
+    )

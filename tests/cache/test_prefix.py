@@ -1,4 +1,4 @@
-"""The reuse of a prompt, decided in integers."""
+"""How much of a prompt can be reused, in integers."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ ids = st.lists(st.integers(0, 3), max_size=40)
 
 @st.composite
 def relatives(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Two lists that start alike, mostly further than chance would have it."""
+    """Two lists with a common prefix, mostly longer than by chance."""
     shared = draw(ids)
     return shared + draw(ids), shared + draw(ids)
 
@@ -32,7 +32,7 @@ def test_common_prefix_equals_the_naive_loop(pair: tuple[list[int], list[int]]) 
 
 
 @given(relatives())
-def test_common_prefix_takes_lists_and_tuples_alike(pair: tuple[list[int], list[int]]) -> None:
+def test_common_prefix_accepts_lists_and_tuples(pair: tuple[list[int], list[int]]) -> None:
     a, b = pair
     assert common_prefix(tuple(a), b) == common_prefix(a, tuple(b)) == naive_prefix(a, b)
 
@@ -73,8 +73,8 @@ def test_an_empty_prompt_is_refused() -> None:
 def histories(draw: st.DrawFn) -> tuple[list[int], int]:
     """(rows that are still stored, tokens of the history)."""
     tokens = draw(st.integers(0, 30))
-    gone = draw(st.sets(st.integers(0, tokens - 1), max_size=12)) if tokens else set()
-    return [token for token in range(tokens) if token not in gone], tokens
+    evicted = draw(st.sets(st.integers(0, tokens - 1), max_size=12)) if tokens else set()
+    return [token for token in range(tokens) if token not in evicted], tokens
 
 
 @given(histories())
@@ -82,19 +82,19 @@ def test_gaps_begin_before_the_first_evicted_token_and_end_after_the_last(
     history: tuple[list[int], int],
 ) -> None:
     rows, tokens = history
-    gone = sorted(set(range(tokens)) - set(rows))
-    assert gap_bounds(rows, tokens) == ((gone[0], gone[-1] + 1) if gone else (tokens, 0))
+    evicted = sorted(set(range(tokens)) - set(rows))
+    assert gap_bounds(rows, tokens) == ((evicted[0], evicted[-1] + 1) if evicted else (tokens, 0))
 
 
 @given(histories())
-def test_gaps_are_those_that_a_cache_itself_tells(history: tuple[list[int], int]) -> None:
+def test_gap_bounds_equal_those_of_a_token_index(history: tuple[list[int], int]) -> None:
     rows, tokens = history
     kv = ConversationKV([])
     with kv.append(range(tokens)):
         pass
     kv.select(rows)
     if rows[-1:] == [tokens - 1]:  # an eviction never drops the last token
-        assert gap_bounds(rows, tokens) == (kv.first_gap, kv.last_gap_end)
+        assert gap_bounds(rows, tokens) == (kv.index.first_gap, kv.index.last_gap_end)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_gaps_are_those_that_a_cache_itself_tells(history: tuple[list[int], int]
         ([0, 1], 4, (2, 4)),
         ([], 4, (0, 4)),
     ],
-    ids=["empty", "no gap", "one gap", "two gaps", "start gone", "end gone", "all gone"],
+    ids=["empty", "no gap", "one gap", "two gaps", "start evicted", "end evicted", "all evicted"],
 )
 def test_gap_bounds_of(rows: list[int], tokens: int, bounds: tuple[int, int]) -> None:
     assert gap_bounds(rows, tokens) == bounds

@@ -1,4 +1,4 @@
-"""Layers of 8 and 4 bits against a list of rows, and against the model without them."""
+"""Quantised layers compared with a list of rows, and with an unquantised cache."""
 
 from itertools import count, pairwise
 from pathlib import Path
@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import GROWTH_STEP, DenseLayer, HeadShape, StoredLayer
+from kvchat.cache.layer import GROWTH_STEP, HeadShape, StoredLayer
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.cache.quant_codec import BLOCK, PER_CHANNEL, PER_TOKEN, dequantise, quantise
 from kvchat.cache.quantized_layer import QuantizedLayer, convert
 from kvchat.engine.model.loader import LoadedModel
@@ -177,7 +179,7 @@ class QuantizedLayers(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def restore(self, data: st.DataObject) -> None:
-        """Goes on with what the file holds."""
+        """Continues with the layer from the file."""
         holder = self.pick(data)
         holder.save()
         holder.layer = holder.file.fork()
@@ -197,7 +199,7 @@ TestQuantizedLayers = QuantizedLayers.TestCase
 @each_precision
 @pytest.mark.parametrize("shared", [PER_CHANNEL, PER_TOKEN])
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-3, 1.0, 1e3])
-def test_no_number_is_further_off_than_half_a_step(bits: int, shared: int, size: float) -> None:
+def test_rounding_error_is_at_most_half_a_step(bits: int, shared: int, size: float) -> None:
     exact = states(2 * BLOCK, 5)[0][0].view(2, 2, BLOCK, 16).transpose(0, 1) * size
     packed = quantise(exact, bits, shared)
     out = torch.empty(exact.shape)
@@ -226,7 +228,7 @@ def test_other_bits_are_refused() -> None:
 
 @each_precision
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_every_head_size_comes_back_as_its_blocks_rounded(bits: int, shape: HeadShape) -> None:
+def test_every_head_size_is_dequantised_to_its_rounded_blocks(bits: int, shape: HeadShape) -> None:
     layer, reference = QuantizedLayer(bits), Reference(bits)
     for tokens in (70, 1, 90):
         new = states(tokens, tokens, shape)
@@ -261,7 +263,7 @@ def test_states_come_back_in_their_dtype(bits: int) -> None:
 
 @each_precision
 @given(chunks=st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=6))
-def test_the_bits_are_the_same_in_whatever_chunks_tokens_come(bits: int, chunks: list[int]) -> None:
+def test_quantised_bits_are_identical_for_every_chunking(bits: int, chunks: list[int]) -> None:
     keys, values = states(sum(chunks))
     layer = QuantizedLayer(bits)
     for k, v in zip(torch.split(keys, chunks, 2), torch.split(values, chunks, 2), strict=True):
@@ -284,7 +286,7 @@ def test_a_block_keeps_its_bits_while_hundreds_of_tokens_follow(bits: int) -> No
 
 @each_precision
 @pytest.mark.parametrize("length", AROUND_EDGES)
-def test_a_crop_leaves_the_first_rows_as_they_were_and_can_be_built_on(bits: int, length: int) -> None:
+def test_a_crop_keeps_the_first_rows_and_can_be_appended_to(bits: int, length: int) -> None:
     layer = filled(bits, 150)
     before = copied(layer)
     layer.truncate(length)
@@ -298,7 +300,7 @@ def test_a_crop_leaves_the_first_rows_as_they_were_and_can_be_built_on(bits: int
 
 
 @each_precision
-def test_crops_in_one_place_never_pile_up_memory(bits: int) -> None:
+def test_repeated_crops_at_one_length_use_no_more_memory(bits: int) -> None:
     layer = filled(bits, 200)
     held: list[dict[int, int]] = []
     for seed in range(40):
@@ -310,14 +312,14 @@ def test_crops_in_one_place_never_pile_up_memory(bits: int) -> None:
 
 @each_precision
 @pytest.mark.parametrize("length", [-1, 101])
-def test_a_layer_refuses_to_keep_what_it_has_not(bits: int, length: int) -> None:
+def test_truncating_to_more_tokens_than_stored_is_refused(bits: int, length: int) -> None:
     with pytest.raises(ValueError, match="of 100 tokens"):
         filled(bits, 100).truncate(length)
 
 
 @each_precision
 @pytest.mark.parametrize("length", [40, 100, 128, 150, 200])
-def test_a_fork_and_its_parent_never_see_each_others_tokens(bits: int, length: int) -> None:
+def test_a_fork_and_its_parent_are_isolated(bits: int, length: int) -> None:
     parent = filled(bits, 200)
     before = copied(parent)
     fork = parent.fork()
@@ -333,7 +335,7 @@ def test_a_fork_and_its_parent_never_see_each_others_tokens(bits: int, length: i
 
 
 @each_precision
-def test_a_parent_goes_on_in_place_where_its_forks_have_nothing(bits: int) -> None:
+def test_a_parent_appends_in_place_after_the_rows_of_its_forks(bits: int) -> None:
     parent = filled(bits, BLOCK + 1)
     fork = parent.fork()
     fork.truncate(BLOCK)
@@ -345,7 +347,9 @@ def test_a_parent_goes_on_in_place_where_its_forks_have_nothing(bits: int) -> No
 
 @each_precision
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_can_be_told_before_the_first_token_and_are_those_held(bits: int, dtype: torch.dtype) -> None:
+def test_bytes_are_known_before_the_first_token_and_equal_the_allocation(
+    bits: int, dtype: torch.dtype
+) -> None:
     told, layer = QuantizedLayer(bits, SHAPE, dtype), QuantizedLayer(bits)
     keys, values = (tensor.to(dtype) for tensor in states(700))
     for length in range(1, 701):
@@ -362,7 +366,7 @@ def test_bytes_can_be_told_before_the_first_token_and_are_those_held(bits: int, 
 
 @each_precision
 @pytest.mark.parametrize(("length", "tokens"), [(40, 10), (100, 60), (128, 1), (150, 400), (200, 1)])
-def test_growth_is_told_for_a_fork_that_has_to_copy(bits: int, length: int, tokens: int) -> None:
+def test_growth_includes_the_copy_of_a_fork(bits: int, length: int, tokens: int) -> None:
     parent = filled(bits, 200)
     fork = parent.fork()
     fork.truncate(length)
@@ -374,7 +378,7 @@ def test_growth_is_told_for_a_fork_that_has_to_copy(bits: int, length: int, toke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.55), (4, 0.32)])
-def test_4096_tokens_take_their_share_of_bf16(bits: int, share: float, dtype: torch.dtype) -> None:
+def test_4096_tokens_take_the_expected_share_of_bf16(bits: int, share: float, dtype: torch.dtype) -> None:
     layer = QuantizedLayer(bits, SMOLLM2, dtype)
     assert layer.bytes_at(4096) <= share * DenseLayer(SMOLLM2, torch.bfloat16).bytes_at(4096)
 
@@ -393,7 +397,7 @@ def test_whole_blocks_can_be_kept_and_keep_their_bits(bits: int) -> None:
 
 @each_precision
 @pytest.mark.parametrize("kept", [[*range(63), *range(64, 200)], [5], [*range(65)]])
-def test_rows_that_cut_a_block_are_refused_and_nothing_happens(bits: int, kept: list[int]) -> None:
+def test_rows_that_cut_a_block_are_refused_without_changes(bits: int, kept: list[int]) -> None:
     layer = filled(bits, 200)
     before = copied(layer)
     with pytest.raises(ValueError, match="cut the block"):
@@ -402,7 +406,7 @@ def test_rows_that_cut_a_block_are_refused_and_nothing_happens(bits: int, kept: 
 
 
 @each_precision
-def test_a_packed_layer_goes_through_a_file(bits: int, tmp_path: Path) -> None:
+def test_a_packed_layer_survives_a_file(bits: int, tmp_path: Path) -> None:
     layer = filled(bits, 200)
     save_file(layer.pack(0), tmp_path / "layer.safetensors")
     other = QuantizedLayer(bits)
@@ -426,7 +430,7 @@ def test_only_what_changed_is_packed_again(bits: int) -> None:
 
 
 @each_precision
-def test_parts_that_do_not_fit_are_refused_and_nothing_happens(bits: int) -> None:
+def test_tensors_that_do_not_fit_are_refused_without_changes(bits: int) -> None:
     good = filled(bits, 200).pack(0)
     longer = {**good, "keys": good["keys"].repeat(9, 1, 1), "values": good["values"].repeat(9, 1, 1)}
     bad = [
@@ -448,7 +452,7 @@ def test_parts_that_do_not_fit_are_refused_and_nothing_happens(bits: int) -> Non
     layer = filled(bits, 100)
     before = copied(layer)
     for parts in bad:
-        with pytest.raises(ValueError, match=r"fit|missing|go together|can't"):
+        with pytest.raises(ValueError, match=r"fit|missing|match|can't"):
             layer.unpack(0, parts)
         assert same(layer.read(), before)
     with pytest.raises(ValueError, match="can't start at row 70"):
@@ -469,7 +473,7 @@ def test_a_converted_layer_has_the_bits_of_appended_states(bits: int, dtype: tor
     assert same(back.read(), converted.read())
 
 
-def test_nothing_is_converted_into_a_layer_that_holds_something() -> None:
+def test_converting_into_a_filled_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="100 tokens already"):
         convert(filled(8, 5), filled(4, 100))
 
@@ -542,13 +546,13 @@ def test_a_model_reads_in_chunks_of_any_size(tiny: LoadedModel, bits: int, chunk
 
 @each_precision
 @pytest.mark.parametrize("reached", [1, 2, 4])
-def test_after_a_pass_that_was_stopped_all_layers_still_agree(
+def test_after_a_stopped_pass_all_layers_have_the_same_blocks(
     tiny: LoadedModel, bits: int, reached: int
 ) -> None:
     """Layers that were reached have quantised what the others hold exactly; they go on together."""
     kv = quantized(tiny.model, bits)
     run(tiny.model, kv, list(range(100)), 100)
-    kv.pack()
+    pack_rows(kv)
     with pytest.raises(InterruptedError):
         stop(kv, 90, reached)
     assert {layer.length for layer in kv.stored} == {100}
@@ -556,19 +560,17 @@ def test_after_a_pass_that_was_stopped_all_layers_still_agree(
     assert {tuple(layer.block_edges()) for layer in kv.stored} == {(0, 64, 128, 192, 256, 300)}
     kv.saved_rows = 0
     other = quantized(tiny.model, bits)
-    other.unpack(kv.pack())
+    unpack_rows(other, pack_rows(kv))
     assert torch.equal(run(tiny.model, other, [5, 6, 7], 1), run(tiny.model, kv, [5, 6, 7], 1))
 
 
 @each_precision
-def test_a_restored_and_a_forked_conversation_answer_bit_for_bit_like_the_live_one(
-    tiny: LoadedModel, bits: int
-) -> None:
+def test_restored_and_forked_caches_answer_bit_identically(tiny: LoadedModel, bits: int) -> None:
     live, restored = quantized(tiny.model, bits), quantized(tiny.model, bits)
     for turn, (length, tokens) in enumerate([(0, 150), (130, 90), (200, 10), (190, 200)]):
         live.truncate(length)
         run(tiny.model, live, [(turn + 3 * place) % 470 for place in range(tokens)], 33)
-        restored.unpack(live.pack())
+        unpack_rows(restored, pack_rows(live))
         answers = [
             run(tiny.model, kv, [9, 8, 7], 1) for kv in (live.fork(len(live)), restored.fork(len(live)))
         ]
@@ -699,7 +701,7 @@ SCORED = 321
 
 @pytest.mark.model
 @pytest.mark.parametrize("text", GOLDEN.values(), ids=GOLDEN)
-def test_golden_texts_are_scored_nearly_as_without_quantisation(smollm2: LoadedModel, text: str) -> None:
+def test_perplexity_of_golden_texts_is_close_to_unquantised(smollm2: LoadedModel, text: str) -> None:
     ids = ids_of(smollm2, text)[:SCORED]
     assert len(ids) == SCORED
     exact = uncached(smollm2.model, ids)[READ:]
@@ -716,7 +718,7 @@ def test_golden_texts_are_scored_nearly_as_without_quantisation(smollm2: LoadedM
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tokens", [1, 40, 60, 2 * BLOCK])
-def test_leaving_a_forks_memory_beforehand_changes_neither_of_the_two(bits: int, tokens: int) -> None:
+def test_unsharing_beforehand_changes_neither_fork_nor_parent(bits: int, tokens: int) -> None:
     layer = filled(bits, 3 * BLOCK + 10)
     fork = layer.fork()
     layer.update(*states(1, 9))

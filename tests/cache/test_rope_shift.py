@@ -1,12 +1,12 @@
-"""Keys turned to other positions, against the angles themselves and against a model that reads them there."""
+"""Keys rotated to other positions, compared with the angles and with a model that reads them there."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer
 from kvchat.cache.rope_shift import can_close_gaps, close_gaps, rotated
 from kvchat.engine.model.forward import CachedReader, forward_pass
 from kvchat.engine.model.loader import LoadedModel
@@ -29,7 +29,7 @@ def by(delta: int) -> torch.Tensor:
 
 
 def as_complex(keys: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-    """Every pair as one complex number: the plane it is turned in, in fp64."""
+    """Every pair as one complex number, in fp64."""
     keys = keys.double()
     first, second = (keys[..., 0::2], keys[..., 1::2]) if interleaved else keys.chunk(2, dim=-1)
     return torch.complex(first, second)
@@ -37,7 +37,7 @@ def as_complex(keys: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
 
 @either_pairing
 @given(delta=shifts)
-def test_a_pair_is_turned_by_an_angle_for_each_position(interleaved: bool, delta: int) -> None:
+def test_a_pair_is_rotated_by_an_angle_per_position(interleaved: bool, delta: int) -> None:
     keys = some_keys()
     moved = as_complex(
         rotated(keys, by(delta), FREQUENCIES, interleaved=interleaved), interleaved=interleaved
@@ -49,7 +49,7 @@ def test_a_pair_is_turned_by_an_angle_for_each_position(interleaved: bool, delta
 
 @either_pairing
 @given(delta=shifts)
-def test_a_turn_and_the_turn_back_give_the_same_keys(interleaved: bool, delta: int) -> None:
+def test_rotating_there_and_back_gives_the_same_keys(interleaved: bool, delta: int) -> None:
     keys = some_keys()
     there = rotated(keys, by(delta), FREQUENCIES, interleaved=interleaved)
     assert delta == 0 or not torch.allclose(there, keys, atol=1e-3)
@@ -76,7 +76,7 @@ def test_every_token_moves_by_its_own_delta() -> None:
         assert torch.equal(moved[:, :, one], rotated(keys[:, :, one], delta[one], FREQUENCIES))
 
 
-def test_no_turn_changes_no_bit() -> None:
+def test_a_rotation_by_zero_changes_no_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         keys = some_keys(dtype=dtype)
         moved = rotated(keys, by(0), FREQUENCIES)
@@ -96,8 +96,8 @@ def exactly(keys: torch.Tensor, delta: int) -> torch.Tensor:
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
-def test_turned_from_where_they_were_read_keys_do_not_drift() -> None:
-    """100 shifts of bf16 keys: each as good as the first. Turned on and on, they are far worse."""
+def test_keys_rotated_from_their_original_position_do_not_drift() -> None:
+    """100 shifts of bf16 keys: each as exact as the first. Repeated rotations are far worse."""
     base = some_keys(dtype=torch.bfloat16)
     chained = base
     one_rounding = 2.0**-8
@@ -122,7 +122,7 @@ def frequencies_of(loaded: LoadedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("delta", [1, 7, 300, 900])
-def test_turned_keys_are_those_a_model_computes_at_the_new_position(tiny: LoadedModel, delta: int) -> None:
+def test_rotated_keys_equal_those_computed_at_the_new_position(tiny: LoadedModel, delta: int) -> None:
     """In the first layer the keys of a token depend on nothing else; in the others all moved together."""
     ids = tiny.tokenizer.encode("The pass over the mountains is open all year.").ids
     here, there = read_at(tiny, ids, 0), read_at(tiny, ids, delta)
@@ -153,7 +153,7 @@ def test_closing_gaps_moves_every_key_to_the_position_of_its_row(tiny: LoadedMod
     delta = torch.arange(len(kv)) - torch.tensor(positions)
     close_gaps(kv, frequencies_of(tiny))
     assert kv.positions == tuple(range(len(kv)))
-    assert (kv.rows, kv.ids, kv.next_position) == (rows, ids, len(kv))
+    assert (kv.rows, kv.ids, kv.index.next_position) == (rows, ids, len(kv))
     for layer, (keys, values) in zip(kv.stored, before, strict=True):
         now, same = layer.read()
         assert torch.equal(now, rotated(keys, delta, frequencies_of(tiny)))
@@ -161,7 +161,7 @@ def test_closing_gaps_moves_every_key_to_the_position_of_its_row(tiny: LoadedMod
         assert torch.equal(same, values)
 
 
-def test_closing_gaps_leaves_a_fork_as_it_was(tiny: LoadedModel) -> None:
+def test_closing_gaps_does_not_change_a_fork(tiny: LoadedModel) -> None:
     kv = with_gap(tiny, KEPT)
     fork = kv.fork(len(kv.ids))
     before = [layer.read()[0].clone() for layer in kv.stored]
@@ -171,17 +171,17 @@ def test_closing_gaps_leaves_a_fork_as_it_was(tiny: LoadedModel) -> None:
         assert not torch.equal(turned_layer.read()[0], keys)
 
 
-def test_a_key_is_turned_once_and_no_further(tiny: LoadedModel) -> None:
+def test_a_key_is_rotated_only_once(tiny: LoadedModel) -> None:
     kv = with_gap(tiny, KEPT)
     assert can_close_gaps(kv)
     close_gaps(kv, frequencies_of(tiny))
     kv.select([0, 1, 2, 3, *range(6, len(kv))])
     assert not can_close_gaps(kv)
-    with pytest.raises(ValueError, match="turned before"):
+    with pytest.raises(ValueError, match="rotated before"):
         close_gaps(kv, frequencies_of(tiny))
 
 
-def test_quantised_keys_are_not_turned(tiny: LoadedModel) -> None:
+def test_quantised_keys_are_not_rotated(tiny: LoadedModel) -> None:
     kv = tiny.new_kv("int8")
     CachedReader(tiny.model, kv).read(list(range(5, 25)))
     assert not any(isinstance(layer, DenseLayer) for layer in kv.stored)

@@ -1,4 +1,4 @@
-"""Caches to disk and back, bit for bit; and everything that damage, death and mix-ups can do to the files."""
+"""Saving and loading caches bit for bit; damaged, incomplete and mixed-up files."""
 
 import json
 import multiprocessing
@@ -21,12 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.disk.disk_store import DiskStore, NoRoomError, segment_files
 from kvchat.cache.disk.segment import Header, SnapshotRefused, encode_header, read_segment, segment_path
 from kvchat.cache.disk.snapshot import load, save
-from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV
-from kvchat.cache.layer import DenseLayer, HeadShape
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import HeadShape
+from kvchat.cache.packed_rows import pack_rows
+from kvchat.cache.state_checkpoints import CHECKPOINTS
 from kvchat.cache.state_layer import RecurrentLayer
+from kvchat.cache.token_index import TokenIndex
 
 SHAPE = HeadShape(kv_heads=2, key_dim=8, value_dim=6)
 LAYERS = 3
@@ -63,9 +67,11 @@ def stored(kv: ConversationKV) -> list[torch.Tensor]:
     return tensors + [tensor for layer in kv.states for _, tensor in sorted(layer.state().tensors.items())]
 
 
-def marked(kv: ConversationKV, mark: int) -> list[torch.Tensor]:
-    """The states kept at a mark."""
-    return [tensor for state in kv._checkpoints[mark] for _, tensor in sorted(state.tensors.items())]
+def marked(kv: ConversationKV, checkpoint: int) -> list[torch.Tensor]:
+    """The states of a checkpoint."""
+    return [
+        tensor for state in kv.checkpoints.states[checkpoint] for _, tensor in sorted(state.tensors.items())
+    ]
 
 
 def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
@@ -75,28 +81,28 @@ def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
-    """Bit for bit the same cache; `other` may have come back with older marks that `kv` let go of."""
+    """The caches are bit-identical; `other` may have older checkpoints that `kv` dropped."""
     assert (kv.ids, kv.rows, kv.positions) == (other.ids, other.rows, other.positions)
-    assert kv._checkpoints.keys() <= other._checkpoints.keys()
-    assert len(other._checkpoints) <= CHECKPOINTS
-    for mark in kv._checkpoints:
-        assert_equal(marked(kv, mark), marked(other, mark))
+    assert kv.checkpoints.states.keys() <= other.checkpoints.states.keys()
+    assert len(other.checkpoints.states) <= CHECKPOINTS
+    for checkpoint in kv.checkpoints.states:
+        assert_equal(marked(kv, checkpoint), marked(other, checkpoint))
     if len(kv):
         assert_equal(stored(kv), stored(other))
 
 
 class Chat:
-    """One conversation on a shelf, saved the way the engine does."""
+    """One conversation on a store, saved the way the engine does."""
 
-    def __init__(self, shelf: DiskStore, kv: ConversationKV, name: str = "chat") -> None:
-        self.shelf = shelf
+    def __init__(self, store: DiskStore, kv: ConversationKV, name: str = "chat") -> None:
+        self.store = store
         self.kv = kv
         self.name = name
         self.checksum = ""
 
     def save(self) -> int:
         """Saves what is new; returns bytes."""
-        saved = save(self.shelf, self.name, FINGERPRINT, self.kv.pack(), self.checksum)
+        saved = save(self.store, self.name, FINGERPRINT, pack_rows(self.kv), self.checksum)
         self.checksum = saved.checksum
         return saved.bytes
 
@@ -108,42 +114,42 @@ class Chat:
     def restored(self, dtype: torch.dtype = torch.float32) -> ConversationKV:
         """What a new process would load."""
         kv = new_kv(dtype, states=len(self.kv.states))
-        load(self.shelf.chain(self.name), kv, FINGERPRINT)
+        load(self.store.chain(self.name), kv, FINGERPRINT)
         return kv
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> DiskStore:
+def store(tmp_path: Path) -> DiskStore:
     return DiskStore(tmp_path / "cache", 10_000_000)
 
 
 @pytest.fixture
-def chat(shelf: DiskStore) -> Chat:
+def chat(store: DiskStore) -> Chat:
     """Three segments of 5, 4 and 3 rows."""
-    chat = Chat(shelf, new_kv())
+    chat = Chat(store, new_kv())
     for tokens in (5, 4, 3):
         chat.turn(tokens)
     return chat
 
 
 def segment(chat: Chat, index: int) -> Path:
-    return segment_files(chat.shelf.folder(chat.name))[index]
+    return segment_files(chat.store.folder(chat.name))[index]
 
 
 def assert_refused(chat: Chat, match: str = "") -> None:
     """The chain can't be loaded, the sentence names the conversation, and the cache is left empty."""
     kv = new_kv(states=len(chat.kv.states))
     with pytest.raises(SnapshotRefused, match=match) as refused:
-        load(chat.shelf.chain(chat.name), kv, FINGERPRINT)
+        load(chat.store.chain(chat.name), kv, FINGERPRINT)
     assert chat.name in str(refused.value)
     assert (len(kv), kv.ids, kv.storage_bytes) == (0, (), 0)
     assert all(layer.length == 0 for layer in kv.stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turns_with_crops_between_are_restored_bit_for_bit(shelf: DiskStore, dtype: torch.dtype) -> None:
+def test_turns_with_crops_between_are_restored_bit_for_bit(store: DiskStore, dtype: torch.dtype) -> None:
     """Crops at a turn's end, inside the last turn, inside an earlier one, and to nothing."""
-    chat = Chat(shelf, new_kv(dtype))
+    chat = Chat(store, new_kv(dtype))
     for crop, tokens in [(0, 300), (300, 20), (310, 7), (100, 50), (150, 1), (20, 600), (0, 9)]:
         chat.kv.truncate(crop)
         chat.turn(tokens)
@@ -154,20 +160,20 @@ def test_turns_with_crops_between_are_restored_bit_for_bit(shelf: DiskStore, dty
         assert len(restored) == crop + tokens + 3
 
 
-def test_a_restored_cache_goes_on_saving_only_what_is_new(chat: Chat) -> None:
-    whole = chat.shelf.disk_bytes(chat.name)
+def test_a_restored_cache_saves_only_new_rows(chat: Chat) -> None:
+    whole = chat.store.disk_bytes(chat.name)
     chat.kv = chat.restored()
     written = chat.save()
     assert written < 1500
     chat.turn(2)
     assert_same(chat.restored(), chat.kv)
-    assert chat.shelf.disk_bytes(chat.name) < whole + 4000
+    assert chat.store.disk_bytes(chat.name) < whole + 4000
 
 
 def test_a_crop_alone_is_saved(chat: Chat) -> None:
     chat.kv.truncate(6)
     chat.save()
-    assert chat.shelf.chain(chat.name).rows == tuple(range(6))
+    assert chat.store.chain(chat.name).rows == tuple(range(6))
     assert_same(chat.restored(), chat.kv)
 
 
@@ -179,26 +185,24 @@ def test_an_emptied_cache_is_saved_as_an_empty_one(chat: Chat) -> None:
     assert_same(chat.restored(), chat.kv)
 
 
-def test_gaps_and_turned_keys_are_restored(chat: Chat) -> None:
+def test_gaps_and_rotated_keys_are_restored(chat: Chat) -> None:
     chat.kv.select([0, 1, 2, 7, 8, 9, 10, 11])
     chat.turn(3)
     assert_same(chat.restored(), chat.kv)
     chat.kv.truncate(10)
     chat.turn(2)
     assert_same(chat.restored(), chat.kv)
-    chat.kv.reposition(range(len(chat.kv)))
+    chat.kv.reindex(TokenIndex(chat.kv.ids, chat.kv.rows, range(len(chat.kv))))
     chat.turn(1)
     restored = chat.restored()
     assert_same(restored, chat.kv)
     assert restored.positions == tuple(range(len(chat.kv)))
-    assert restored.has_gap
+    assert restored.index.has_gap
 
 
 @pytest.mark.parametrize("states", [1, 2])
-def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(
-    shelf: DiskStore, states: int
-) -> None:
-    chat = Chat(shelf, new_kv(states=states))
+def test_checkpoints_of_recurrent_layers_are_restored_and_reachable(store: DiskStore, states: int) -> None:
+    chat = Chat(store, new_kv(states=states))
     for tokens in (5, 4, 3):
         chat.turn(tokens)
     restored = chat.restored()
@@ -210,15 +214,15 @@ def test_marks_of_recurrent_layers_are_restored_and_can_be_gone_back_to(
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_that_are_too_many_are_let_go_of(shelf: DiskStore) -> None:
-    chat = Chat(shelf, new_kv(states=1))
+def test_surplus_checkpoints_are_dropped(store: DiskStore) -> None:
+    chat = Chat(store, new_kv(states=1))
     for _ in range(CHECKPOINTS + 4):
         chat.turn(2)
     assert_same(chat.restored(), chat.kv)
 
 
-def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: DiskStore) -> None:
-    chat = Chat(shelf, new_kv(states=1))
+def test_checkpoints_do_not_reference_the_whole_segment(store: DiskStore) -> None:
+    chat = Chat(store, new_kv(states=1))
     chat.turn(500)
     assert chat.restored().storage_bytes == chat.kv.storage_bytes
 
@@ -226,42 +230,42 @@ def test_marks_do_not_hold_the_whole_segment_in_memory(shelf: DiskStore) -> None
 def test_safetensors_itself_reads_a_segment(chat: Chat) -> None:
     packed = new_kv(states=1)
     read(packed, range(4))
-    save(chat.shelf, "other", FINGERPRINT, rows := packed.pack(), "")
-    with safe_open(chat.shelf.folder("other") / "000000.safetensors", "pt") as file:
+    save(chat.store, "other", FINGERPRINT, rows := pack_rows(packed), "")
+    with safe_open(chat.store.folder("other") / "000000.safetensors", "pt") as file:
         assert set(file.keys()) == {*rows.tensors, "mark.4.0.conv.0", "mark.4.0.recurrent.0"}
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in rows.tensors.items())
         assert json.loads(file.metadata()["segment"])["ids"] == [0, 1, 2, 3]
 
 
-def test_a_turn_writes_its_own_rows_and_nothing_else(chat: Chat) -> None:
+def test_a_turn_writes_only_its_own_rows(chat: Chat) -> None:
     row = SHAPE.numbers * LAYERS * 4
-    sizes = [read_segment(path).header.tensor_bytes for path in segment_files(chat.shelf.folder(chat.name))]
+    sizes = [read_segment(path).header.tensor_bytes for path in segment_files(chat.store.folder(chat.name))]
     assert sizes == [5 * row, 4 * row, 3 * row]
 
 
-def test_segments_of_which_nothing_is_left_are_removed(chat: Chat) -> None:
+def test_superseded_segments_are_removed(chat: Chat) -> None:
     """A crop into the second one leaves it, a crop to its start removes it and what came after."""
     chat.kv.truncate(7)
     chat.turn(5)
-    assert [path.name[:6] for path in segment_files(chat.shelf.folder(chat.name))] == [
+    assert [path.name[:6] for path in segment_files(chat.store.folder(chat.name))] == [
         "000000",
         "000001",
         "000003",
     ]
     chat.kv.truncate(5)
     chat.turn(5)
-    assert [path.name[:6] for path in segment_files(chat.shelf.folder(chat.name))] == ["000000", "000004"]
+    assert [path.name[:6] for path in segment_files(chat.store.folder(chat.name))] == ["000000", "000004"]
     assert_same(chat.restored(), chat.kv)
 
 
 def test_only_the_user_can_read_it(chat: Chat) -> None:
-    folder = chat.shelf.folder(chat.name)
+    folder = chat.store.folder(chat.name)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-def test_what_a_killed_save_left_is_cleaned_by_the_next(chat: Chat) -> None:
-    leftover = chat.shelf.folder(chat.name) / "000003.tmp"
+def test_leftovers_of_a_killed_save_are_removed_by_the_next(chat: Chat) -> None:
+    leftover = chat.store.folder(chat.name) / "000003.tmp"
     leftover.write_bytes(b"half a segment")
     assert_same(chat.restored(), chat.kv)
     chat.turn(1)
@@ -271,12 +275,12 @@ def test_what_a_killed_save_left_is_cleaned_by_the_next(chat: Chat) -> None:
 
 def test_a_killed_save_may_leave_the_segments_it_superseded(chat: Chat, tmp_path: Path) -> None:
     """Every subset of them: they go one by one."""
-    old = {path.name: path.read_bytes() for path in segment_files(chat.shelf.folder(chat.name))}
+    old = {path.name: path.read_bytes() for path in segment_files(chat.store.folder(chat.name))}
     chat.kv.truncate(5)
     chat.turn(2)
     for left in ([1, 2], [1], [2], []):
         for name in (f"00000{number}.safetensors" for number in left):
-            (chat.shelf.folder(chat.name) / name).write_bytes(old[name])
+            (chat.store.folder(chat.name) / name).write_bytes(old[name])
         assert_same(chat.restored(), chat.kv)
         chat.kv.truncate(5)
         chat.turn(2)
@@ -304,15 +308,15 @@ def test_a_cut_segment_is_refused(
 
 
 def test_a_segment_that_is_cut_after_its_header_was_read_is_refused(chat: Chat) -> None:
-    chain, kv = chat.shelf.chain(chat.name), new_kv()
+    chain, kv = chat.store.chain(chat.name), new_kv()
     os.truncate(segment(chat, 2), segment(chat, 2).stat().st_size - 1)
     with pytest.raises(SnapshotRefused, match="is cut short"):
         load(chain, kv, FINGERPRINT)
     assert (len(kv), kv.storage_bytes) == (0, 0)
 
 
-def test_a_segment_that_goes_after_its_header_was_read_is_refused(chat: Chat) -> None:
-    chain, kv = chat.shelf.chain(chat.name), new_kv()
+def test_a_segment_removed_after_its_header_was_read_is_refused(chat: Chat) -> None:
+    chain, kv = chat.store.chain(chat.name), new_kv()
     segment(chat, 1).unlink()
     with pytest.raises(SnapshotRefused, match="was removed while it was read"):
         load(chain, kv, FINGERPRINT)
@@ -351,7 +355,7 @@ def test_a_flipped_bit_anywhere_in_the_header_is_refused(chat: Chat, index: int)
     for byte in range(read_segment(path).data_start):
         flip(path, byte)
         with pytest.raises(SnapshotRefused):
-            chat.shelf.chain(chat.name)
+            chat.store.chain(chat.name)
         flip(path, byte)
     assert_same(chat.restored(), chat.kv)
 
@@ -366,20 +370,20 @@ def test_garbage_is_refused(chat: Chat, garbage: bytes) -> None:
 
 def test_another_fingerprint_is_refused_by_the_field_that_differs(chat: Chat) -> None:
     for expected, match in [
-        (FINGERPRINT | {"kv": "bf16"}, r"another kv \(fp32 instead of bf16\)"),
-        (FINGERPRINT | {"rope": "8192"}, r"another rope \(nothing instead of 8192\)"),
-        ({"model": "m"}, r"another kv \(fp32 instead of nothing\)"),
+        (FINGERPRINT | {"kv": "bf16"}, r"different kv \(fp32 instead of bf16\)"),
+        (FINGERPRINT | {"rope": "8192"}, r"different rope \(nothing instead of 8192\)"),
+        ({"model": "m"}, r"different kv \(fp32 instead of nothing\)"),
     ]:
         kv = new_kv()
         with pytest.raises(SnapshotRefused, match=match):
-            load(chat.shelf.chain(chat.name), kv, expected)
+            load(chat.store.chain(chat.name), kv, expected)
         assert len(kv) == 0
 
 
 def test_the_cache_of_another_conversation_is_refused(chat: Chat) -> None:
-    shutil.copytree(chat.shelf.folder(chat.name), chat.shelf.root / "other")
+    shutil.copytree(chat.store.folder(chat.name), chat.store.root / "other")
     with pytest.raises(SnapshotRefused, match=r"other/000000.safetensors .* belongs to conversation chat"):
-        chat.shelf.chain("other")
+        chat.store.chain("other")
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -420,10 +424,13 @@ def test_a_segment_of_another_model_in_the_chain_is_refused(chat: Chat) -> None:
         (new_kv(shape=HeadShape(1, 8, 6)), r"keys of F32 \[2, 5, 8\], not F32 \[1, 5, 8\]"),
         (new_kv(shape=HeadShape(2, 8, 8)), r"values of F32 \[2, 5, 6\]"),
         (new_kv(states=1), "there is no state of 5 tokens"),
-        (ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]), "no place"),
+        (
+            ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS - 1)]),
+            "this model doesn.t have",
+        ),
         (
             ConversationKV([DenseLayer(SHAPE, torch.float32) for _ in range(LAYERS + 1)]),
-            "nothing of layer 3",
+            "nothing for layer 3",
         ),
     ],
     ids=["dtype", "heads", "dims", "states", "fewer layers", "more layers"],
@@ -432,7 +439,7 @@ def test_what_does_not_fit_the_model_is_refused(chat: Chat, kv: ConversationKV, 
     with pytest.raises(
         SnapshotRefused, match=match.replace("keys of", "0.keys of").replace("values of", "0.values of")
     ):
-        load(chat.shelf.chain(chat.name), kv, FINGERPRINT)
+        load(chat.store.chain(chat.name), kv, FINGERPRINT)
     assert (len(kv), [layer.length for layer in kv.stored]) == (0, [0] * len(kv.stored))
 
 
@@ -478,25 +485,25 @@ def test_rows_without_tensors_are_refused(chat: Chat) -> None:
     for tensors in ((), said.tensors[:1]):
         cut = replace(said, tensors=tensors)
         path.write_bytes(encode_header(cut) + bytes(cut.tensor_bytes))
-        for other in segment_files(chat.shelf.folder(chat.name))[1:]:
+        for other in segment_files(chat.store.folder(chat.name))[1:]:
             other.unlink()
-        assert_refused(chat, "of layer 0, not keys and values|of layer 1, not keys and values")
+        assert_refused(chat, "for layer 0, not keys and values|for layer 1, not keys and values")
 
 
-def test_nothing_saved_is_refused_as_that(chat: Chat) -> None:
+def test_loading_an_empty_chain_is_refused(chat: Chat) -> None:
     with pytest.raises(SnapshotRefused, match="No cache of conversation none is saved"):
-        load(chat.shelf.chain("none"), new_kv(), FINGERPRINT)
+        load(chat.store.chain("none"), new_kv(), FINGERPRINT)
 
 
 def test_a_cache_that_is_not_empty_is_not_overwritten(chat: Chat) -> None:
     with pytest.raises(ValueError, match="into an empty one"):
-        load(chat.shelf.chain(chat.name), chat.kv, FINGERPRINT)
+        load(chat.store.chain(chat.name), chat.kv, FINGERPRINT)
     assert len(chat.kv) == 12
 
 
-def test_rows_are_never_put_after_rows_that_another_process_saved(chat: Chat) -> None:
-    """Both loaded the same chain; the second one to save is told, and may start over."""
-    other = Chat(chat.shelf, chat.restored())
+def test_rows_never_continue_those_of_another_process(chat: Chat) -> None:
+    """Both loaded the same chain; the second one to save gets an error, and may start at row 0."""
+    other = Chat(chat.store, chat.restored())
     other.checksum = chat.checksum
     chat.turn(2)
     with pytest.raises(SnapshotRefused, match="another process changed it"):
@@ -515,8 +522,8 @@ def test_rows_in_the_middle_need_a_chain_that_is_known(chat: Chat) -> None:
 
 def test_a_chain_is_not_continued_by_another_model(chat: Chat) -> None:
     read(chat.kv, [1])
-    with pytest.raises(SnapshotRefused, match="another kv"):
-        save(chat.shelf, chat.name, FINGERPRINT | {"kv": "int8"}, chat.kv.pack(), chat.checksum)
+    with pytest.raises(SnapshotRefused, match="different kv"):
+        save(chat.store, chat.name, FINGERPRINT | {"kv": "int8"}, pack_rows(chat.kv), chat.checksum)
 
 
 def test_a_damaged_chain_is_replaced_by_one_that_starts_over(chat: Chat) -> None:
@@ -524,32 +531,32 @@ def test_a_damaged_chain_is_replaced_by_one_that_starts_over(chat: Chat) -> None
     chat.kv.saved_rows = 0
     chat.save()
     assert_same(chat.restored(), chat.kv)
-    assert len(segment_files(chat.shelf.folder(chat.name))) == 1
+    assert len(segment_files(chat.store.folder(chat.name))) == 1
 
 
 def test_the_cap_holds_before_anything_is_written(chat: Chat) -> None:
     """Others go first; a segment that fits nowhere leaves everything as it was."""
-    other = Chat(chat.shelf, new_kv(), "other")
+    other = Chat(chat.store, new_kv(), "other")
     other.turn(5)
-    chat.shelf.cap_bytes = chat.shelf.total_bytes()
+    chat.store.cap_bytes = chat.store.total_bytes()
     read(chat.kv, range(3))
-    saved = save(chat.shelf, chat.name, FINGERPRINT, chat.kv.pack(), chat.checksum)
+    saved = save(chat.store, chat.name, FINGERPRINT, pack_rows(chat.kv), chat.checksum)
     chat.checksum = saved.checksum
     assert saved.removed == ("other",)
-    assert chat.shelf.total_bytes() <= chat.shelf.cap_bytes
+    assert chat.store.total_bytes() <= chat.store.cap_bytes
     before = chat.restored()
-    chat.shelf.cap_bytes = chat.shelf.total_bytes() + 100
+    chat.store.cap_bytes = chat.store.total_bytes() + 100
     with pytest.raises(NoRoomError):
         chat.turn(3)
     assert_same(chat.restored(), before)
 
 
 def test_a_conversation_that_starts_over_may_take_the_place_of_its_old_segments(chat: Chat) -> None:
-    chat.shelf.cap_bytes = chat.shelf.total_bytes() + 10
+    chat.store.cap_bytes = chat.store.total_bytes() + 10
     chat.kv.saved_rows = 0
     chat.save()
     assert_same(chat.restored(), chat.kv)
-    assert chat.shelf.total_bytes() <= chat.shelf.cap_bytes
+    assert chat.store.total_bytes() <= chat.store.cap_bytes
 
 
 STEPS = st.lists(
@@ -574,7 +581,7 @@ def step(chat: Chat, what: str, number: int) -> None:
     elif what == "select" and len(kv) and not kv.states:
         kv.select([row for row in range(len(kv)) if row % 7 != number % 7])
     elif what == "turn keys" and not kv.states:
-        kv.reposition(range(len(kv)))
+        kv.reindex(TokenIndex(kv.ids, kv.rows, range(len(kv))))
     elif what == "save":
         chat.save()
     elif what == "restart" and chat.checksum:
@@ -585,7 +592,7 @@ def step(chat: Chat, what: str, number: int) -> None:
 
 @settings(max_examples=60)
 @given(STEPS, st.integers(0, 1))
-def test_whatever_happened_a_load_equals_the_live_cache(steps: list[tuple[str, int]], states: int) -> None:
+def test_a_load_equals_the_live_cache_after_any_operations(steps: list[tuple[str, int]], states: int) -> None:
     with TemporaryDirectory() as folder:
         chat = Chat(DiskStore(Path(folder), 100_000_000), new_kv(states=states))
         for what, number in steps:
@@ -615,9 +622,9 @@ def reread(kv: ConversationKV, ids: Sequence[int]) -> None:
 
 
 def save_for_ever(root: Path, turn: int) -> None:
-    """Goes on with the chain that is there, until killed."""
+    """Continues the existing chain until killed."""
     chat = Chat(DiskStore(root, 10_000_000), new_kv())
-    chain = chat.shelf.chain(chat.name)
+    chain = chat.store.chain(chat.name)
     if chain.segments:
         load(chain, chat.kv, FINGERPRINT)
         chat.checksum = chain.checksum
@@ -631,7 +638,7 @@ def save_for_ever(root: Path, turn: int) -> None:
 
 
 def test_a_process_killed_while_saving_leaves_a_chain_that_it_had_saved(tmp_path: Path) -> None:
-    """Twelve processes one after the other, each one goes on with what the one before it left."""
+    """Twelve processes one after the other; each continues the chain of the one before."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.cache.test_snapshot"])
     turns = {tuple(history(turn)): turn for turn in range(1, 2000)}

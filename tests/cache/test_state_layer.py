@@ -1,4 +1,4 @@
-"""Layers with a state against transformers' own, and what a conversation's cache does with them."""
+"""Layers with a state compared with transformers' own, and the checkpoints of a cache."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvchat.cache.kv_cache import CHECKPOINTS, ConversationKV, PackedRows
-from kvchat.cache.layer import DenseLayer
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import PackedRows, pack_rows, unpack_rows
+from kvchat.cache.state_checkpoints import CHECKPOINTS
 from kvchat.cache.state_layer import PIECES, HybridLayer, RecurrentLayer, RecurrentState, StateShape
 
 CHANNELS, KERNEL = 5, 3
@@ -88,7 +90,7 @@ def assert_same(kv: ConversationKV, other: ConversationKV) -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_windows_are_those_of_transformers(chunks: list[int]) -> None:
+def test_windows_equal_those_of_transformers(chunks: list[int]) -> None:
     ours, theirs = RecurrentLayer(), LinearAttentionLayer()
     for seed, tokens in enumerate(chunks):
         new = inputs(tokens, seed)
@@ -102,9 +104,7 @@ def test_windows_are_those_of_transformers(chunks: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.data())
-def test_a_convolution_goes_back_to_any_token_since_it_settled(
-    chunks: list[int], data: st.DataObject
-) -> None:
+def test_a_convolution_rewinds_to_any_recorded_token(chunks: list[int], data: st.DataObject) -> None:
     stream = inputs(sum(chunks))
     layer, settled, at = RecurrentLayer(), 0, 0
     settle_after = data.draw(st.integers(0, len(chunks) - 1))
@@ -112,7 +112,7 @@ def test_a_convolution_goes_back_to_any_token_since_it_settled(
         layer.update_conv_state(stream[..., at : at + tokens], conv_kernel_size=KERNEL)
         at += tokens
         if number + 1 == settle_after:
-            layer.settle()
+            layer.restart_recording()
             settled = at
     back = data.draw(st.integers(max(1, settled), at))
     layer.rewind(back - settled)
@@ -129,7 +129,7 @@ def test_a_convolution_goes_back_to_any_token_since_it_settled(
 
 
 @pytest.mark.parametrize("tokens", [-1, 5])
-def test_going_back_to_what_was_not_recorded_is_refused(tokens: int) -> None:
+def test_rewinding_beyond_the_record_is_refused(tokens: int) -> None:
     layer = convolution(4)
     with pytest.raises(ValueError, match=f"{tokens} tokens were not recorded"):
         layer.rewind(tokens)
@@ -150,7 +150,7 @@ def test_a_recurrent_layer_records_nothing() -> None:
     assert layer.recorded_bytes == 0
 
 
-def test_a_copied_state_stays_as_it_was_when_the_layer_goes_on() -> None:
+def test_a_copied_state_is_independent_of_the_layer() -> None:
     layer = recurrent(4)
     copied = layer.state()
     expected = {name: tensor.clone() for name, tensor in copied.tensors.items()}
@@ -163,7 +163,7 @@ def test_a_copied_state_stays_as_it_was_when_the_layer_goes_on() -> None:
 
 
 @pytest.mark.parametrize("made", [convolution, recurrent])
-def test_a_restored_state_is_written_over_without_harm_to_the_copy(made: type) -> None:
+def test_a_restored_layer_does_not_change_the_copied_state(made: type) -> None:
     copied = made(4).state()
     expected = {name: tensor.clone() for name, tensor in copied.tensors.items()}
     layer = RecurrentLayer()
@@ -177,7 +177,7 @@ def test_a_restored_state_is_written_over_without_harm_to_the_copy(made: type) -
 
 
 @pytest.mark.parametrize("made", [convolution, recurrent])
-def test_without_a_state_a_layer_is_as_new(made: type) -> None:
+def test_restoring_none_resets_a_layer(made: type) -> None:
     layer, new = made(4), RecurrentLayer()
     layer.restore(None)
     for name in ("conv_states", "recurrent_states", "has_previous_state", "record_past", "conv_kernel_size"):
@@ -204,24 +204,24 @@ def test_a_restored_convolution_records_from_there() -> None:
     ],
     ids=["one too many", "another name", "another size", "nothing"],
 )
-def test_a_state_of_another_shape_is_refused_and_leaves_the_layer_alone(
+def test_a_state_of_another_shape_is_refused_without_changes(
     tensors: dict[str, torch.Tensor],
 ) -> None:
     layer = RecurrentLayer(StateShape(1, STATE_BYTES))
     layer.update_conv_state(inputs(4), conv_kernel_size=KERNEL)
     before = layer.state()
-    with pytest.raises(ValueError, match="is not one of"):
+    with pytest.raises(ValueError, match="does not fit"):
         layer.restore(RecurrentState(tensors))
     assert equal(layer.state(), before)
 
 
-def test_a_crop_in_transformers_way_is_refused() -> None:
+def test_crop_of_transformers_is_refused() -> None:
     for layer in (convolution(4), recurrent(4), HybridLayer()):
         with pytest.raises(RuntimeError, match="can't be cropped"):
             layer.crop(-1)
 
 
-def test_what_is_recorded_is_counted_and_let_go_of() -> None:
+def test_recorded_inputs_are_counted_and_freed() -> None:
     layer = RecurrentLayer(StateShape(1, STATE_BYTES, CHANNELS * 4))
     assert layer.state_growth(10) == STATE_BYTES + 10 * CHANNELS * 4
     for seed in range(3 * PIECES):
@@ -229,12 +229,12 @@ def test_what_is_recorded_is_counted_and_let_go_of() -> None:
     assert layer.recorded_bytes == 3 * PIECES * CHANNELS * 4
     assert layer.state_growth(10) == 10 * CHANNELS * 4
     assert len(layer.state_storages()) <= PIECES + 2
-    layer.settle()
+    layer.restart_recording()
     assert (layer.state_bytes, layer.recorded_bytes) == (STATE_BYTES, 0)
 
 
 @pytest.mark.parametrize("made", [convolving, summing])
-def test_a_failed_pass_goes_back_to_where_it_can(made: type) -> None:
+def test_a_failed_pass_returns_to_a_reachable_length(made: type) -> None:
     kv, expected = made(), made()
     read(kv, [1, 2, 3, 4])
     kv.checkpoint()
@@ -248,23 +248,23 @@ def test_a_failed_pass_goes_back_to_where_it_can(made: type) -> None:
 
 
 @pytest.mark.parametrize("made", [convolving, summing])
-def test_every_mark_can_be_gone_back_to_and_everything_before_the_first_is_empty(made: type) -> None:
+def test_every_checkpoint_is_reachable_and_before_the_first_only_empty(made: type) -> None:
     kv = made()
     for turn in range(CHECKPOINTS + 3):
         read(kv, [turn, turn + 1])
         kv.checkpoint()
-    kept = range(2 * (CHECKPOINTS + 3), 6, -2)
-    for length in kept:
+    lengths = range(2 * (CHECKPOINTS + 3), 6, -2)
+    for length in lengths:
         branch, expected = kv.fork(length), made()
         read(expected, kv.ids[:length])
         assert kv.reachable(length + 1) == length
         assert_same(branch, expected)
-    assert len(kept) == CHECKPOINTS
+    assert len(lengths) == CHECKPOINTS
     assert kv.reachable(6) == 0
 
 
 @pytest.mark.parametrize("made", [convolving, summing])
-def test_forks_share_marks_and_nothing_else(made: type) -> None:
+def test_forks_share_checkpoints_only(made: type) -> None:
     kv = made()
     read(kv, [1, 2, 3, 4])
     kv.checkpoint()
@@ -282,7 +282,7 @@ def test_forks_share_marks_and_nothing_else(made: type) -> None:
     assert_same(kv, branch)
 
 
-def test_a_convolution_goes_back_inside_a_turn_and_marks_only_before_it() -> None:
+def test_a_convolution_rewinds_in_a_turn_and_to_checkpoints_before_it() -> None:
     kv = convolving()
     read(kv, [1, 2, 3, 4])
     assert [kv.reachable(n) for n in range(6)] == [0, 1, 2, 3, 4, 4]
@@ -295,25 +295,25 @@ def test_a_convolution_goes_back_inside_a_turn_and_marks_only_before_it() -> Non
     assert_same(kv, expected)
 
 
-def test_marking_twice_costs_nothing_and_an_empty_cache_has_no_mark() -> None:
+def test_a_repeated_checkpoint_is_free_and_an_empty_cache_has_none() -> None:
     kv = summing()
     kv.checkpoint()
     assert kv.storage_bytes == 0
     read(kv, [1, 2, 3])
     kv.checkpoint()
-    held = kv.storages()
+    memory = kv.storages()
     kv.checkpoint()
-    assert kv.storages() == held
+    assert kv.storages() == memory
 
 
 @pytest.mark.parametrize("made", [convolving, summing, lambda: ConversationKV([RecurrentLayer()])])
-def test_segments_hold_new_rows_and_new_marks_only(made: type) -> None:
+def test_segments_contain_only_new_rows_and_checkpoints(made: type) -> None:
     kv, restored = made(), made()
     segments: list[PackedRows] = []
     for turn in range(3):
         read(kv, [turn, 5, turn])
-        segments.append(kv.pack())
-        restored.unpack(segments[-1])
+        segments.append(pack_rows(kv))
+        unpack_rows(restored, segments[-1])
     assert [(s.start, s.ids, sorted(s.checkpoints)) for s in segments] == [
         (0, (0, 5, 0), [3]),
         (3, (1, 5, 1), [6]),
@@ -321,14 +321,14 @@ def test_segments_hold_new_rows_and_new_marks_only(made: type) -> None:
     ]
     assert [restored.reachable(n) for n in (2, 3, 5, 6, 8, 9)] == [0, 3, 3, 6, 6, 9]
     kv.truncate(6)
-    restored.unpack(kv.pack())
+    unpack_rows(restored, pack_rows(kv))
     assert_same(restored, kv)
 
 
 def test_rows_without_a_state_for_them_are_refused() -> None:
     kv = summing()
     read(kv, [1, 2, 3])
-    packed = kv.pack()
+    packed = pack_rows(kv)
     torn = PackedRows(0, 0, packed.ids, packed.rows, packed.positions, packed.tensors, {})
     with pytest.raises(ValueError, match="there is no state of 3 tokens"):
-        summing().unpack(torn)
+        unpack_rows(summing(), torn)

@@ -64,6 +64,7 @@ MIGRATIONS = [
     "m006_last_turn",
     "m007_not_sent",
     "m008_evicted_messages",
+    "m009_shared_prefixes",
 ]
 EVENTS = tuple(
     CacheEvent(TALK.id, kind, 10 * n, 1000 * n, n / 8, f"Note {n} — 旅行\n\x1b[31m", 1_700_000_000.25 + n)
@@ -391,6 +392,14 @@ def test_migration_from_before_saved_caches_preserves_data(path: Path) -> None:
         with closing(Store(path)) as migrated:
             check_old_conversation(migrated, OLD_FIGURES)
     assert rows(path, "select name from _sqlite_migrations order by id") == [(name,) for name in MIGRATIONS]
+
+
+def test_shared_prefixes_of_an_older_file_have_their_new_name(path: Path) -> None:
+    with closing(old_file(path, "m009_shared_prefixes")) as old, old.conn:
+        for kind in ("lend", "fork"):
+            old.table("cache_events").insert(asdict(EVENTS[0]) | {"kind": kind})
+    with closing(Store(path)) as migrated:
+        assert [e.kind for e in migrated.events(TALK.id)] == [CacheEventKind.SHARE, CacheEventKind.FORK]
 
 
 def test_a_migrated_file_stores_everything_that_a_new_one_does(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every test of the engine runs on: the tiny Llama always, the real SmolLM2 where it can be had."""
+"""Fixtures of the engine tests: the tiny Llama, and the real SmolLM2 where it is available."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the map says of a cache, and what a turn says it did with every message, against the cache itself."""
+"""The cache map, and the token statuses of a turn, compared with the cache."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,10 +58,10 @@ def whose(blocks: tuple[CacheBlock, ...]) -> list[tuple[int | None, str]]:
 
 
 def statuses(spans: tuple[TokenSpan, ...]) -> dict[int, dict[TokenStatus, int]]:
-    told: dict[int, dict[TokenStatus, int]] = {}
+    result: dict[int, dict[TokenStatus, int]] = {}
     for span in spans:
-        told.setdefault(span.message, {})[span.status] = span.tokens
-    return told
+        result.setdefault(span.message, {})[span.status] = span.tokens
+    return result
 
 
 # --- the map ---------------------------------------------------------------------------------------------
@@ -70,12 +70,12 @@ def statuses(spans: tuple[TokenSpan, ...]) -> dict[int, dict[TokenStatus, int]]:
 def test_the_blocks_are_the_cache_in_order_and_their_bytes_are_all_of_its_bytes(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
-    told = map_of(chat, reports)
-    blocks = told.blocks
+    result = map_of(chat, reports)
+    blocks = result.blocks
     assert [b.start for b in blocks] == [sum(b.tokens for b in blocks[:i]) for i in range(len(blocks))]
     assert sum(b.tokens for b in blocks) == len(chat.kv)
     assert sum(b.bytes for b in blocks) == pytest.approx(chat.kv.used_bytes, abs=len(blocks))
-    assert (told.bytes, told.disk_bytes, told.shared_with) == (chat.kv.storage_bytes, 0, ())
+    assert (result.bytes, result.disk_bytes, result.shared_with) == (chat.kv.storage_bytes, 0, ())
     assert "".join(b.text for b in blocks) == loaded.tokenizer.decode(chat.kv.ids, skip_special_tokens=False)
     assert {(b.in_memory, b.on_disk, b.precision) for b in blocks} == {(True, False, "fp32")}
     assert sum(b.tokens for b in blocks if b.sink) == 4
@@ -84,22 +84,22 @@ def test_the_blocks_are_the_cache_in_order_and_their_bytes_are_all_of_its_bytes(
 def test_every_block_names_the_message_that_it_belongs_to(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
-    told = map_of(chat, reports).blocks
+    result = map_of(chat, reports).blocks
     roles = ["system", "user", "assistant", "user", "assistant"]
-    assert whose(told) == list(enumerate(roles))
+    assert whose(result) == list(enumerate(roles))
     for index, message in enumerate(chat.messages[:-1]):
-        text = "".join(block.text for block in told if block.message == index)
+        text = "".join(block.text for block in result if block.message == index)
         assert message.text in text
 
 
-def test_what_is_no_part_of_the_conversation_any_more_belongs_to_nobody(loaded: LoadedModel) -> None:
+def test_tokens_that_left_the_conversation_have_no_message(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     del chat.messages[3:]
     assert whose(map_of(chat, reports).blocks)[-1] == (None, "")
 
 
-def test_messages_that_were_left_out_are_counted(loaded: LoadedModel) -> None:
+def test_evicted_messages_are_counted(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     chat.evicted_messages = 2
@@ -117,7 +117,7 @@ def test_evicted_tokens_are_a_gap_of_no_bytes(loaded: LoadedModel) -> None:
     engine, reports = reported(tiny_loaded(context=128))
     chat = talk(engine, engine._loaded, policy=EvictionPolicy.SINKS)
     chat.ask(sentences(9))
-    assert chat.kv.has_gap
+    assert chat.kv.index.has_gap
     gone = [b for b in map_of(chat, reports).blocks if not b.in_memory]
     assert sum(b.tokens for b in gone) == len(chat.kv.ids) - len(chat.kv)
     assert {(b.bytes, b.precision, b.on_disk) for b in gone} == {(0, "", False)}
@@ -129,55 +129,53 @@ def test_a_fork_shares_what_both_have_read(loaded: LoadedModel) -> None:
     engine.command(Fork(chat.name, "child"))
     shared = len(chat.kv)
     chat.ask("And the train?")
-    told = map_of(chat, reports)
-    assert told.shared_with == ("child",)
-    assert sum(b.tokens for b in told.blocks if b.shared) == shared < len(chat.kv)
+    result = map_of(chat, reports)
+    assert result.shared_with == ("child",)
+    assert sum(b.tokens for b in result.blocks if b.shared) == shared < len(chat.kv)
 
 
-def test_quantised_blocks_say_so_and_the_newest_tokens_stay_exact(loaded: LoadedModel) -> None:
+def test_blocks_have_their_precision_and_the_newest_tokens_stay_exact(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded)
     chat.ask(sentences(9))
     engine.command(SetPrecision(chat.name, KVPrecision.INT8))
     chat.precision = KVPrecision.INT8
-    told = map_of(chat, reports)
+    result = map_of(chat, reports)
     start = chat.kv.edges[-2]
-    assert {b.precision for b in told.blocks if b.start < start} == {"int8"}
-    assert {b.precision for b in told.blocks if b.start >= start} == {"fp32"}
-    assert sum(b.bytes for b in told.blocks) == pytest.approx(chat.kv.used_bytes, abs=len(told.blocks))
+    assert {b.precision for b in result.blocks if b.start < start} == {"int8"}
+    assert {b.precision for b in result.blocks if b.start >= start} == {"fp32"}
+    assert sum(b.bytes for b in result.blocks) == pytest.approx(chat.kv.used_bytes, abs=len(result.blocks))
     by_precision = [
-        max(b.bytes / b.tokens for b in told.blocks if b.precision == p) for p in ("int8", "fp32")
+        max(b.bytes / b.tokens for b in result.blocks if b.precision == p) for p in ("int8", "fp32")
     ]
     assert by_precision[0] < by_precision[1] / 2
 
 
-def test_what_is_saved_is_marked_and_what_is_on_disk_only_is_shown_from_there(
-    loaded: LoadedModel, tmp_path: Path
-) -> None:
-    engine, reports = reported(loaded, DiskTier(DiskStore(tmp_path / "shelf", 1 << 30)))
+def test_saved_tokens_are_marked_and_shown_from_disk(loaded: LoadedModel, tmp_path: Path) -> None:
+    engine, reports = reported(loaded, DiskTier(DiskStore(tmp_path / "store", 1 << 30)))
     chat = talk(engine, loaded)
-    told = map_of(chat, reports)
-    assert {(b.in_memory, b.on_disk) for b in told.blocks} == {(True, True)}
-    assert told.disk_bytes > 0
+    result = map_of(chat, reports)
+    assert {(b.in_memory, b.on_disk) for b in result.blocks} == {(True, True)}
+    assert result.disk_bytes > 0
     tokens = len(chat.kv)
     engine.command(Spill(chat.name))
-    told = map_of(chat, reports)
-    assert sum(b.tokens for b in told.blocks) == tokens
-    assert {b.on_disk for b in told.blocks} == {True}
-    assert {b.precision for b in told.blocks} == {"fp32"}
+    result = map_of(chat, reports)
+    assert sum(b.tokens for b in result.blocks) == tokens
+    assert {b.on_disk for b in result.blocks} == {True}
+    assert {b.precision for b in result.blocks} == {"fp32"}
     # the system prefix may stay in memory
-    assert not any(b.in_memory for b in told.blocks if b.message)
+    assert not any(b.in_memory for b in result.blocks if b.message)
     engine.close()
 
 
 def test_without_a_cache_there_are_layers_and_a_reason_and_no_blocks(loaded: LoadedModel) -> None:
     engine, reports = reported(loaded)
     chat = talk(engine, loaded, mode=CacheMode.OFF)
-    told = map_of(chat, reports)
-    assert told.blocks == ()
-    assert told.bytes == 0
-    assert "off" in told.note
-    assert told.layers == (LayerGroup("full", loaded.facts.layers, 0, 0),)
+    result = map_of(chat, reports)
+    assert result.blocks == ()
+    assert result.bytes == 0
+    assert "off" in result.note
+    assert result.layers == (LayerGroup("full", loaded.facts.layers, 0, 0),)
 
 
 def test_layers_of_each_kind_are_a_row_with_their_bytes() -> None:
@@ -212,7 +210,7 @@ def told_at_both_ends(
     return statuses(played.started.spans), statuses(played.finished.spans)
 
 
-def test_a_turn_says_of_every_message_what_it_did_with_its_tokens(loaded: LoadedModel) -> None:
+def test_a_turn_reports_a_status_for_the_tokens_of_every_message(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     played = chat.ask("And the train?")
@@ -232,24 +230,24 @@ def test_a_turn_says_of_every_message_what_it_did_with_its_tokens(loaded: Loaded
 def test_without_a_cache_every_message_was_never_cached(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     played = talk(engine, loaded, mode=CacheMode.OFF).ask("And the train?")
-    for told in told_at_both_ends(played):
-        assert all(set(told[message]) == {TokenStatus.UNCACHED} for message in range(6))
+    for result in told_at_both_ends(played):
+        assert all(set(result[message]) == {TokenStatus.UNCACHED} for message in range(6))
 
 
-def test_messages_that_are_left_out_were_evicted(loaded: LoadedModel) -> None:
+def test_evicted_messages_have_the_status_evicted(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     chat.evicted_messages = 2
     started, finished = told_at_both_ends(chat.ask("And the train?"))
-    for told in (started, finished):
-        assert told[1] == told[2] == {TokenStatus.EVICTED: 0}
-        assert TokenStatus.EVICTED not in told[3]
+    for result in (started, finished):
+        assert result[1] == result[2] == {TokenStatus.EVICTED: 0}
+        assert TokenStatus.EVICTED not in result[3]
     assert finished[3][TokenStatus.READ] > finished[3].get(
         TokenStatus.REUSED, 0
     )  # the words before its text are the same
 
 
-def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
+def test_a_gap_made_during_a_turn_is_reported_at_its_end() -> None:
     loaded = tiny_loaded(context=128)
     engine, _ = reported(loaded)
     chat = talk(engine, loaded, policy=EvictionPolicy.SINKS)
@@ -261,7 +259,7 @@ def test_a_gap_that_opens_in_a_turn_is_told_at_its_end() -> None:
     assert sum(span.tokens for span in evicted) >= gone
 
 
-def test_an_answer_that_goes_on_is_one_message(loaded: LoadedModel) -> None:
+def test_a_continued_answer_is_one_message(loaded: LoadedModel) -> None:
     engine, _ = reported(loaded)
     chat = talk(engine, loaded)
     finished = statuses(chat.answer().finished.spans)

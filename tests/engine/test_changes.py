@@ -1,4 +1,4 @@
-"""One rule for every change of a history: what the cache and the prompt share is kept, the rest is read.
+"""Every change of a history: the common prefix of cache and prompt is reused, the rest is read.
 
 Regenerating, editing, undoing, continuing, forking and changing the system prompt are all that rule: each of
 these turns reads exactly what it leaves, and equals a cold run in fp32.
@@ -23,9 +23,9 @@ from kvchat.contract import (
     Sampling,
     Tokens,
 )
+from kvchat.engine.cache_source import LEAST_SHARED
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel
-from kvchat.engine.planner import LEAST_SHARED
 from tests.support.engine_driver import (
     TOLERANCE,
     Chat,
@@ -62,10 +62,10 @@ def assert_same(kv: ConversationKV, before: list[torch.Tensor]) -> None:
         assert torch.equal(now, then)
 
 
-def assert_follows_the_rule(played: Played, held: tuple[int, ...], loaded: LoadedModel) -> None:
+def assert_follows_the_rule(played: Played, cached: tuple[int, ...], loaded: LoadedModel) -> None:
     """The longest common prefix is reused, everything else is read once, and the result is a cold run's."""
     prompt = rendered(loaded, played.request.messages, played.request.today)
-    reused = min(common_prefix(held, prompt), len(prompt) - 1)
+    reused = min(common_prefix(cached, prompt), len(prompt) - 1)
     stats = played.finished.stats
     assert (stats.reused_tokens, stats.prefilled_tokens) == (reused, len(prompt) - reused)
     assert played.evaluated == len(prompt) - reused + stats.generated_tokens - 1
@@ -77,7 +77,7 @@ def asked(chat: Chat) -> Played:
 
 
 def edited(index: int, *, alone: bool) -> Change:
-    """Another text for one message; what comes after it goes, or stays and only that one is changed."""
+    """Another text for one message; later messages are removed or stay."""
 
     def change(chat: Chat) -> Played:
         chat.messages[index] = PromptMessage(chat.messages[index].role, "Nobody knows the way.")
@@ -126,31 +126,35 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_reads_exactly_what_the_rule_leaves(
+def test_a_change_reads_exactly_the_tokens_after_the_common_prefix(
     engine: LocalEngine, loaded: LoadedModel, name: str
 ) -> None:
     chat = talked(engine, loaded)
-    held = chat.kv.ids
-    assert_follows_the_rule(CHANGES[name](chat), held, loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
+    assert_follows_the_rule(CHANGES[name](chat), cached, loaded)
+    cached = chat.kv.ids
     following = chat.ask("Why?")
-    assert following.started.reused_tokens == len(held)
+    assert following.started.reused_tokens == len(cached)
     assert following.started.miss is None
-    assert_follows_the_rule(following, held, loaded)
+    assert_follows_the_rule(following, cached, loaded)
 
 
-def test_a_change_taken_back_reads_what_the_change_had_cost(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_undoing_a_change_reads_as_many_tokens_as_the_change(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
     chat = talked(engine, loaded)
     before = list(chat.messages)
     chat.messages[3] = user("How long is the walk?")
     chat.ask("Are you sure?")
     chat.messages[:] = before
-    held = chat.kv.ids
-    assert_follows_the_rule(chat.ask("Are you sure?"), held, loaded)
+    cached = chat.kv.ids
+    assert_follows_the_rule(chat.ask("Are you sure?"), cached, loaded)
 
 
 @pytest.mark.parametrize("said", [1, 3])
-def test_a_stopped_answer_goes_on_where_it_ended(engine: LocalEngine, loaded: LoadedModel, said: int) -> None:
+def test_a_stopped_answer_continues_where_it_ended(
+    engine: LocalEngine, loaded: LoadedModel, said: int
+) -> None:
     """The token that was chosen last was never read, and is all there is to read."""
     whole = Chat(LocalEngine(loaded), loaded, system=SYSTEM, sampling=Sampling(max_tokens=8)).ask(
         QUESTIONS[0]
@@ -158,17 +162,17 @@ def test_a_stopped_answer_goes_on_where_it_ended(engine: LocalEngine, loaded: Lo
     chat = Chat(engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=8))
     stopped = chat.ask(QUESTIONS[0], stopping_at(engine, Tokens, said - 1))
     assert stopped.tokens == whole.tokens[:said]
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.sampling = Sampling(max_tokens=8 - said)
     rest = chat.answer()
     assert (rest.started.prefilled_tokens, rest.started.miss) == (1, None)
-    assert_follows_the_rule(rest, held, loaded)
+    assert_follows_the_rule(rest, cached, loaded)
     assert [*stopped.tokens, *rest.tokens] == whole.tokens
     assert [m.role for m in chat.messages] == ["system", "user", "assistant"]
     assert chat.messages[-1].token_ids == tuple(whole.tokens)
     assert chat.messages[-1].text == whole.finished.text
-    held = chat.kv.ids
-    assert_follows_the_rule(chat.ask(QUESTIONS[1]), held, loaded)
+    cached = chat.kv.ids
+    assert_follows_the_rule(chat.ask(QUESTIONS[1]), cached, loaded)
 
 
 def assert_a_long_chat_reads_nothing_twice(loaded: LoadedModel) -> None:
@@ -180,12 +184,12 @@ def assert_a_long_chat_reads_nothing_twice(loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=3))
     read, chosen_from = 0, dict[int, torch.Tensor]()
     for turn in range(20):
-        held = chat.kv.ids if turn else ()
+        cached = chat.kv.ids if turn else ()
         played = chat.ask(f"And pass {turn}?")
         prompt = rendered(loaded, played.request.messages)
-        assert tuple(prompt[: len(held)]) == held
-        assert played.started.reused_tokens == len(held)
-        assert played.started.prefilled_tokens == len(prompt) - len(held)
+        assert tuple(prompt[: len(cached)]) == cached
+        assert played.started.reused_tokens == len(cached)
+        assert played.started.prefilled_tokens == len(prompt) - len(cached)
         assert (played.started.miss, played.finished.stats.reuse_note) == (None, "")
         read += played.evaluated
         assert_committed(chat.kv, [*prompt, *played.tokens[:-1]])
@@ -214,23 +218,23 @@ def forked(chat: Chat, messages: int) -> Chat:
 
 
 @pytest.mark.parametrize("messages", range(1, 8))
-def test_a_fork_at_any_message_is_the_rule_too_and_the_parent_keeps_every_bit(
+def test_a_fork_at_any_message_reuses_the_prefix_and_keeps_the_parent(
     engine: LocalEngine, loaded: LoadedModel, messages: int
 ) -> None:
     parent = talked(engine, loaded)
-    held, before = parent.kv.ids, contents(parent.kv)
+    cached, before = parent.kv.ids, contents(parent.kv)
     child = forked(parent, messages)
     played = child.ask("And by boat?") if child.messages[-1].role != "user" else child.answer()
-    assert_follows_the_rule(played, held, loaded)
-    assert parent.kv.ids == held
+    assert_follows_the_rule(played, cached, loaded)
+    assert parent.kv.ids == cached
     assert_same(parent.kv, before)
     child_held, child_before = child.kv.ids, contents(child.kv)
-    assert_follows_the_rule(parent.ask("Are you sure?"), held, loaded)
+    assert_follows_the_rule(parent.ask("Are you sure?"), cached, loaded)
     assert_same(child.kv, child_before)
     assert_follows_the_rule(child.ask("Why?"), child_held, loaded)
 
 
-def test_a_fork_shares_memory_until_one_of_them_writes_over_the_other(loaded: LoadedModel) -> None:
+def test_a_fork_shares_memory_copy_on_write(loaded: LoadedModel) -> None:
     reports: list[Report] = []
     engine = LocalEngine(loaded, report=reports.append)
     parent = talked(engine, loaded)
@@ -251,13 +255,13 @@ def test_a_fork_shares_memory_until_one_of_them_writes_over_the_other(loaded: Lo
 def test_a_fork_outlives_its_parent(engine: LocalEngine, loaded: LoadedModel) -> None:
     parent = talked(engine, loaded)
     child = forked(parent, len(parent.messages))
-    held = child.kv.ids
+    cached = child.kv.ids
     engine.forget(parent.name)
     assert [c.conversation for c in engine.pool().caches] == ["child"]
-    assert_follows_the_rule(child.ask("Are you sure?"), held, loaded)
+    assert_follows_the_rule(child.ask("Are you sure?"), cached, loaded)
 
 
-def test_a_fork_of_what_has_no_cache_is_read_once(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_fork_without_a_cache_is_read_once(engine: LocalEngine, loaded: LoadedModel) -> None:
     parent = talked(LocalEngine(loaded), loaded)
     parent.engine = engine
     child = forked(parent, len(parent.messages))
@@ -271,39 +275,39 @@ def test_forks_that_grow_past_the_shared_memory_stay_apart(tiny: LoadedModel) ->
     child = forked(parent, len(parent.messages))
     for number in (1, 2):
         for chat in (parent, child):
-            held = chat.kv.ids
+            cached = chat.kv.ids
             played = chat.ask(f"{chat.name} {number}: {sentences(GROWTH_STEP // 12)}")
-            assert_follows_the_rule(played, held, tiny)
+            assert_follows_the_rule(played, cached, tiny)
     assert len(parent.kv) > 2 * GROWTH_STEP
 
 
-def test_another_conversations_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
-    lender = talked(engine, loaded)
-    held, before = lender.kv.ids, contents(lender.kv)
+def test_another_conversations_prefix_is_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
+    source = talked(engine, loaded)
+    cached, before = source.kv.ids, contents(source.kv)
     engine.pool()
-    borrower = Chat(engine, loaded, "borrower", system=SYSTEM)
-    played = borrower.ask("What is the code?")
+    sharer = Chat(engine, loaded, "sharer", system=SYSTEM)
+    played = sharer.ask("What is the code?")
     assert played.started.reused_tokens > LEAST_SHARED
-    assert_follows_the_rule(played, held, loaded)
+    assert_follows_the_rule(played, cached, loaded)
     (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.SHARE]
-    assert (event.conversation, event.tokens) == ("borrower", played.started.reused_tokens)
-    assert lender.name in event.note
-    assert_same(lender.kv, before)
-    assert_follows_the_rule(lender.ask("Why?"), held, loaded)
-    held = borrower.kv.ids
-    assert_follows_the_rule(borrower.ask("Why?"), held, loaded)
+    assert (event.conversation, event.tokens) == ("sharer", played.started.reused_tokens)
+    assert source.name in event.note
+    assert_same(source.kv, before)
+    assert_follows_the_rule(source.ask("Why?"), cached, loaded)
+    cached = sharer.kv.ids
+    assert_follows_the_rule(sharer.ask("Why?"), cached, loaded)
 
 
-def test_the_longest_prefix_is_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_the_longest_prefix_is_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
     talked(engine, loaded, name="one")
     other = Chat(engine, loaded, "other", system=SYSTEM)
     other.ask("What is the code? Tell me.")
-    held = other.kv.ids
-    borrower = Chat(engine, loaded, "borrower", system=SYSTEM)
-    assert_follows_the_rule(borrower.ask("What is the code? Tell nobody."), held, loaded)
+    cached = other.kv.ids
+    sharer = Chat(engine, loaded, "sharer", system=SYSTEM)
+    assert_follows_the_rule(sharer.ask("What is the code? Tell nobody."), cached, loaded)
 
 
-def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_short_prefix_is_not_shared(engine: LocalEngine, loaded: LoadedModel) -> None:
     talked(engine, loaded, system="Yes.")
     played = Chat(engine, loaded, "other", system="No.").ask("What is the code?")
     assert_follows_the_rule(played, (), loaded)
@@ -311,7 +315,7 @@ def test_what_saves_too_little_is_not_lent(engine: LocalEngine, loaded: LoadedMo
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_nothing_is_lent_to_a_conversation_without_a_cache(tiny: LoadedModel, mode: CacheMode) -> None:
+def test_no_prefix_is_shared_with_a_conversation_without_a_cache(tiny: LoadedModel, mode: CacheMode) -> None:
     engine = LocalEngine(tiny)
     talked(engine, tiny)
     played = Chat(engine, tiny, "other", system=SYSTEM, mode=mode).ask("What is the code?")
@@ -319,7 +323,7 @@ def test_nothing_is_lent_to_a_conversation_without_a_cache(tiny: LoadedModel, mo
     assert_equals_cold(played, tiny)
 
 
-def test_nothing_is_lent_in_another_precision(tiny: LoadedModel) -> None:
+def test_no_prefix_is_shared_in_another_precision(tiny: LoadedModel) -> None:
     engine = LocalEngine(tiny)
     talked(engine, tiny)
     other = Chat(engine, tiny, "other", system=SYSTEM)
@@ -327,7 +331,7 @@ def test_nothing_is_lent_in_another_precision(tiny: LoadedModel) -> None:
     assert other.ask("What is the code?").started.reused_tokens == 0
 
 
-def test_a_longer_prefix_of_another_conversation_is_better_than_ones_own(
+def test_a_longer_prefix_of_another_conversation_is_preferred(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     """An edit that makes a conversation equal to another one."""
@@ -335,8 +339,8 @@ def test_a_longer_prefix_of_another_conversation_is_better_than_ones_own(
     chat = Chat(engine, loaded, "chat 2", system="Another one.")
     chat.ask(QUESTIONS[1])
     chat.messages = list(other.messages)
-    held = other.kv.ids
-    assert_follows_the_rule(chat.ask("Are you sure?"), held, loaded)
+    cached = other.kv.ids
+    assert_follows_the_rule(chat.ask("Are you sure?"), cached, loaded)
 
 
 @pytest.mark.model
@@ -351,16 +355,16 @@ def test_the_rule_holds_for_a_real_model(smollm2: LoadedModel) -> None:
         undone(1),
         with_system("Answer in verse."),
     ):
-        held = parent.kv.ids
-        assert_follows_the_rule(change(parent), held, smollm2)
-    held, before = parent.kv.ids, contents(parent.kv)
+        cached = parent.kv.ids
+        assert_follows_the_rule(change(parent), cached, smollm2)
+    cached, before = parent.kv.ids, contents(parent.kv)
     child = forked(parent, len(parent.messages) - 1)
-    assert_follows_the_rule(child.answer(), held, smollm2)
+    assert_follows_the_rule(child.answer(), cached, smollm2)
     assert_same(parent.kv, before)
-    assert_follows_the_rule(parent.ask("And by boat?"), held, smollm2)
-    borrower = Chat(engine, smollm2, "borrower")
-    borrower.messages = parent.messages[:3]
-    held = parent.kv.ids
-    played = borrower.ask("And on foot?")
+    assert_follows_the_rule(parent.ask("And by boat?"), cached, smollm2)
+    sharer = Chat(engine, smollm2, "sharer")
+    sharer.messages = parent.messages[:3]
+    cached = parent.kv.ids
+    played = sharer.ask("And on foot?")
     assert played.started.reused_tokens > LEAST_SHARED
-    assert_follows_the_rule(played, held, smollm2)
+    assert_follows_the_rule(played, cached, smollm2)

@@ -1,4 +1,4 @@
-"""The compiled step is the model: near what transformers computes, and the same bits however tokens are read.
+"""The compiled step: close to transformers, and bit-identical however tokens are batched.
 
 Two packages are built once, by the process that users start: a Llama in fp32, which plain transformers says
 what is right of, and a model with sliding windows and a softcap in int8.
@@ -24,8 +24,10 @@ import torch
 from transformers import Gemma2Config
 
 from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_compiled_checks
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, Memory
+from kvchat.cache.layer import Memory
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.config.paths import find_paths
 from kvchat.contract import (
     CacheCommand,
@@ -50,6 +52,7 @@ from kvchat.contract import (
     Warm,
 )
 from kvchat.engine.compiled import build as building
+from kvchat.engine.compiled import export
 from kvchat.engine.compiled.package import (
     LIBRARIES,
     compiler,
@@ -251,7 +254,7 @@ def test_verify_finds_compiled_code_equal_bit_for_bit_and_a_wrong_cache(
     assert [check.name for check in checks if not check.equal] == ["forked"]
 
 
-def test_verify_leaves_out_compiled_code_that_adds_up_otherwise_for_other_numbers_of_tokens(
+def test_verify_skips_compiled_code_that_depends_on_the_batch_size(
     llama: Built,
 ) -> None:
     assert not can_check_compiled(llama.loaded)
@@ -261,7 +264,7 @@ def test_verify_leaves_out_compiled_code_that_adds_up_otherwise_for_other_number
 
 @each_precision
 @pytest.mark.parametrize("cuts", CUTS)
-def test_a_token_counts_the_same_in_any_company(built: Built, kv: str, cuts: str) -> None:
+def test_results_are_bit_identical_for_every_batch_size(built: Built, kv: str, cuts: str) -> None:
     """Cold and chunked and stepped; past 256 tokens, where the layers have grown."""
     whole, cut = built.loaded.new_kv(kv), built.loaded.new_kv(kv)
     expected = built.read(whole, [len(IDS)])
@@ -270,19 +273,19 @@ def test_a_token_counts_the_same_in_any_company(built: Built, kv: str, cuts: str
 
 
 @each_precision
-def test_restored_and_forked_caches_go_on_as_the_live_one(built: Built, kv: str) -> None:
+def test_restored_and_forked_caches_continue_bit_identically(built: Built, kv: str) -> None:
     live = built.loaded.new_kv(kv)
     built.read(live, [150])
     forked = live.fork(150)
     restored = built.loaded.new_kv(kv)
-    restored.unpack(live.pack())
+    unpack_rows(restored, pack_rows(live))
     expected = built.read(live, [100], start=150)
     for other in (forked, restored):
         built.assert_same(built.read(other, [1, 30, 69], start=150), expected)
         built.assert_same_contents(other, live)
 
 
-def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been_read(built: Built) -> None:
+def test_a_cropped_cache_continues_bit_identically(built: Built) -> None:
     kv = built.loaded.new_kv()
     first = built.read(kv, [200])
     kv.truncate(120)
@@ -299,13 +302,13 @@ def test_a_fork_never_writes_into_the_memory_that_it_shares(built: Built) -> Non
 
 
 @each_precision
-def test_one_and_two_threads_read_alike(built: Built, kv: str) -> None:
+def test_results_are_bit_identical_for_one_and_two_threads(built: Built, kv: str) -> None:
     two = built.read(built.loaded.new_kv(kv), [len(IDS)])
     torch.set_num_threads(1)
     built.assert_same(built.read(built.loaded.new_kv(kv), [len(IDS)]), two)
 
 
-def test_tokens_after_a_gap_stand_where_they_are_told_to(llama: Built) -> None:
+def test_tokens_after_a_gap_have_the_given_positions(llama: Built) -> None:
     compiled, eager = llama.loaded.new_kv(), llama.exact.new_kv()
     llama.read(compiled, [40])
     CachedReader(llama.exact.model, eager).read(IDS[:40])
@@ -323,7 +326,7 @@ def test_without_a_cache_everything_is_read_again_and_is_the_same(built: Built) 
     built.assert_same(reader.read(IDS[:39]), expected[38:39])
     built.assert_same(reader.read(IDS[39:40]), expected[39:])
     assert reader.evaluated == 39 + 40
-    with pytest.raises(ValueError, match="no drafts to check"):
+    with pytest.raises(ValueError, match="no drafts to verify"):
         reader.read([1, 2], keep=2)
 
 
@@ -334,9 +337,7 @@ def test_only_the_logits_that_are_wanted_are_computed(built: Built) -> None:
         built.assert_same(found, expected[-keep:])
 
 
-def test_a_step_that_fails_leaves_every_layer_as_it_was(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_step_changes_no_layer(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     kv, other = built.loaded.new_kv(), built.loaded.new_kv()
     built.read(kv, [255])
     expected = built.read(other, [260])[255:]
@@ -367,7 +368,7 @@ def chatted(
     kv: str = "auto",
     mode: CacheMode = CacheMode.ON,
 ) -> tuple[list[tuple[int, ...]], Chat]:
-    """The answers of three turns, and the chat; with a folder, each turn is of an engine of its own."""
+    """The answers of three turns, and the chat; with a folder, each turn runs in a new engine."""
 
     def engine() -> LocalEngine:
         return LocalEngine(loaded, disk=tier(folder) if folder else None, new_drafter=new_drafter)
@@ -381,13 +382,15 @@ def chatted(
             chat.engine = engine()
         chat.messages.append(user(text))
         finished = list(chat.engine.turn(chat.request()))[-1]
-        chat._keep(finished)  # type: ignore[arg-type]
+        chat._add(finished)  # type: ignore[arg-type]
         answers.append(chat.messages[-1].token_ids)
     return answers, chat
 
 
 @each_precision
-def test_kept_restored_and_uncached_chats_say_the_same(built: Built, tmp_path: Path, kv: str) -> None:
+def test_cached_restored_and_uncached_chats_give_the_same_answers(
+    built: Built, tmp_path: Path, kv: str
+) -> None:
     kept, live = chatted(built.loaded, kv=kv)
     restored, other = chatted(built.loaded, folder=tmp_path, kv=kv)
     assert restored == kept
@@ -414,7 +417,7 @@ def test_no_cache_command_opens_the_model(
     loaded = built.load()
     chat = Chat(LocalEngine(loaded, disk=tier(tmp_path), report=reports.append), loaded, sampling=GREEDY)
     chat.messages.append(user(sentences(6)))
-    chat._keep(list(chat.engine.turn(chat.request()))[-1])  # type: ignore[arg-type]
+    chat._add(list(chat.engine.turn(chat.request()))[-1])  # type: ignore[arg-type]
     request, name = chat.request(), chat.name
     commands: list[CacheCommand] = [
         Inspect(request),
@@ -442,7 +445,7 @@ def test_no_cache_command_opens_the_model(
 
 
 class Anything:
-    """Guesses right, wrong, and right at first, in turn."""
+    """Drafts that are right, wrong and partly right, in turn."""
 
     def __init__(self, answers: list[tuple[int, ...]]) -> None:
         self.answers, self.asked = answers, 0
@@ -457,7 +460,7 @@ class Anything:
                     return guesses[self.asked % 3][:most]
         return []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         pass
 
 
@@ -467,7 +470,7 @@ class Anything:
     [Sampling(temperature=0, max_tokens=70), Sampling(temperature=0.9, top_p=0.9, seed=3, max_tokens=70)],
     ids=["greedy", "drawn"],
 )
-def test_guesses_change_no_answer_and_no_bit(built: Built, sampling: Sampling, kv: str) -> None:
+def test_drafts_change_no_answer_and_no_bit(built: Built, sampling: Sampling, kv: str) -> None:
     plain, expected = chatted(built.loaded, sampling=sampling, kv=kv)
     for drafter in (lambda: Anything(plain), PromptLookup):
         answers, chat = chatted(built.loaded, new_drafter=drafter, sampling=sampling, kv=kv)
@@ -483,7 +486,7 @@ def test_caches_of_the_model_and_of_its_step_are_not_mixed(llama: Built) -> None
     assert ours.difference(theirs.as_dict()) == "weights precision changed: fp32 → fp32, compiled fp32"
 
 
-def test_a_package_knows_what_the_model_knows(built: Built) -> None:
+def test_a_package_describes_its_model(built: Built) -> None:
     loaded, exact = built.loaded, built.exact
     for name in ("template", "end_ids", "shape", "revision", "vocabulary"):
         assert getattr(loaded, name) == getattr(exact, name), name
@@ -527,22 +530,22 @@ def test_other_lengths_and_numbers_of_layers_are_refused(built: Built) -> None:
 def memories_of(built: Built) -> list[Memory]:
     layers = addressed(built.loaded.new_kv())
     for layer in layers:
-        layer.room_for(1)
+        layer.reserve(1)
     return [layer.memory() for layer in layers]
 
 
-def test_room_is_never_counted_beyond_what_there_is(built: Built) -> None:
+def test_advancing_beyond_the_reserved_rows_is_refused(built: Built) -> None:
     layer = built.loaded.new_kv().stored[0]
     assert isinstance(layer, DenseLayer)
-    layer.room_for(1)
+    layer.reserve(1)
     with pytest.raises(ValueError, match="257 tokens after 0 don't fit a capacity of 256"):
-        layer.fill(257)
+        layer.advance(257)
 
 
 # ---- the package -------------------------------------------------------------------------------------------
 
 
-def test_building_tells_its_progress_and_leaves_nothing_but_the_package(built: Built) -> None:
+def test_building_reports_progress_and_leaves_only_the_package(built: Built) -> None:
     done = [progress.done for progress in built.progress if progress.stage == "compile"]
     assert (done[0], done[-1]) == (0, building.DONE)
     assert done == sorted(done)
@@ -553,7 +556,7 @@ def test_building_tells_its_progress_and_leaves_nothing_but_the_package(built: B
     assert built.step.description.weights == built.weights
 
 
-def test_a_package_that_is_there_is_not_made_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_package_is_not_built_again(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_make", None)
     assert building.prepare_step(built.root, built.folder, built.weights, lambda _: None) == built.package
 
@@ -605,9 +608,9 @@ def test_a_package_belongs_to_its_model_precision_and_machine(
 
 
 def test_kernels_of_another_layout_are_refused(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("abi.ABI", 2), ("abi.TILE", 16), ("abi.GROUP", 64), ("compiled.BLOCK", 32)):
+    for name, value in (("abi.ABI", 2), ("abi.TILE", 16), ("abi.GROUP", 64), ("runner.BLOCK", 32)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvchat.engine.{name}", value)
+            patch.setattr(f"kvchat.engine.compiled.{name}", value)
             with pytest.raises(KvchatError, match="lay out memory in another way"):
                 CompiledStep(llama.package)
     swapped = (Memory._fields[1], Memory._fields[0], *Memory._fields[2:])
@@ -687,7 +690,7 @@ def test_the_engine_in_a_child_process_loads_the_step_of_its_data_folder(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="access lists in place of modes")
-def test_what_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> None:
+def test_a_package_that_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> None:
     root, package = llama.copy_packages(tmp_path / "data")
     assert llama.load(root).step
     places = [*package.iterdir(), package, package.parent, root, root.parent]
@@ -702,7 +705,7 @@ def test_what_others_can_write_is_not_loaded(llama: Built, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no user ids")
-def test_what_belongs_to_another_user_is_not_loaded(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_another_user_is_not_loaded(llama: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: llama.package.stat().st_uid + 1)
     loaded = llama.load()
     assert loaded.step is None
@@ -737,7 +740,7 @@ def test_without_its_digests_a_package_is_not_loaded(llama: Built, tmp_path: Pat
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("damage", [b"", b"{}", None], ids=["empty", "other", "gone"])
-def test_a_damaged_package_is_told_and_the_model_reads_itself(
+def test_a_damaged_package_is_reported_and_transformers_computes(
     llama: Built, tmp_path: Path, name: str, damage: bytes | None
 ) -> None:
     root, package = llama.copy_packages(tmp_path / "data")
@@ -762,7 +765,7 @@ def test_a_damaged_description_is_refused_by_a_sentence(llama: Built, tmp_path: 
             Description.load(tmp_path)
 
 
-def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_equal_those_of_the_installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LIBRARIES:
         assert installed_version(name) == version(name)
     (tmp_path / "torch-0.0.1.dist-info").mkdir()
@@ -772,7 +775,7 @@ def test_versions_are_those_that_the_installer_wrote(tmp_path: Path, monkeypatch
         installed_version("no-such-package")
 
 
-def test_without_a_compiler_a_sentence_says_what_is_lost(
+def test_without_a_compiler_a_sentence_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -782,9 +785,7 @@ def test_without_a_compiler_a_sentence_says_what_is_lost(
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "broken off"])
-def test_a_build_that_does_not_come_to_its_end_leaves_nothing(
-    tiny_folder: Path, tmp_path: Path, killed: bool
-) -> None:
+def test_an_interrupted_build_leaves_nothing(tiny_folder: Path, tmp_path: Path, killed: bool) -> None:
     other, root = tmp_path / "other", tmp_path / "data" / "compiled"
     shutil.copytree(tiny_folder, other)
 
@@ -817,14 +818,14 @@ def test_models_with_states_are_refused(llama: Built) -> None:
     assert building.refusal(llama.loaded.shape) == ""
 
 
-def test_attention_with_more_than_the_kernel_knows_is_refused() -> None:
-    """It would be left out, and nobody would see it."""
+def test_attention_with_unsupported_arguments_is_refused() -> None:
+    """Ignoring them would give wrong results without an error."""
     rows = torch.zeros(1, 2, 3, 16)
     with pytest.raises(KvchatError, match="its attention has position_bias"):
-        building.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)
+        export.step_attention(torch.nn.Module(), rows, rows, rows, rows, position_bias=rows)
 
 
-def test_what_keeps_more_than_the_kernels_read_goes_through_the_model(llama: Built) -> None:
+def test_caches_that_the_kernels_can_not_read_use_transformers(llama: Built) -> None:
     """Quantised rows whose dims are no whole vectors."""
     heads = tuple(replace_dim(head, 12) for head in llama.loaded.shape.heads)
     odd = replace(llama.loaded, shape=replace(llama.loaded.shape, heads=heads))
@@ -851,7 +852,7 @@ def real(smollm2: LoadedModel) -> LoadedModel:
 
 @pytest.mark.model
 @pytest.mark.parametrize("text", [building.TEXT.read_text()[:2000], TRAINING_TEXT], ids=["prose", "other"])
-def test_a_real_models_step_says_what_the_model_says(
+def test_the_step_of_a_real_model_predicts_what_the_model_predicts(
     smollm2: LoadedModel, real: LoadedModel, text: str
 ) -> None:
     ids = smollm2.tokenizer.encode(text).ids
@@ -865,7 +866,7 @@ def test_a_real_models_step_says_what_the_model_says(
 
 @pytest.mark.model
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-def test_a_real_chat_is_the_same_kept_restored_forked_and_cold(
+def test_a_real_chat_is_the_same_cached_restored_forked_and_cold(
     real: LoadedModel, tmp_path: Path, kv: str
 ) -> None:
     built = Built(Path(), Path(), "gguf", [], real, real)

@@ -1,4 +1,4 @@
-"""Text streams out of tokens: whole characters only, and nothing gets lost."""
+"""Tokens are decoded as a stream: whole characters only, and no text is lost."""
 
 from functools import cache
 

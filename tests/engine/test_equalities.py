@@ -1,4 +1,4 @@
-"""Whatever the cache is asked to reuse, the answer is the one of a cold run: in fp32, logit by logit."""
+"""Answers with a cache equal those without one, in fp32, logit by logit."""
 
 import random
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.cache.quant_codec import BLOCK
 from kvchat.contract import (
     Fork,
@@ -58,10 +59,10 @@ def spelled(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 def test_the_second_turn_equals_a_cold_pass_for_64_tokens(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
-    held = len(chat.kv)
+    cached = len(chat.kv)
     chat.sampling = Sampling(max_tokens=64)
     second = chat.ask("Tell me a long story about the sea, the rivers and the old towns of the north.")
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert len(second.tokens) == 64
     assert_equals_cold(second, loaded)
 
@@ -99,7 +100,7 @@ def test_an_exact_repeat_reads_exactly_one_token(engine: LocalEngine, loaded: Lo
     assert_equals_cold(again, loaded)
 
 
-def test_a_repeat_with_history_is_no_loss_worth_a_note(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_a_repeated_prompt_is_no_miss(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
     second = chat.ask(SECOND)
@@ -122,36 +123,36 @@ def test_a_prompt_that_is_the_start_of_the_cache_crops_it(engine: LocalEngine, l
     assert_equals_cold(shorter, loaded)
 
 
-def test_a_shorter_prompt_that_differs_crops_to_what_is_shared(
+def test_a_shorter_different_prompt_crops_to_the_common_prefix(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded)
     chat.ask(sentences(4))
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[:] = [user(sentences(1))]
     shorter = chat.answer()
     prompt = rendered(loaded, shorter.request.messages)
-    assert len(prompt) < len(held)
-    assert shorter.started.reused_tokens == shared_prefix(held, prompt) < len(prompt) - 1
+    assert len(prompt) < len(cached)
+    assert shorter.started.reused_tokens == shared_prefix(cached, prompt) < len(prompt) - 1
     assert_committed(chat.kv, [*prompt, *shorter.tokens[:-1]])
     assert_equals_cold(shorter, loaded)
 
 
 @pytest.mark.parametrize("message", [0, 1, 2, 3, 4], ids=lambda k: f"message {k + 1}")
-def test_an_edit_reads_again_from_the_edited_message_on_and_says_so(
+def test_an_edit_reads_from_the_edited_message_on_and_is_a_named_miss(
     engine: LocalEngine, loaded: LoadedModel, message: int
 ) -> None:
     chat = Chat(engine, loaded, sampling=Sampling(max_tokens=3))
     chat.ask(FIRST)
     chat.ask(SECOND)
     chat.ask(THIRD)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[message] = PromptMessage(chat.messages[message].role, "The sea is open.")
     del chat.messages[5:]
     edited = chat.answer()
     prompt = rendered(loaded, edited.request.messages)
-    assert edited.started.reused_tokens == shared_prefix(held, prompt)
-    # of the last question nothing was asked again: what it costs is what it says
+    assert edited.started.reused_tokens == shared_prefix(cached, prompt)
+    # the last question was not read before, so it counts as new, not as a miss
     assert edited.started.reuse_note == (f"message {message + 1} edited" if message < 4 else "")
     assert_committed(chat.kv, [*prompt, *edited.tokens[:-1]])
     assert_equals_cold(edited, loaded)
@@ -162,18 +163,16 @@ def test_an_edit_of_the_last_answer_is_named_by_the_next_turn(
 ) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[1] = PromptMessage("assistant", "None of them.")
     second = chat.ask(SECOND)
     prompt = rendered(loaded, second.request.messages)
-    assert second.started.reused_tokens == shared_prefix(held, prompt) < len(held)
+    assert second.started.reused_tokens == shared_prefix(cached, prompt) < len(cached)
     assert second.started.reuse_note == "message 2 edited"
     assert_equals_cold(second, loaded)
 
 
-def test_an_edit_of_the_only_question_is_no_loss_worth_a_note(
-    engine: LocalEngine, loaded: LoadedModel
-) -> None:
+def test_an_edit_of_the_only_question_is_no_miss(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = Chat(engine, loaded)
     chat.ask(FIRST)
     chat.messages[:] = [user(SECOND)]
@@ -182,17 +181,17 @@ def test_an_edit_of_the_only_question_is_no_loss_worth_a_note(
     assert_equals_cold(edited, loaded)
 
 
-def test_a_changed_system_prompt_reads_everything_again_and_says_so(
+def test_a_changed_system_prompt_reads_everything_and_is_a_named_miss(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded, system="Answer in one word.")
     chat.ask(FIRST)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[0] = PromptMessage("system", "The answer is a poem.")
     changed = chat.ask(SECOND)
     prompt = rendered(loaded, changed.request.messages)
     header = loaded.tokenizer.encode("<|im_start|>system\n").ids
-    assert changed.started.reused_tokens == shared_prefix(held, prompt) == len(header)
+    assert changed.started.reused_tokens == shared_prefix(cached, prompt) == len(header)
     assert changed.started.reuse_note == "system prompt edited"
     assert_equals_cold(changed, loaded)
 
@@ -214,10 +213,10 @@ def test_a_reply_that_would_encode_to_other_ids_is_reused_whole(
     assert first.finished.stats.finish_reason == "stop"
     assert first.finished.stats.generated_tokens == len(reply) + 1
     assert_committed(chat.kv, [*rendered(loaded, first.request.messages), *reply])
-    held = len(chat.kv)
+    cached = len(chat.kv)
     chat.sampling = GREEDY
     second = chat.ask(SECOND)
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert second.started.reuse_note == ""
     assert_equals_cold(second, loaded)
 
@@ -230,9 +229,9 @@ def test_a_reply_cut_inside_a_character_is_reused_whole(engine: LocalEngine, loa
     with saying(loaded.model, emoji):
         first = chat.ask(FIRST)
     assert (first.finished.text, list(first.finished.token_ids)) == ("", emoji[:-1])
-    held = len(chat.kv)
+    cached = len(chat.kv)
     second = chat.ask(SECOND)
-    assert second.started.reused_tokens == held
+    assert second.started.reused_tokens == cached
     assert_equals_cold(second, loaded)
 
 
@@ -342,7 +341,7 @@ def test_a_quantised_cache_that_shares_a_prefix_answers_as_one_that_shares_none(
     def copy(event: TurnEvent) -> None:
         if isinstance(event, TurnStarted):
             alone.append(tiny.new_kv(kv.value))
-            alone[0].unpack(second.kv.fork(len(second.kv)).pack())
+            unpack_rows(alone[0], pack_rows(second.kv.fork(len(second.kv))))
 
     played = second.ask(sentences(9), copy)
     assert 0 < played.started.reused_tokens < BLOCK < played.started.prompt_tokens

@@ -1,4 +1,4 @@
-"""After a turn that brought no answer, the next prompt is that of a conversation in which it never was."""
+"""After a turn without an answer, the next prompt is as if that turn had not happened."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -21,7 +21,7 @@ DEFAULTS = ConversationDefaults(system_prompt="Be brief.", sampling=Sampling(max
 
 
 class Recording(LocalEngine):
-    """An engine that remembers what it was asked."""
+    """An engine that records its requests."""
 
     requests: list[TurnRequest]
 
@@ -91,7 +91,7 @@ Failure = Callable[[LocalEngine], AbstractContextManager[str]]
 
 
 def last_prompt(loaded: LoadedModel, engine: Recording) -> list[int]:
-    """The ids of the turn that was asked last; without the date, which is that of the conversation."""
+    """The prompt ids of the latest turn, without the conversation's date."""
     return rendered(loaded, engine.requests[-1].messages)
 
 
@@ -118,7 +118,7 @@ def test_the_next_prompt_and_its_answer_are_as_if_the_failed_message_had_not_bee
         assert (False, True) not in marks
 
 
-def test_a_failed_turn_leaves_no_values_in_the_cache_that_are_no_numbers(loaded: LoadedModel) -> None:
+def test_a_failed_turn_leaves_no_nan_in_the_cache(loaded: LoadedModel) -> None:
     engine = recording(loaded)
     with closing(Store(None)) as store:
         session = Session(store, DEFAULTS)
@@ -144,7 +144,7 @@ def test_rows_that_a_failed_turn_evicted_are_read_again(
 
         def break_down(reader: CachedReader, ids: list[int], keep: int = 1) -> torch.Tensor:
             kept = engine.caches.get(session.current.id)
-            if kept and kept.kv.has_gap:
+            if kept and kept.kv.index.has_gap:
                 raise RuntimeError("it broke")
             return reads(reader, ids, keep)
 

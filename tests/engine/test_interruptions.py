@@ -1,4 +1,4 @@
-"""A stop, an exception or a lost listener at any point leaves a cache that the next turn can trust."""
+"""A stop, an exception or a closed iterator at any point leaves a consistent cache."""
 
 import threading
 
@@ -52,17 +52,17 @@ def assert_holds_all_but_the_last_token(chat: Chat, played: Played) -> None:
 
 
 def assert_next_turn_equals_cold(chat: Chat) -> None:
-    answered, held = chat.messages[-1].role == "assistant", len(chat.kv)
+    answered, cached = chat.messages[-1].role == "assistant", len(chat.kv)
     following = chat.ask(NEXT)
     assert following.finished.stats.finish_reason == "length"
     if answered:
-        assert (following.started.reused_tokens, following.started.reuse_note) == (held, "")
+        assert (following.started.reused_tokens, following.started.reuse_note) == (cached, "")
     assert_holds_all_but_the_last_token(chat, following)
     assert_equals_cold(following, chat.loaded)
 
 
 @pytest.mark.parametrize("index", range(REPLY))
-def test_a_stop_at_any_token_keeps_what_was_read(
+def test_a_stop_at_any_token_keeps_the_tokens_read(
     engine: LocalEngine, loaded: LoadedModel, index: int
 ) -> None:
     chat = chatting(engine, loaded)
@@ -77,11 +77,11 @@ def test_a_stop_before_the_first_token_answers_nothing_and_keeps_the_history(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = chatting(engine, loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     stopped = chat.ask(SECOND, stopping_at(engine, TurnStarted))
     assert stopped.finished.stats.finish_reason == "cancelled"
     assert (stopped.tokens, stopped.logits, stopped.finished.stats.evaluated_tokens) == ([], [], 0)
-    assert_committed(chat.kv, held)
+    assert_committed(chat.kv, cached)
     assert_next_turn_equals_cold(chat)
 
 
@@ -126,7 +126,7 @@ def test_a_stop_between_layers_ends_the_pass_at_once(loaded: LoadedModel, call: 
 def check_stop_after(layer: int, call: int, loaded: LoadedModel) -> None:
     engine = LocalEngine(loaded)
     chat = chatting(engine, loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     with after_layer(loaded.model, layer, call, lambda: engine.stop(chat.turn)):
         stopped = chat.ask(SECOND)
     assert stopped.finished.stats.finish_reason == "cancelled"
@@ -136,7 +136,7 @@ def check_stop_after(layer: int, call: int, loaded: LoadedModel) -> None:
     if stopped.tokens:
         assert_holds_all_but_the_last_token(chat, stopped)
     else:
-        assert_committed(chat.kv, held)
+        assert_committed(chat.kv, cached)
     assert_next_turn_equals_cold(chat)
 
 
@@ -156,13 +156,13 @@ def test_a_stop_during_chunked_prefill_keeps_the_finished_chunks(loaded: LoadedM
     chunk, finished = 8, 2
     engine = LocalEngine(loaded, prefill_chunk=chunk)
     chat = chatting(engine, loaded)
-    held = len(chat.kv)
+    cached = len(chat.kv)
     stopped = chat.ask(sentences(4), stopping_at(engine, PrefillProgress, finished - 1))
     prompt = rendered(loaded, stopped.request.messages)
     assert stopped.tokens == []
-    assert_committed(chat.kv, prompt[: held + finished * chunk])
+    assert_committed(chat.kv, prompt[: cached + finished * chunk])
     retried = chat.answer()
-    assert retried.started.reused_tokens == held + finished * chunk
+    assert retried.started.reused_tokens == cached + finished * chunk
     assert retried.started.reuse_note == ""
     assert_equals_cold(retried, loaded)
 
@@ -171,11 +171,11 @@ def test_a_stop_inside_a_chunk_gives_up_that_chunk_only(tiny: LoadedModel) -> No
     chunk, finished = 8, 2
     engine = LocalEngine(tiny, prefill_chunk=chunk)
     chat = chatting(engine, tiny)
-    held = len(chat.kv)
+    cached = len(chat.kv)
     with after_layer(tiny.model, 1, finished + 1, lambda: engine.stop(chat.turn)):
         stopped = chat.ask(sentences(4))
     prompt = rendered(tiny, stopped.request.messages)
-    assert_committed(chat.kv, prompt[: held + finished * chunk])
+    assert_committed(chat.kv, prompt[: cached + finished * chunk])
     assert_equals_cold(chat.answer(), tiny)
 
 
@@ -185,7 +185,7 @@ def test_an_exception_in_any_layer_fails_the_turn_and_rolls_every_layer_back(
 ) -> None:
     for layer in range(loaded.facts.layers):
         chat = chatting(LocalEngine(loaded), loaded)
-        held = chat.kv.ids
+        cached = chat.kv.ids
         with after_layer(loaded.model, layer, call, break_down):
             broken = chat.ask(SECOND)
         assert "BrokenError: it broke" in broken.failed.reason
@@ -193,7 +193,7 @@ def test_an_exception_in_any_layer_fails_the_turn_and_rolls_every_layer_back(
         if broken.tokens:
             assert_holds_all_but_the_last_token(chat, broken)
         else:
-            assert_committed(chat.kv, held)
+            assert_committed(chat.kv, cached)
         assert_next_turn_equals_cold(chat)
 
 
@@ -212,17 +212,17 @@ def test_a_question_edited_after_its_turn_failed_costs_nothing_read_before(
     chat = chatting(engine, loaded)
     with after_layer(loaded.model, 1, DECODE, break_down):
         chat.ask(SECOND)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages.pop()
     edited = chat.ask(NEXT)
     prompt = rendered(loaded, edited.request.messages)
-    assert edited.started.reused_tokens == common_prefix(held, prompt) < len(held)
+    assert edited.started.reused_tokens == common_prefix(cached, prompt) < len(cached)
     assert (edited.started.reuse_note, edited.started.miss) == ("", None)
     assert_equals_cold(edited, loaded)
 
 
 @pytest.mark.parametrize("new", [1, 5], ids=["one token", "five tokens"])
-def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(loaded: LoadedModel, new: int) -> None:
+def test_a_pass_that_fails_after_any_layer_does_not_change_the_cache(loaded: LoadedModel, new: int) -> None:
     ids = loaded.tokenizer.encode(sentences(2)).ids
     start = ids[:-new]
     cold = uncached_logits(loaded.model, ids)[-1]
@@ -240,18 +240,20 @@ def test_a_pass_broken_after_any_layer_leaves_the_cache_as_it_was(loaded: Loaded
 
 def test_an_interrupt_of_the_process_rolls_back_too(engine: LocalEngine, loaded: LoadedModel) -> None:
     chat = chatting(engine, loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with after_layer(loaded.model, 1, PREFILL, interrupt), pytest.raises(KeyboardInterrupt):
         chat.ask(SECOND)
-    assert_committed(chat.kv, held)
+    assert_committed(chat.kv, cached)
     assert_next_turn_equals_cold(chat)
 
 
-def test_a_listener_that_leaves_in_the_middle_does_no_harm(engine: LocalEngine, loaded: LoadedModel) -> None:
+def test_closing_the_iterator_during_a_turn_leaves_a_consistent_cache(
+    engine: LocalEngine, loaded: LoadedModel
+) -> None:
     chat = chatting(engine, loaded)
     chat.messages.append(chat.messages[0])
     request = chat.request()

@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kvchat.cache.layer import AddressedLayer, DenseLayer, HeadShape
+from kvchat.cache.dense_layer import DenseLayer
+from kvchat.cache.layer import AddressedLayer, HeadShape
 from kvchat.cache.quantized_layer import QuantizedLayer
 from kvchat.engine.compiled.abi import GROUP, TILE
 from kvchat.engine.compiled.quantized_linear import Blocks, pack, round_to_blocks
@@ -82,7 +83,7 @@ def test_a_product_is_that_of_the_same_blocks_in_fp64(kind: str, rows: int, bits
 
 
 @each_precision
-def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
+def test_results_are_bit_identical_for_every_batch_size(bits: int) -> None:
     """1, 2, 4 or 8 tokens are multiplied in one go, and 64 share unpacked weights; 2 or 4 tiles of rows are.
 
     Of 7 tiles some are left over, so that rows are multiplied in every way that this CPU has.
@@ -96,7 +97,7 @@ def test_a_token_counts_the_same_in_any_company(bits: int) -> None:
 
 
 @each_precision
-def test_a_row_counts_the_same_whichever_rows_are_beside_it(bits: int) -> None:
+def test_a_row_of_a_product_does_not_depend_on_the_other_rows(bits: int) -> None:
     """Products are joined where they multiply the same states."""
     states, blocks = random(5, COLUMNS), blocks_of(5 * TILE, bits)
     whole = product(states, blocks)
@@ -125,7 +126,7 @@ def test_a_looked_up_row_is_the_row() -> None:
     assert torch.equal(torch.ops.kvchat.lookup(ids[::2], pack(blocks)), blocks.weights()[ids[::2]])
 
 
-def test_products_of_what_does_not_fit_are_refused() -> None:
+def test_products_of_mismatched_shapes_are_refused() -> None:
     packed, states = pack(blocks_of(16, 8)), random(2, COLUMNS)
     multiply, lookup = torch.ops.kvchat.product, torch.ops.kvchat.lookup
     for other in (states[:, :64], states.bfloat16(), states[None]):
@@ -147,7 +148,7 @@ def test_products_of_what_does_not_fit_are_refused() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer's attention is asked for."""
+    """The inputs of one layer's attention."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -189,12 +190,12 @@ class Case:
 
     def _chunk(self, layer: AddressedLayer, states: Sequence[torch.Tensor]) -> torch.Tensor:
         tokens = states[0].shape[2]
-        layer.room_for(tokens)
+        layer.reserve(tokens)
         table = torch.tensor([layer.memory()])
         rows = torch.arange(layer.length, layer.length + tokens)
         options = (table, 0, self.scale, self.window, self.softcap, self.sink)
         found: torch.Tensor = torch.ops.kvchat.attend(*states, rows, *options)
-        layer.fill(tokens)
+        layer.advance(tokens)
         return found[0]
 
     def expected(self, layer: AddressedLayer, query: torch.Tensor) -> torch.Tensor:
@@ -258,7 +259,7 @@ def test_the_oracle_is_torchs_own_attention() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_what_torch_computes_over_the_same_rows(case: Case, dtype: torch.dtype) -> None:
+def test_attention_equals_torch_over_the_same_rows(case: Case, dtype: torch.dtype) -> None:
     layer = DenseLayer(case.shape, dtype)
     states = case.states(WHOLE)
     found = case.attend(layer, states, [WHOLE])
@@ -315,7 +316,7 @@ def test_one_and_two_threads_attend_alike(case: Case) -> None:
 def test_rows_that_are_not_filled_never_count(case: Case, dtype: torch.dtype) -> None:
     """Whatever was in the memory: a number that is none would spread."""
     layer, clean = (DenseLayer(case.shape, dtype) for _ in range(2))
-    layer.room_for(20)
+    layer.reserve(20)
     assert layer.keys is not None
     assert layer.values is not None
     layer.keys.fill_(torch.nan)
@@ -332,12 +333,12 @@ def test_huge_scores_overflow_nothing() -> None:
     torch.testing.assert_close(found.double(), case.expected(layer, query * 1e4), atol=1e-4, rtol=1e-4)
 
 
-def test_attention_over_what_does_not_fit_is_refused() -> None:
+def test_attention_over_mismatched_memory_is_refused() -> None:
     """It would read and write what belongs to others."""
     case = Case()
     layer = DenseLayer(case.shape, torch.float32)
     query, keys, values = case.states(4)
-    layer.room_for(4)
+    layer.reserve(4)
     table, rows = torch.tensor([layer.memory()]), torch.arange(4)
     options = (case.scale, 0, 0.0, None)
 

@@ -1,4 +1,4 @@
-"""A folder becomes a model, or a sentence that says why it can't."""
+"""Loading a folder gives a model, or a sentence that says why not."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_context_larger_than_the_models_own_is_cut_to_it(tiny_folder: Path) ->
         "no folder",
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(
+def test_an_incomplete_folder_is_refused_with_a_sentence(
     tiny_folder: Path, tmp_path: Path, damage: Damage, sentence: str
 ) -> None:
     folder = tmp_path / "damaged"
@@ -174,7 +174,7 @@ class Opened:
 
 
 def bring_code(folder: Path, ran: Path) -> None:
-    """Python that transformers loads for those who trust it, wherever it looks for some."""
+    """Python code in every place where transformers would load it if trusted."""
     code = f"open({str(ran)!r}, 'w')\n"
     (folder / "custom_generate").mkdir()
     for name in (
@@ -241,7 +241,7 @@ def test_no_pickle_is_opened_even_where_an_index_names_it(hostile: Path, tmp_pat
 def test_native_code_of_the_hub_is_not_fetched_for_a_config(
     hostile: Path, changes: dict[str, object]
 ) -> None:
-    """transformers does so where the library `kernels` is installed, and asks nobody."""
+    """transformers does so where the library `kernels` is installed, without asking."""
     edit_config(hostile, **changes)
     with pytest.raises(KvchatError, match="names code of the hub to run"):
         load_model(hostile, "hostile", precision="fp32", threads=1)
@@ -271,7 +271,7 @@ def test_a_chat_template_runs_no_code(tmp_path: Path, expression: str) -> None:
 
 
 def test_no_process_of_kvchat_imports_a_module_from_the_current_folder(tmp_path: Path) -> None:
-    """A model's folder may hold `pickle.py`; the engine is started from wherever the user stands."""
+    """A model's folder may contain `pickle.py`, and may be the current folder when the engine starts."""
     ran, script = tmp_path / "ran", tmp_path / "apart" / "script.py"
     (tmp_path / "model").mkdir()
     for name in ("pickle", "selectors", "kvchat", "torch"):

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import GROWTH_STEP
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.contract import (
     CacheCommand,
     CacheMode,
@@ -94,7 +95,7 @@ def unshared(engine: LocalEngine, name: str) -> ConversationKV:
     kept = engine.caches.get(name)
     assert kept is not None
     copy = model().new_kv(kept.precision.value)
-    copy.unpack(kept.kv.fork(len(kept.kv.ids)).pack())
+    unpack_rows(copy, pack_rows(kept.kv.fork(len(kept.kv.ids))))
     return copy
 
 
@@ -119,7 +120,7 @@ class Talk:
 
 
 class Machine(RuleBasedStateMachine):
-    """Three conversations, one shelf, and an engine that may end at any time."""
+    """Three conversations, one store, and an engine that may end at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        """The engine is gone without a word; what was not given to the thread that writes is lost."""
+        """The engine is killed; rows that were not queued for the disk are lost."""
         self.disk.close()
         self.engine = self.started()
 
@@ -282,7 +283,7 @@ class Machine(RuleBasedStateMachine):
         talk.messages.append(user(text))
 
     def shorten(self, talk: Talk) -> None:
-        """Where as few messages are there as were left out, none is left out any more."""
+        """Where there are no more messages than were evicted, none count as evicted."""
         if talk.evicted_messages >= sum(message.role != "system" for message in talk.messages):
             talk.evicted_messages = 0
 

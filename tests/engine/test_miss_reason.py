@@ -62,5 +62,5 @@ def test_difference_of(before: list[PromptMessage], now: list[PromptMessage], wo
 @pytest.mark.parametrize(
     ("messages", "answered"), [([], False), ([OLD, A], False), ([A, B], True), ([OLD, A, B, C], True)]
 )
-def test_history_is_what_was_answered(messages: list[PromptMessage], answered: bool) -> None:
+def test_history_means_an_earlier_answer(messages: list[PromptMessage], answered: bool) -> None:
     assert has_history(messages) is answered

@@ -37,12 +37,12 @@ def two_turns(loaded: LoadedModel, mode: CacheMode, sampling: Sampling) -> list[
     ],
     ids=["greedy", "sampled", "sampled with penalty"],
 )
-def test_every_mode_says_the_same(loaded: LoadedModel, sampling: Sampling) -> None:
+def test_every_mode_gives_the_same_answer(loaded: LoadedModel, sampling: Sampling) -> None:
     assert_every_mode_says_the_same(loaded, replace(sampling, max_tokens=20))
 
 
 @pytest.mark.model
-def test_every_mode_of_a_real_model_says_the_same(smollm2: LoadedModel) -> None:
+def test_every_mode_of_a_real_model_gives_the_same_answer(smollm2: LoadedModel) -> None:
     assert_every_mode_says_the_same(smollm2, Sampling(max_tokens=3))
 
 
@@ -68,7 +68,7 @@ def test_on_reads_each_token_once(engine: LocalEngine, loaded: LoadedModel) -> N
     assert second.started.reused_tokens == held
 
 
-def test_turn_reads_the_history_once_per_turn_and_keeps_nothing(
+def test_turn_mode_reads_the_history_once_per_turn_and_leaves_no_cache(
     engine: LocalEngine, loaded: LoadedModel
 ) -> None:
     chat = Chat(engine, loaded, mode=CacheMode.TURN)
@@ -101,7 +101,7 @@ def test_off_reads_everything_for_every_token_and_holds_nothing(
     ("mode", "note"),
     [(CacheMode.OFF, miss_reason.CACHE_WAS_OFF), (CacheMode.TURN, miss_reason.CACHE_WAS_PER_TURN)],
 )
-def test_switched_on_again_it_reads_once_says_why_and_then_reuses(
+def test_after_switching_the_cache_on_one_turn_misses_and_the_next_reuses(
     engine: LocalEngine, loaded: LoadedModel, mode: CacheMode, note: str
 ) -> None:
     chat = Chat(engine, loaded)
@@ -125,7 +125,7 @@ def first_keys(chat: Chat) -> "weakref.ref[object]":
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_switching_off_frees_the_kept_cache(tiny: LoadedModel, mode: CacheMode) -> None:
+def test_switching_off_frees_the_resident_cache(tiny: LoadedModel, mode: CacheMode) -> None:
     engine = LocalEngine(tiny)
     chat, other = Chat(engine, tiny), Chat(engine, tiny, "other")
     chat.ask(FIRST)

@@ -1,4 +1,4 @@
-"""Where packages lie, what they belong to, who may write to them, and what is remembered of a failure."""
+"""Where packages are, what they depend on, who can write to them, and stored refusals."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from kvchat.cache import layer, quant_codec, quantized_layer
 from kvchat.config.paths import find_paths
 from kvchat.engine.compiled import abi, package, quantized_linear
 from kvchat.engine.compiled import build as building
-from kvchat.engine.compiled.build import RefusedError
+from kvchat.engine.compiled.export import RefusedError
 from kvchat.engine.compiled.package import (
     REFUSAL,
     find_package,
@@ -35,11 +35,11 @@ from tests.engine.conftest import need_compiler
 
 has_modes = pytest.mark.skipif(os.name == "nt", reason="access lists in place of modes")
 BESIDE = {".lock", "model.txt", "files.json"}
-"""What lies beside the packages of a model."""
+"""Files beside the packages of a model."""
 
 
 def ignore(_progress: Progress) -> None:
-    """A report nobody reads."""
+    """Ignores progress reports."""
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_packages_for_other_versions_of_the_same_precision_are_removed(root: Pat
     assert {path.name for path in current.parent.iterdir()} == {current.name, "fp32-old"}
 
 
-def test_packages_of_models_that_are_gone_are_removed(root: Path, model: Path, tmp_path: Path) -> None:
+def test_packages_of_removed_models_are_removed(root: Path, model: Path, tmp_path: Path) -> None:
     """Not where the whole drive is missing, and not what a note only claims to be one."""
     other = tmp_path / "drive" / "other"
     other.mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_packages_of_models_that_are_gone_are_removed(root: Path, model: Path, t
     assert (root / "claims").is_dir()
 
 
-def test_a_step_is_wanted_where_there_was_one_and_of_what_kvchat_brought(root: Path, model: Path) -> None:
+def test_a_step_is_built_for_downloaded_models_and_where_there_was_one(root: Path, model: Path) -> None:
     need_compiler()
     assert not wants_step(root, model)
     (model / "compiled").mkdir()  # of an earlier version, or came with the model
@@ -168,11 +168,11 @@ def test_a_step_is_wanted_where_there_was_one_and_of_what_kvchat_brought(root: P
     assert not wants_step(root, model)
 
 
-# ---- who may write to it -----------------------------------------------------------------------------------
+# ---- write access ----------------------------------------------------------------------------------------
 
 
 @has_modes
-def test_what_is_made_is_closed_to_others_whatever_the_umask(root: Path, model: Path) -> None:
+def test_packages_are_writable_by_the_user_only_for_every_umask(root: Path, model: Path) -> None:
     (model / "config.json").write_text("{}")
     before = os.umask(0)
     try:
@@ -242,7 +242,7 @@ class Making:
         (work / "made" / "step.so").write_text(identity)
 
 
-def test_what_a_models_shape_refuses_is_not_tried_again_but_by_force(
+def test_an_unsupported_shape_is_only_tried_again_with_force(
     root: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_compiler()
@@ -287,7 +287,7 @@ def test_a_refusal_belongs_to_the_compiler_and_its_version(
     assert len(seen) == 3
 
 
-def test_the_package_of_a_compiler_that_is_gone_is_found_where_there_is_no_other(
+def test_the_package_of_a_removed_compiler_is_found_if_it_is_the_only_one(
     root: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_compiler()
@@ -348,7 +348,7 @@ def test_the_process_that_compiles_imports_no_module_of_the_model(failure: Failu
 
 
 @pytest.mark.parametrize(("code", "kind"), [(building.REFUSED, RefusedError), (1, KvchatError)])
-def test_the_exit_code_of_the_process_that_compiles_tells_both_kinds_of_failure_apart(
+def test_the_exit_code_of_the_build_distinguishes_refusals_from_failures(
     root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type
 ) -> None:
     need_compiler()

@@ -1,4 +1,4 @@
-"""A turn's price: told before, explained while it is paid, and the same both times.
+"""A turn's cost: estimated before the turn and explained by it, with the same result.
 
 Every cause of a miss, with the first token that differs, the message it stands in, and what it costs.
 """
@@ -35,7 +35,7 @@ from kvchat.contract import (
 from kvchat.engine import cache_commands, miss_reason
 from kvchat.engine.engine import LocalEngine
 from kvchat.engine.model.loader import LoadedModel, assemble
-from kvchat.engine.planner import Rate
+from kvchat.engine.prefill_rate import PrefillRate
 from kvchat.engine.prompt import Renderer
 from tests.support.engine_driver import Chat, Played, assert_equals_cold, saying, sentences, user
 from tests.support.tiny import CHATML, seeded_model, tiny_chat, tiny_loaded
@@ -58,7 +58,7 @@ class Desk:
     reports: list[Report]
 
     def quote(self, chat: Chat) -> CostEstimate:
-        """The price of the turn that `chat` would ask for now."""
+        """The cost estimate of the next turn of `chat`."""
         self.reports.clear()
         self.engine.command(EstimateCost("key", chat.request()))
         quote, pool = self.reports
@@ -84,12 +84,12 @@ def talked(loaded: LoadedModel, system: str = SYSTEM, **options: object) -> tupl
 
 
 def assert_paid_as_quoted(chat: Chat, at: Desk) -> Played:
-    """The quote says what the turn then says and does, and asking for it changed nothing."""
+    """The estimate equals what the turn then reports and does, and changed nothing."""
     kept = at.engine.caches.get(chat.name)
-    held, rate = kept and kept.kv.ids, at.engine.planner.rate.tokens_per_s
+    cached, rate = kept and kept.kv.ids, at.engine.planner.rate.tokens_per_s
     quote = at.quote(chat)
     assert at.quote(chat) == quote
-    assert (kept and kept.kv.ids) == held
+    assert (kept and kept.kv.ids) == cached
     played = chat.answer()
     stats = played.finished.stats
     assert (quote.prompt_tokens, quote.reused_tokens, quote.prefilled_tokens) == (
@@ -104,7 +104,7 @@ def assert_paid_as_quoted(chat: Chat, at: Desk) -> Played:
 
 
 def miss_of(played: Played) -> Miss:
-    """The turn's miss, told the same way everywhere."""
+    """The turn's miss, the same in every report."""
     miss = played.started.miss
     assert miss is not None
     assert miss.cause == played.started.reuse_note == played.finished.stats.reuse_note != ""
@@ -132,18 +132,18 @@ def change_system(chat: Chat) -> None:
 
 
 def add_a_turn_of_elsewhere(chat: Chat) -> None:
-    """As another process does that answers the same conversation."""
+    """As if another process had answered the same conversation."""
     chat.messages += [user("And by boat?"), PromptMessage("assistant", "Two hours.")]
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A change, and what is said of it."""
+    """A change, and the expected cause of the miss."""
 
     change: Change
     words: str
     message: int
-    """In which the first difference stands."""
+    """The message of the first difference."""
 
 
 DIFFERENCES = {
@@ -154,9 +154,9 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_is_named_with_its_place_and_its_price(loaded: LoadedModel, name: str) -> None:
+def test_a_miss_has_its_place_and_its_cost(loaded: LoadedModel, name: str) -> None:
     chat, at = talked(loaded)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     rate = at.engine.planner.rate.tokens_per_s
     assert rate is not None
     cause = DIFFERENCES[name]
@@ -166,25 +166,25 @@ def test_a_difference_is_named_with_its_place_and_its_price(loaded: LoadedModel,
     miss = miss_of(played)
     assert (miss.cause, miss.message) == (cause.words, cause.message)
     assert (miss.tokens, miss.seconds) == (tokens_read_again(played, loaded), miss.tokens / rate)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert_equals_cold(played, loaded)
 
 
 def assert_shows_the_difference(
-    miss: Miss, held: tuple[int, ...], played: Played, loaded: LoadedModel
+    miss: Miss, cached: tuple[int, ...], played: Played, loaded: LoadedModel
 ) -> None:
     renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     prompt = renderer.render(played.request.messages, played.request.today).ids
-    token = common_prefix(held, prompt)
+    token = common_prefix(cached, prompt)
     assert miss.token == token == played.started.reused_tokens
     shown = miss_reason.SHOWN_TOKENS
-    assert miss.was == renderer.decode(held[token : token + shown])
+    assert miss.was == renderer.decode(cached[token : token + shown])
     assert miss.now == renderer.decode(prompt[token : token + shown])
     assert miss.before == renderer.decode(prompt[max(0, token - miss_reason.SHOWN_BEFORE) : token])
-    assert miss.was != miss.now or token == len(held)
+    assert miss.was != miss.now or token == len(cached)
 
 
-def test_the_sentence_of_a_miss_tells_cause_price_and_difference() -> None:
+def test_the_sentence_of_a_miss_has_cause_cost_and_difference() -> None:
     miss = Miss("message 2 edited", 1200, 2.4, 40, "was this", "is that", 2)
     assert miss_reason.sentence(miss) == (
         "message 2 edited (1,200 tokens to read again, about 2.4 s at your measured 500 tok/s; "
@@ -217,31 +217,31 @@ def test_ids_of_another_tokenizer_are_named(loaded: LoadedModel) -> None:
     letters = [loaded.tokenizer.encode(letter, add_special_tokens=False).ids[0] for letter in "passes"]
     with saying(loaded.model, letters):
         chat.ask(QUESTIONS[0])
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages[2] = replace(chat.messages[2], tokenizer="of another model")
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert (miss.cause, miss.message) == (miss_reason.ANOTHER_TOKENIZER, 2)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
 
 
-def test_a_template_that_rewrites_what_was_read_is_named() -> None:
+def test_a_template_that_rewrites_earlier_messages_is_named() -> None:
     loaded = tiny_loaded(template=REWRITING)
     at = desk(loaded)
     chat = Chat(at.engine, loaded, system=SYSTEM)
     chat.ask(QUESTIONS[0])
-    held = chat.kv.ids
+    cached = chat.kv.ids
     chat.messages.append(user(QUESTIONS[1]))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     # the full stop comes after the first message's text, and so belongs to what follows it
     assert (miss.cause, miss.message) == (miss_reason.TEMPLATE_REWROTE, 2)
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert_equals_cold(played, loaded)
 
 
-# What is said of a cache that is not there: no difference to show, and the price of everything.
+# Misses without a cache: no difference to show, and the cost of everything.
 
 
 def dropped(chat: Chat, at: Desk) -> None:
@@ -297,7 +297,7 @@ GONE: dict[str, tuple[Callable[[Chat, Desk], None], str]] = {
 
 
 @pytest.mark.parametrize("name", GONE)
-def test_why_a_cache_is_not_there_is_said(tiny: LoadedModel, name: str) -> None:
+def test_the_drop_reason_of_a_cache_explains_the_miss(tiny: LoadedModel, name: str) -> None:
     at = desk(tiny)
     chat = Chat(at.engine, tiny, system=SYSTEM)
     chat.precision = KVPrecision.BF16  # never lowered to make room
@@ -314,7 +314,7 @@ def test_why_a_cache_is_not_there_is_said(tiny: LoadedModel, name: str) -> None:
     assert (miss.token, miss.was, miss.now, miss.message) == (None, "", "", None)
 
 
-def test_what_an_engine_never_read_has_no_measured_price(loaded: LoadedModel) -> None:
+def test_without_a_measured_rate_a_miss_has_no_seconds(loaded: LoadedModel) -> None:
     before, _ = talked(loaded)
     at = desk(loaded)
     chat = Chat(at.engine, loaded)
@@ -325,7 +325,7 @@ def test_what_an_engine_never_read_has_no_measured_price(loaded: LoadedModel) ->
     assert "tok/s" not in miss_reason.sentence(miss)
 
 
-def test_what_has_no_history_misses_nothing(loaded: LoadedModel) -> None:
+def test_without_history_there_is_no_miss(loaded: LoadedModel) -> None:
     at = desk(loaded)
     chat = Chat(at.engine, loaded, system=SYSTEM)
     chat.messages.append(user(QUESTIONS[0]))
@@ -334,7 +334,7 @@ def test_what_has_no_history_misses_nothing(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("mode", list(CacheMode))
-def test_a_quote_is_right_in_every_mode(loaded: LoadedModel, mode: CacheMode) -> None:
+def test_an_estimate_is_right_in_every_mode(loaded: LoadedModel, mode: CacheMode) -> None:
     chat, at = talked(loaded, mode=mode)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
@@ -365,7 +365,7 @@ def going_on(chat: Chat, at: Desk) -> Chat:
 
 
 @pytest.mark.parametrize("other", [lent, forked, again, going_on])
-def test_a_quote_is_right_for_what_costs_hardly_anything(
+def test_an_estimate_is_right_for_small_costs(
     loaded: LoadedModel, other: Callable[[Chat, Desk], Chat]
 ) -> None:
     chat, at = talked(loaded)
@@ -391,9 +391,9 @@ def filled(policy: EvictionPolicy) -> tuple[Chat, Desk]:
 
 
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
-def test_a_quote_counts_what_the_model_sees_after_a_gap(policy: EvictionPolicy) -> None:
+def test_an_estimate_after_a_gap_counts_visible_tokens(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
-    assert chat.kv.has_gap
+    assert chat.kv.index.has_gap
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     assert played.started.miss is None
@@ -403,13 +403,13 @@ def test_a_quote_counts_what_the_model_sees_after_a_gap(policy: EvictionPolicy) 
 @pytest.mark.parametrize("policy", [EvictionPolicy.SINKS, EvictionPolicy.SNAPKV])
 def test_an_edit_around_a_gap_is_named(policy: EvictionPolicy) -> None:
     chat, at = filled(policy)
-    held, first_gap = chat.kv.ids, chat.kv.first_gap
+    cached, first_gap = chat.kv.ids, chat.kv.index.first_gap
     chat.messages[0] = user("Nobody knows." + chat.messages[0].text)
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert miss.cause == miss_reason.BEFORE_A_GAP
-    assert played.started.reused_tokens <= min(first_gap, common_prefix(held, chat.kv.ids))
+    assert played.started.reused_tokens <= min(first_gap, common_prefix(cached, chat.kv.ids))
 
 
 def test_a_gap_is_no_use_to_a_policy_without_gaps() -> None:
@@ -422,7 +422,7 @@ def test_a_gap_is_no_use_to_a_policy_without_gaps() -> None:
     assert_equals_cold(played, chat.loaded)
 
 
-def test_turns_that_are_left_out_are_a_cause() -> None:
+def test_evicted_turns_are_a_cause_of_a_miss() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
     evicted_messages = chat.evicted_messages
     assert evicted_messages > 0
@@ -430,11 +430,11 @@ def test_turns_that_are_left_out_are_a_cause() -> None:
         chat.messages.append(user(sentences(3)))
         played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
-    assert miss.cause == miss_reason.TURNS_LEFT_OUT
+    assert miss.cause == miss_reason.TURNS_EVICTED
     assert miss.tokens > 0
 
 
-def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> None:
+def test_evicted_messages_count_in_the_number_of_an_edited_one() -> None:
     chat, at = filled(EvictionPolicy.TURNS)
     chat.ask("Why?")
     evicted_messages = chat.evicted_messages
@@ -447,7 +447,7 @@ def test_messages_that_are_left_out_count_in_the_number_of_an_edited_one() -> No
     assert (miss.cause, miss.message) == (f"message {evicted_messages + 2} edited", evicted_messages + 2)
 
 
-def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> None:
+def test_the_estimate_of_an_unanswerable_conversation_is_a_refusal() -> None:
     at = desk(small(100))
     chat = Chat(at.engine, at.engine._loaded, policy=EvictionPolicy.NONE)
     chat.messages.append(user(sentences(20)))
@@ -457,7 +457,7 @@ def test_a_conversation_that_cannot_be_answered_has_a_refusal_for_a_price() -> N
 
 
 @pytest.mark.parametrize("policy", list(EvictionPolicy))
-def test_a_quote_previews_what_would_be_dropped(tiny: LoadedModel, policy: EvictionPolicy) -> None:
+def test_an_estimate_previews_the_eviction(tiny: LoadedModel, policy: EvictionPolicy) -> None:
     chat, at = talked(tiny, policy=policy)
     chat.messages.append(user("Are you sure?"))
     preview = at.quote(chat).preview
@@ -472,7 +472,7 @@ def test_a_quote_previews_what_would_be_dropped(tiny: LoadedModel, policy: Evict
 
 @pytest.fixture(scope="module")
 def recurrent() -> LoadedModel:
-    """A tiny Mamba: it can go back to marks only."""
+    """A tiny Mamba: it can return to checkpoints only."""
     chat = tiny_chat()
     config = MambaConfig(
         vocab_size=len(chat),
@@ -486,14 +486,14 @@ def recurrent() -> LoadedModel:
     return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
-def test_what_recurrent_layers_cannot_go_back_to_is_named(recurrent: LoadedModel) -> None:
+def test_an_edit_before_a_checkpoint_is_named(recurrent: LoadedModel) -> None:
     chat, at = talked(recurrent)
-    held = chat.kv.ids
+    cached = chat.kv.ids
     del chat.messages[5:]
     chat.messages[4] = PromptMessage("assistant", chat.messages[4].text + " Yes.")
     chat.messages.append(user("Are you sure?"))
     played = assert_paid_as_quoted(chat, at)
-    assert played.started.reused_tokens < common_prefix(held, chat.kv.ids)
+    assert played.started.reused_tokens < common_prefix(cached, chat.kv.ids)
     assert miss_of(played).cause == "message 4 edited"
     assert_equals_cold(played, recurrent)
 
@@ -506,10 +506,10 @@ def test_a_frozen_date_costs_no_cache_at_midnight(monkeypatch: pytest.MonkeyPatc
     assert "Today is 03 February 2026" in loaded.tokenizer.decode(list(chat.kv.ids))
     clock_of(monkeypatch, 2031)
     for question in QUESTIONS[1:]:
-        held = chat.kv.ids
+        cached = chat.kv.ids
         chat.messages.append(user(question))
         played = assert_paid_as_quoted(chat, at)
-        assert (played.started.reused_tokens, played.started.miss) == (len(held), None)
+        assert (played.started.reused_tokens, played.started.miss) == (len(cached), None)
         assert_equals_cold(played, loaded)
 
 
@@ -531,13 +531,13 @@ def test_another_date_is_a_miss_that_shows_both(monkeypatch: pytest.MonkeyPatch)
     chat = Chat(at.engine, loaded)
     chat.ask(QUESTIONS[0])
     assert "Today is 06 May 2031" in loaded.tokenizer.decode(list(chat.kv.ids))
-    held = chat.kv.ids
+    cached = chat.kv.ids
     clock_of(monkeypatch, 2032)
     chat.messages.append(user(QUESTIONS[1]))
     played = assert_paid_as_quoted(chat, at)
     miss = miss_of(played)
     assert miss.cause == miss_reason.TEMPLATE_REWROTE
-    assert_shows_the_difference(miss, held, played, loaded)
+    assert_shows_the_difference(miss, cached, played, loaded)
     assert (miss.was[0], miss.now[0]) == ("1", "2")
 
 
@@ -553,7 +553,7 @@ def test_texts_are_counted_as_a_prompt_has_them_and_nothing_else_is_reported(loa
 
 
 def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:
-    rate = Rate()
+    rate = PrefillRate()
     assert rate.seconds(100) is None
     rate.note(63, 1.0)
     assert rate.seconds(100) is None
@@ -567,7 +567,7 @@ def test_a_rate_is_that_of_the_largest_of_the_latest_reads() -> None:
     assert rate.seconds(100) == pytest.approx(0.4)
 
 
-def test_what_a_turn_reads_is_measured(loaded: LoadedModel) -> None:
+def test_a_turn_measures_the_prefill_rate(loaded: LoadedModel) -> None:
     chat, at = talked(loaded)
     rates = [at.engine.planner.rate.tokens_per_s]
     played = chat.ask(sentences(12))

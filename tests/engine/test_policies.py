@@ -211,7 +211,7 @@ def test_sinks_evict_several_times_in_one_endless_answer(small: LoadedModel) -> 
     journal.assert_agrees(small.model)
 
 
-def test_snapkv_ends_an_answer_that_fills_the_context_alone(small: LoadedModel) -> None:
+def test_snapkv_ends_an_answer_that_is_longer_than_the_context(small: LoadedModel) -> None:
     chat, journal = chat_with(LocalEngine(small), small, SNAPKV, max_tokens=400), Journal()
     with journal.of(chat):
         played = chat.ask("Hi")
@@ -264,7 +264,7 @@ def test_both_branches_of_a_fork_with_gaps_equal_masked_passes(
 
 
 @GAPS
-def test_a_change_after_the_gap_keeps_the_gap_and_one_before_it_reads_again(
+def test_a_change_after_a_gap_keeps_it_and_one_before_it_reads_again(
     small: LoadedModel, policy: EvictionPolicy
 ) -> None:
     journal = Journal()
@@ -276,23 +276,23 @@ def test_a_change_after_the_gap_keeps_the_gap_and_one_before_it_reads_again(
         late = chat.answer()
     assert late.started.reuse_note == ""
     journal.assert_agrees(small.model)
-    first_gap = chat.kv.first_gap
+    first_gap = chat.kv.index.first_gap
     chat.messages = [user("Something else?"), *last[1:], user("And?")]
     early = chat.answer()
     assert early.started.reused_tokens <= first_gap
     assert early.started.miss is not None
     assert early.started.miss.cause
-    assert not chat.kv.has_gap
+    assert not chat.kv.index.has_gap
     assert_equals_cold(early, small)
 
 
 @GAPS
-def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
+def test_switching_to_an_exact_policy_reads_the_tokens_after_the_gap_again(
     small: LoadedModel, policy: EvictionPolicy
 ) -> None:
     chat = filled(LocalEngine(small), small, policy, Journal())
     assert evictions(chat.ask(question(FULL)))
-    gap = chat.kv.first_gap
+    gap = chat.kv.index.first_gap
     chat.policy = TURNS
     played = chat.ask("And?")
     assert played.started.reused_tokens <= gap
@@ -300,7 +300,7 @@ def test_after_a_change_to_an_exact_policy_what_follows_the_gap_is_read_again(
     assert_equals_cold_without(played, small, chat.evicted_messages)
 
 
-def test_turns_are_left_out_between_answers_and_stay_out(small: LoadedModel) -> None:
+def test_turns_are_evicted_between_answers_and_stay_evicted(small: LoadedModel) -> None:
     chat = filled(LocalEngine(small), small, TURNS, Journal())
     played = chat.ask(question(FULL))
     (event,) = evictions(played)
@@ -315,7 +315,7 @@ def test_turns_are_left_out_between_answers_and_stay_out(small: LoadedModel) -> 
     assert_equals_cold_without(again, small, chat.evicted_messages)
 
 
-def test_the_system_prompt_is_never_left_out(small: LoadedModel) -> None:
+def test_the_system_prompt_is_never_evicted(small: LoadedModel) -> None:
     chat = chat_with(LocalEngine(small), small, TURNS, system="Answer in the words of the old towns.")
     for number in range(9):
         assert_equals_cold_without(chat.ask(question(number)), small, chat.evicted_messages)
@@ -323,7 +323,7 @@ def test_the_system_prompt_is_never_left_out(small: LoadedModel) -> None:
     assert chat.kv.ids[:20] == tuple(rendered(small, chat.messages))[:20]
 
 
-def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
+def test_turns_are_evicted_during_an_answer(small: LoadedModel) -> None:
     chat = filled(LocalEngine(small), small, TURNS, Journal())
     chat.messages = chat.messages[:6]
     chat.sampling = replace(chat.sampling, max_tokens=60)
@@ -343,7 +343,7 @@ def test_turns_are_left_out_in_mid_answer(small: LoadedModel) -> None:
     assert_equals_cold_without(again, small, event.evicted_messages)
 
 
-def test_turns_end_an_answer_that_fills_the_context_alone(small: LoadedModel) -> None:
+def test_turns_end_an_answer_that_is_longer_than_the_context(small: LoadedModel) -> None:
     chat = chat_with(LocalEngine(small), small, TURNS, max_tokens=400)
     played = chat.ask("Hi")
     assert played.finished.stats.finish_reason == "context"
@@ -387,9 +387,7 @@ def test_events_stats_and_timeline_say_the_same(small: LoadedModel, policy: Evic
 
 
 @GAPS
-def test_the_thrown_away_cache_of_a_turn_evicts_as_a_kept_one(
-    small: LoadedModel, policy: EvictionPolicy
-) -> None:
+def test_turn_mode_evicts_as_a_resident_cache_does(small: LoadedModel, policy: EvictionPolicy) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.TURN
     for number in range(FULL + 2):
@@ -402,9 +400,7 @@ def test_the_thrown_away_cache_of_a_turn_evicts_as_a_kept_one(
 
 
 @pytest.mark.parametrize("policy", [TURNS, SINKS_POLICY, SNAPKV])
-def test_without_a_cache_every_policy_leaves_out_whole_turns(
-    small: LoadedModel, policy: EvictionPolicy
-) -> None:
+def test_without_a_cache_every_policy_evicts_whole_turns(small: LoadedModel, policy: EvictionPolicy) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.OFF
     for number in range(FULL + 2):
@@ -414,7 +410,9 @@ def test_without_a_cache_every_policy_leaves_out_whole_turns(
 
 
 @pytest.mark.parametrize("policy", [TURNS, SINKS_POLICY, SNAPKV])
-def test_without_a_cache_turns_are_left_out_in_mid_answer(small: LoadedModel, policy: EvictionPolicy) -> None:
+def test_without_a_cache_turns_are_evicted_during_an_answer(
+    small: LoadedModel, policy: EvictionPolicy
+) -> None:
     chat = chat_with(LocalEngine(small), small, policy)
     chat.mode = CacheMode.OFF
     for number in range(FULL - 1):
@@ -437,7 +435,7 @@ def test_none_refuses_in_every_cache_mode(small: LoadedModel, mode: CacheMode) -
 
 @GAPS
 @pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
-def test_quantised_blocks_go_as_a_whole_and_are_never_quantised_again(
+def test_quantised_blocks_are_evicted_as_a_whole_and_never_requantised(
     tiny: LoadedModel, policy: EvictionPolicy, kv: KVPrecision
 ) -> None:
     loaded = with_context(tiny, 6 * BLOCK)
@@ -473,7 +471,7 @@ def assert_quantised_rows_are_the_same(
 
 
 def until_positions_move(chat: Chat, journal: Journal) -> int:
-    """Asks until keys are turned; returns the first token that was read at another position than its own."""
+    """Asks until keys are rotated; returns the first token that was read at another position."""
     with journal.of(chat):
         for number in range(FULL, 20):
             played = chat.ask(question(number))
@@ -515,7 +513,7 @@ def with_sinks_moved(model: PreTrainedModel, journal: Journal, since: int) -> to
 
 
 def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: LoadedModel) -> None:
-    """A key that was turned once is not turned again: the kept tokens are read as if they were all."""
+    """A key that was rotated once is not rotated again: the remaining tokens are read again."""
     loaded, journal = with_positions(small, 200), Journal()
     chat = filled(LocalEngine(loaded), loaded, SINKS_POLICY, journal)
     until_positions_move(chat, journal)
@@ -534,7 +532,7 @@ def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: 
 
 
 @pytest.mark.parametrize("kv", [KVPrecision.INT8, KVPrecision.INT4])
-def test_quantised_keys_are_never_turned(tiny: LoadedModel, kv: KVPrecision) -> None:
+def test_quantised_keys_are_never_rotated(tiny: LoadedModel, kv: KVPrecision) -> None:
     loaded = with_positions(with_context(tiny, 6 * BLOCK), 7 * BLOCK)
     chat = chat_with(LocalEngine(loaded), loaded, SINKS_POLICY, kv=kv, max_tokens=30)
     notes = [
@@ -578,7 +576,7 @@ def test_a_model_that_can_not_have_gaps_refuses_them_in_words(
 
 
 def conversation_with_a_needle(loaded: LoadedModel, policy: EvictionPolicy, word: str, before: int) -> Chat:
-    """Four topics, and a code word said after `before` of them."""
+    """Four topics, and a code word after `before` of them."""
     chat = chat_with(LocalEngine(loaded, prefill_chunk=64), loaded, policy, max_tokens=16)
     for number, (topic, text) in enumerate(zip(TOPICS, ESSAY, strict=True)):
         if number == before:
@@ -615,7 +613,7 @@ EARLY, LATE = 0, 3
         "asked for, and sinks don't care",
     ],
 )
-def test_a_code_word_is_found_where_it_was_kept(
+def test_a_code_word_is_retrieved_where_it_was_not_evicted(
     smollm2: LoadedModel, policy: EvictionPolicy, limit: int, word: str, before: int, found: bool
 ) -> None:
     loaded = with_context(smollm2, limit)
@@ -628,7 +626,7 @@ def test_a_code_word_is_found_where_it_was_kept(
 
 
 @pytest.mark.model
-def test_sinks_keep_the_loss_of_what_follows_and_a_window_alone_does_not(smollm2: LoadedModel) -> None:
+def test_sinks_keep_the_loss_low_and_a_window_alone_does_not(smollm2: LoadedModel) -> None:
     """StreamingLLM, section 3.1: without its first tokens the model is lost."""
     ids = smollm2.tokenizer.encode(" ".join(ESSAY)).ids
     read, window = len(ids) - 50, 40
@@ -645,7 +643,7 @@ def loss_after(loaded: LoadedModel, ids: Sequence[int], read: int, rows: Sequenc
 
 
 def gapped(loaded: LoadedModel, ids: Sequence[int], rows: Sequence[int]) -> ConversationKV:
-    """A cache that read `ids` and kept `rows` of them."""
+    """A cache that read `ids` and evicted all but `rows`."""
     kv = loaded.new_kv()
     CachedReader(loaded.model, kv).read(ids)
     kv.select(rows)
@@ -662,14 +660,14 @@ def test_closing_a_gap_changes_next_to_nothing(smollm2: LoadedModel) -> None:
     assert frequencies is not None
     with_gap, closed = (gapped(smollm2, ids[:read], rows) for _ in range(2))
     close_gaps(closed, frequencies)
-    assert (with_gap.next_position, closed.next_position) == (read, len(rows))
+    assert (with_gap.index.next_position, closed.index.next_position) == (read, len(rows))
     told, moved = (answers_along(smollm2, kv, ids[read:]) for kv in (with_gap, closed))
     assert 0 < divergence(told, moved) < 0.05
 
 
 def answers_along(loaded: LoadedModel, kv: ConversationKV, ids: Sequence[int]) -> torch.Tensor:
     """Logits `[len(ids), vocabulary]` after each of the ids."""
-    first = kv.next_position
+    first = kv.index.next_position
     with kv.append(ids) as past:
         return forward_pass(loaded.model, ids, range(first, first + len(ids)), past, keep=len(ids))
 

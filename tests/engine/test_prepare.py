@@ -44,7 +44,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 
 def ignore(_: Progress) -> None:
-    """A report nobody reads."""
+    """Ignores progress reports."""
 
 
 def byte_letters() -> list[str]:
@@ -267,7 +267,7 @@ def test_a_gguf_file_is_converted_once(tiny: Path, tmp_path: Path) -> None:
     assert is_prepared(str(file), models) is None
 
 
-def test_what_is_converted_is_compiled_where_that_is_possible(
+def test_a_converted_model_is_compiled_where_possible(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Path, str]] = []
@@ -287,7 +287,7 @@ def test_what_is_converted_is_compiled_where_that_is_possible(
     assert len(asked) == 1
 
 
-def test_code_of_an_earlier_version_is_removed_from_kvchats_own_folders_alone(
+def test_code_of_an_earlier_version_is_removed_from_kvchats_own_folders_only(
     tiny: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models, own = tmp_path / "models", tmp_path / "own"
@@ -308,7 +308,7 @@ def test_code_of_an_earlier_version_is_removed_from_kvchats_own_folders_alone(
     assert (own / "config.json").exists()
 
 
-def test_nothing_that_lies_beside_a_gguf_file_is_read_or_run(tiny: Path, tmp_path: Path) -> None:
+def test_files_beside_a_gguf_file_are_not_read_or_run(tiny: Path, tmp_path: Path) -> None:
     downloads, ran = tmp_path / "downloads", tmp_path / "ran"
     (downloads / "custom_generate").mkdir(parents=True)
     shutil.copy(tiny, downloads / "tiny.gguf")
@@ -413,7 +413,7 @@ def test_each_form_of_a_name_is_recognised(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["", "smollm", "a/b/c", "/nowhere/at/all"])
-def test_an_unknown_name_lists_what_is_taken(name: str, tmp_path: Path) -> None:
+def test_an_unknown_name_lists_the_accepted_ones(name: str, tmp_path: Path) -> None:
     with pytest.raises(KvchatError) as caught:
         is_prepared(name, tmp_path)
     assert DEFAULT_MODEL in str(caught.value)
@@ -535,7 +535,7 @@ def test_a_hub_model_is_complete_with_its_last_shard(tmp_path: Path) -> None:
     assert is_prepared("maker/tiny", tmp_path) is None
 
 
-def test_offline_a_hub_model_that_is_not_cached_is_told_so(
+def test_an_uncached_hub_model_offline_is_refused_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -543,7 +543,7 @@ def test_offline_a_hub_model_that_is_not_cached_is_told_so(
         prepare("maker/tiny", tmp_path, ignore)
 
 
-def test_asking_what_is_there_loads_no_library_of_models(tmp_path: Path) -> None:
+def test_finding_prepared_models_imports_no_transformers(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib; from kvchat.models.resolve import is_prepared\n"
         "from kvchat.models import wheel_download\n"

@@ -142,7 +142,7 @@ def test_every_typed_character_reaches_the_model(text: str) -> None:
     assert f"<|im_start|>user\n{text.replace(SPLIT, '')}<|im_end|>\n" in shown
 
 
-def test_generated_ids_stand_where_their_text_stands() -> None:
+def test_generated_ids_replace_their_text() -> None:
     answer = reply("The pass is open.")
     assert list(answer.token_ids) != encode(answer.text)
     ids = ids_of([user("Which?"), answer, user("Sure?")])
@@ -172,7 +172,7 @@ def test_an_answer_without_ids_of_this_tokenizer_is_encoded(answer: PromptMessag
     assert ",".join(map(str, spelled("The pass."))) not in joined
 
 
-def test_a_template_that_trims_encodes_what_it_shows_and_keeps_ids_of_the_rest() -> None:
+def test_a_trimmed_answer_is_encoded_and_the_other_ids_are_kept() -> None:
     messages = [user("  Which?\n"), reply("The pass."), user("Sure? "), reply(" Yes. "), user("Why?")]
     ids = ids_of(messages, TRIM)
     expected = [
@@ -192,7 +192,7 @@ def test_a_stripping_template_still_splices_the_ids_of_clean_answers(texts: list
     assert joined.count(",".join(map(str, spelled("The pass.")))) == len(texts)
 
 
-def test_a_template_that_drops_old_reasoning_is_followed_and_said_so() -> None:
+def test_a_template_that_drops_old_reasoning_is_a_named_miss() -> None:
     loaded = tiny_loaded(template=DROP_THINKING)
     chat = Chat(LocalEngine(loaded), loaded, sampling=Sampling(max_tokens=60))
     (end,) = loaded.end_ids
@@ -261,7 +261,7 @@ def test_texts_after_a_rewritten_one_count_as_plain_text() -> None:
     assert find_texts("a|B|c|", skeleton, ["a", "b", "c"]) == [TextSpan(0, 1, 0)]
 
 
-def test_every_message_ends_where_the_rendering_says() -> None:
+def test_message_ends_equal_those_of_the_rendering() -> None:
     messages = [PromptMessage("system", "Be brief."), user("Which?"), reply("The pass."), user("Sure?")]
     rendering = renderer().render(messages)
     shown = [renderer().decode(rendering.ids[:end]) for end in rendering.ends]
@@ -289,14 +289,14 @@ def test_a_message_that_a_template_rewrote_ends_with_the_one_before_it() -> None
 
 
 @pytest.mark.parametrize("begun", ["The pass", " The pass", "The pass ", "The", "\nThe pass\n"])
-def test_an_answer_that_goes_on_ends_the_prompt(begun: str) -> None:
+def test_a_continued_answer_ends_the_prompt(begun: str) -> None:
     messages = [user("The pass"), reply(begun)]
     start = ids_of(messages[:1])
     assert ids_of(messages) == [*start, *spelled(begun)]
     assert renderer().render(messages).ends[-1] == len(start) + len(spelled(begun))
 
 
-def test_a_date_is_the_one_that_is_frozen() -> None:
+def test_the_frozen_date_is_rendered() -> None:
     dated = "{{ strftime_now('%d %B %Y') }}\n" + CHATML
     rendering = renderer(dated).render([user("Which?")], "2026-02-03")
     assert renderer().decode(rendering.ids).startswith("03 February 2026\n")

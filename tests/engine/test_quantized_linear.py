@@ -1,4 +1,4 @@
-"""Packed weights are those of the GGUF file number for number, or rounded by no more than they say."""
+"""Packed weights equal those of the GGUF file, or differ by at most the rounding error."""
 
 import struct
 from dataclasses import dataclass
@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvchat.engine.compiled.abi import GROUP, TILE
+from kvchat.engine.compiled.gguf_weights import arrange, blocks_of, head_of, read_blocks
 from kvchat.engine.compiled.quantized_linear import (
     Blocks,
     PackedEmbedding,
     PackedLinear,
-    arrange,
-    blocks_of,
-    head_of,
     pack,
     quantise,
-    read_blocks,
     round_to_blocks,
     rounded_blocks,
     rounded_head,
@@ -63,7 +60,7 @@ def weights(rows: int = ROWS, seed: int = 0) -> torch.Tensor:
 
 
 def read_slowly(packed: torch.Tensor, row: int, column: int) -> tuple[int, float, float]:
-    """(quant, scale, minimum) of one weight, as the words over `pack` say where it lies."""
+    """(quant, scale, minimum) of one weight, by the layout documented at `pack`."""
     bits = 8 if packed.shape[2] == TILE * GROUP + 2 * TILE else 4
     block = bytes(packed[row // TILE, column // GROUP].tolist())
     in_lane, lanes = 16 // bits, bits * 16
@@ -78,7 +75,7 @@ def read_slowly(packed: torch.Tensor, row: int, column: int) -> tuple[int, float
 
 
 @each_precision
-def test_what_is_packed_lies_where_it_should(bits: int) -> None:
+def test_packed_weights_have_the_documented_layout(bits: int) -> None:
     blocks = round_to_blocks(weights(), bits)
     packed = pack(blocks)
     assert packed.shape[:2] == (-(-ROWS // TILE), COLUMNS // GROUP)
@@ -99,7 +96,7 @@ def test_blocks_are_read_bit_for_bit_as_gguf_dequantises_them(kind: Any) -> None
     assert torch.equal(blocks.weights(), torch.tensor(gguf.dequantize(tensor.data, kind)))
 
 
-def test_matrices_that_are_not_quantised_are_left_alone() -> None:
+def test_matrices_that_are_not_quantised_are_skipped() -> None:
     values = np.ones((ROWS, COLUMNS), dtype=np.float32)
     for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
         assert read_blocks(Tensor(gguf.quantize(values, kind), kind)) is None
@@ -109,7 +106,9 @@ def test_matrices_that_are_not_quantised_are_left_alone() -> None:
 @given(
     st.sampled_from([4, 8]), st.integers(0, 99), st.floats(-3, 3), st.floats(-3, 3), st.integers(0, COLUMNS)
 )
-def test_rounding_is_off_by_half_a_step(bits: int, seed: int, size: float, middle: float, zeros: int) -> None:
+def test_rounding_error_of_weights_is_at_most_half_a_step(
+    bits: int, seed: int, size: float, middle: float, zeros: int
+) -> None:
     """Scales and minima have 11 bits themselves."""
     exact = weights(9, seed) * 10**size + middle
     exact[:, :zeros] = 0
@@ -125,7 +124,7 @@ def test_rounding_is_off_by_half_a_step(bits: int, seed: int, size: float, middl
 
 
 @each_precision
-def test_what_was_rounded_once_is_rounded_no_further(bits: int) -> None:
+def test_rounding_is_idempotent(bits: int) -> None:
     blocks = round_to_blocks(weights(), bits)
     again = round_to_blocks(blocks.weights(), bits)
     assert torch.equal(again.weights(), blocks.weights()) or bits == 4
@@ -161,14 +160,14 @@ def test_an_embedding_that_is_tied_to_the_head_shares_its_blocks() -> None:
     assert not [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def test_an_embedding_of_its_own_stays_as_it_is() -> None:
+def test_an_untied_embedding_is_not_replaced() -> None:
     model = tiny_model(tiny_chat())
     quantise(model, {}, rounded_head(model))
     assert type(model.get_input_embeddings()) is nn.Embedding
     assert isinstance(model.get_output_embeddings(), PackedLinear)
 
 
-def test_layers_whose_rows_are_no_whole_groups_stay_as_they_are() -> None:
+def test_layers_without_whole_groups_are_not_replaced() -> None:
     odd = nn.Linear(33, 8)
     model = nn.ModuleDict({"odd": odd, "even": nn.Linear(64, 8)})
     model.get_output_embeddings = lambda: odd  # type: ignore[assignment]
@@ -188,7 +187,7 @@ def test_rows_in_another_order_are_found_by_their_values() -> None:
     assert torch.equal(arranged.weights().bfloat16(), weight)
 
 
-def test_weights_that_are_not_the_files_are_not_taken_for_them() -> None:
+def test_weights_that_differ_from_the_file_are_not_matched() -> None:
     blocks = blocks_from(quantised(Q4_1))
     weight = blocks.weights()
     weight[5, 7] += 0.01
@@ -209,7 +208,7 @@ def test_every_linear_layer_of_a_converted_model_finds_its_blocks(tmp_path: Path
         assert torch.equal(found[name].weights(), module.weight), name
 
 
-def test_a_head_of_8_bits_stays_what_it_is(tmp_path: Path) -> None:
+def test_a_head_of_8_bits_is_not_rounded_again(tmp_path: Path) -> None:
     file = save_quantised(tmp_path / "tiny") / "model.gguf"
     reader: Any = gguf.GGUFReader(file)
     stored = next(tensor for tensor in reader.tensors if tensor.name == "output.weight")

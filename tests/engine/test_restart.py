@@ -1,4 +1,4 @@
-"""A cache outlives the engine that made it, bit for bit; what can't be used is refused by name."""
+"""A saved cache is restored by a new engine bit for bit; unusable ones are refused with the reason."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +45,8 @@ SURE = "Are you sure?"
 
 
 @dataclass
-class House:
-    """A shelf on disk, and the engine that uses it now."""
+class Storage:
+    """A store on disk, and the engine that uses it now."""
 
     root: Path
     loaded: LoadedModel
@@ -83,10 +83,10 @@ class House:
 
 
 @pytest.fixture
-def house(loaded: LoadedModel, tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path / "shelf", loaded)
-    yield house
-    house.engine.close()
+def storage(loaded: LoadedModel, tmp_path: Path) -> Iterator[Storage]:
+    storage = Storage(tmp_path / "store", loaded)
+    yield storage
+    storage.engine.close()
 
 
 def bits(kv: ConversationKV) -> list[torch.Tensor]:
@@ -109,81 +109,83 @@ def live_turn(loaded: LoadedModel, precision: KVPrecision = KVPrecision.AUTO) ->
     return chat.ask(SURE)
 
 
-def assert_restored(played: Played, held: int) -> None:
-    """Everything that was held came from disk, and the rest was read."""
+def assert_restored(played: Played, cached: int) -> None:
+    """Everything that was cached came from disk, and the rest was read."""
     stats = played.finished.stats
-    assert stats.restored_tokens == stats.reused_tokens == played.started.restored_tokens == held
+    assert stats.restored_tokens == stats.reused_tokens == played.started.restored_tokens == cached
     assert stats.restore_s > 0
     assert (played.started.miss, stats.reuse_note) == (None, "")
-    assert played.evaluated == stats.prompt_tokens - held + stats.generated_tokens - 1
+    assert played.evaluated == stats.prompt_tokens - cached + stats.generated_tokens - 1
     (event,) = [e for e in played.finished.pool.events if e.kind is CacheEventKind.RESTORE]
-    assert event.tokens >= held
+    assert event.tokens >= cached
 
 
 def test_after_a_restart_a_turn_reads_its_new_tokens_and_equals_the_live_one_bit_for_bit(
-    house: House, loaded: LoadedModel
+    storage: Storage, loaded: LoadedModel
 ) -> None:
-    chat = house.chat()
-    held, before = chat.kv.ids, bits(chat.kv)
-    house.restart(chat)
-    (cold,) = house.engine.pool().caches
+    chat = storage.chat()
+    cached, before = chat.kv.ids, bits(chat.kv)
+    storage.restart(chat)
+    (cold,) = storage.engine.pool().caches
     assert (cold.conversation, cold.hot, cold.disk_bytes > 0) == ("chat", False, True)
     played = chat.ask(SURE)
-    assert_restored(played, len(held))
-    assert chat.kv.ids[: len(held)] == held
-    chat.kv.truncate(len(held))
+    assert_restored(played, len(cached))
+    assert chat.kv.ids[: len(cached)] == cached
+    chat.kv.truncate(len(cached))
     for now, then in zip(bits(chat.kv), before, strict=True):
         assert torch.equal(now, then)
     assert_bit_equal(played, live_turn(loaded))
     assert_equals_cold(played, loaded)
 
 
-def test_the_turns_after_a_restored_one_have_nothing_to_restore(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat()
-    house.restart(chat)
+def test_turns_after_a_restored_one_restore_nothing(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat()
+    storage.restart(chat)
     chat.ask(SURE)
-    held = len(chat.kv)
+    cached = len(chat.kv)
     following = chat.ask("Why?")
     stats = following.finished.stats
-    assert (stats.restored_tokens, stats.restore_s, stats.reused_tokens) == (0, 0.0, held)
+    assert (stats.restored_tokens, stats.restore_s, stats.reused_tokens) == (0, 0.0, cached)
     assert_equals_cold(following, loaded)
 
 
-def test_a_restart_after_every_turn_costs_nothing(house: House, loaded: LoadedModel) -> None:
+def test_a_restart_after_every_turn_costs_nothing(storage: Storage, loaded: LoadedModel) -> None:
     """Each turn is one more segment of the chain."""
-    chat = house.chat(turns=1)
+    chat = storage.chat(turns=1)
     for number in range(2, 6):
-        held = len(chat.kv)
-        house.restart(chat)
-        assert len(house.segments()) == number - 1
+        cached = len(chat.kv)
+        storage.restart(chat)
+        assert len(storage.segments()) == number - 1
         played = chat.ask(f"And pass {number}?")
-        assert_restored(played, held)
+        assert_restored(played, cached)
         assert_equals_cold(played, loaded)
 
 
 @pytest.mark.parametrize(
     "precision", [KVPrecision.FP32, KVPrecision.BF16, KVPrecision.INT8, KVPrecision.INT4]
 )
-def test_every_precision_comes_back_bit_for_bit(house: House, precision: KVPrecision) -> None:
-    chat = Chat(house.engine, house.loaded, system=SYSTEM)
+def test_every_precision_is_restored_bit_for_bit(storage: Storage, precision: KVPrecision) -> None:
+    chat = Chat(storage.engine, storage.loaded, system=SYSTEM)
     chat.precision = precision
     for question in QUESTIONS:
         chat.ask(question)
-    held = len(chat.kv)
-    house.restart(chat)
+    cached = len(chat.kv)
+    storage.restart(chat)
     played = chat.ask(SURE)
-    assert_restored(played, held)
+    assert_restored(played, cached)
     assert played.finished.stats.kv_dtype == precision.value
-    assert_bit_equal(played, live_turn(house.loaded, precision))
+    assert_bit_equal(played, live_turn(storage.loaded, precision))
 
 
 @pytest.mark.parametrize("index", [1, 2, 3, 5])
-def test_an_edit_after_a_restart_restores_what_is_left(house: House, loaded: LoadedModel, index: int) -> None:
-    chat = house.chat()
+def test_an_edit_after_a_restart_restores_the_common_prefix(
+    storage: Storage, loaded: LoadedModel, index: int
+) -> None:
+    chat = storage.chat()
     live = Chat(LocalEngine(loaded), loaded, system=SYSTEM)
     for question in QUESTIONS:
         live.ask(question)
-    house.restart(chat)
+    storage.restart(chat)
     for each in (chat, live):
         each.messages[index] = PromptMessage(each.messages[index].role, "Nobody knows.")
     played, expected = chat.ask(SURE), live.ask(SURE)
@@ -191,84 +193,84 @@ def test_an_edit_after_a_restart_restores_what_is_left(house: House, loaded: Loa
     assert stats.restored_tokens == stats.reused_tokens == expected.started.reused_tokens > 0
     assert_bit_equal(played, expected)
     assert_equals_cold(played, loaded)
-    held = len(chat.kv)
-    house.restart(chat)
+    cached = len(chat.kv)
+    storage.restart(chat)
     following = chat.ask("Why?")
-    assert_restored(following, held)
+    assert_restored(following, cached)
     assert_equals_cold(following, loaded)
 
 
-def test_an_answer_that_was_stopped_goes_on_after_a_restart(house: House, loaded: LoadedModel) -> None:
+def test_a_stopped_answer_continues_after_a_restart(storage: Storage, loaded: LoadedModel) -> None:
     whole = Chat(LocalEngine(loaded), loaded, system=SYSTEM, sampling=Sampling(max_tokens=6)).ask(SURE)
-    chat = Chat(house.engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=6))
-    stopped = chat.ask(SURE, stopping_at(house.engine, Tokens, 2))
-    held = len(chat.kv)
-    house.restart(chat)
+    chat = Chat(storage.engine, loaded, system=SYSTEM, sampling=Sampling(max_tokens=6))
+    stopped = chat.ask(SURE, stopping_at(storage.engine, Tokens, 2))
+    cached = len(chat.kv)
+    storage.restart(chat)
     chat.sampling = Sampling(max_tokens=3)
     rest = chat.answer()
-    assert_restored(rest, held)
+    assert_restored(rest, cached)
     assert rest.started.prefilled_tokens == 1
     assert [*stopped.tokens, *rest.tokens] == whole.tokens
 
 
-def test_an_engine_that_was_killed_loses_no_finished_turn(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat()
-    held = len(chat.kv)
-    house.disk.find(chat.name)  # what is queued is written; then nothing is closed
-    house.open()
-    chat.engine = house.engine
+def test_an_engine_that_was_killed_loses_no_finished_turn(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat()
+    cached = len(chat.kv)
+    storage.disk.find(chat.name)  # what is queued is written; then nothing is closed
+    storage.open()
+    chat.engine = storage.engine
     played = chat.ask(SURE)
-    assert_restored(played, held)
+    assert_restored(played, cached)
     assert_equals_cold(played, loaded)
 
 
-def test_a_conversation_moved_to_disk_comes_back_with_its_next_turn(
-    house: House, loaded: LoadedModel
-) -> None:
-    chat = house.chat()
-    held = len(chat.kv)
-    house.engine.command(Spill(chat.name))
-    pool = house.reports[-1]
+def test_a_spilled_conversation_is_restored_by_its_next_turn(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat()
+    cached = len(chat.kv)
+    storage.engine.command(Spill(chat.name))
+    pool = storage.reports[-1]
     assert isinstance(pool, PoolState)
     assert CacheEventKind.SPILL in [e.kind for e in pool.events]
     played = chat.ask(SURE)
-    assert_restored(played, held)
+    assert_restored(played, cached)
     assert_bit_equal(played, live_turn(loaded))
 
 
-def test_a_cache_that_is_warmed_before_the_turn_is_there(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat()
-    held = len(chat.kv)
-    house.restart(chat)
-    house.engine.command(Warm(chat.name))
-    (warm,) = house.engine.pool().caches
-    assert (warm.tokens, warm.hot) == (held, True)
+def test_a_cache_loaded_before_the_turn_is_used(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat()
+    cached = len(chat.kv)
+    storage.restart(chat)
+    storage.engine.command(Warm(chat.name))
+    (warm,) = storage.engine.pool().caches
+    assert (warm.tokens, warm.hot) == (cached, True)
     played = chat.ask(SURE)
     stats = played.finished.stats
-    assert (stats.reused_tokens, stats.restored_tokens, stats.reuse_note) == (held, 0, "")
+    assert (stats.reused_tokens, stats.restored_tokens, stats.reuse_note) == (cached, 0, "")
     assert_bit_equal(played, live_turn(loaded))
 
 
-def test_a_fork_is_saved_as_its_own(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat()
-    child = Chat(house.engine, loaded, "child")
+def test_a_fork_is_saved_as_its_own(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat()
+    child = Chat(storage.engine, loaded, "child")
     child.messages = chat.messages[:5]
-    house.engine.command(Fork(chat.name, child.name))
+    storage.engine.command(Fork(chat.name, child.name))
     child.ask("And by boat?")
     chat.ask(SURE)
-    held = {each.name: len(each.kv) for each in (chat, child)}
-    house.restart(chat, child)
+    cached = {each.name: len(each.kv) for each in (chat, child)}
+    storage.restart(chat, child)
     for each in (chat, child):
         played = each.ask("Why?")
-        assert_restored(played, held[each.name])
+        assert_restored(played, cached[each.name])
         assert_equals_cold(played, loaded)
 
 
-def test_a_saved_prefix_is_lent_once_its_owner_is_back(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat()
-    house.restart(chat)
+def test_a_saved_prefix_is_shared_once_its_conversation_is_restored(
+    storage: Storage, loaded: LoadedModel
+) -> None:
+    chat = storage.chat()
+    storage.restart(chat)
     chat.ask(SURE)
-    other = Chat(house.engine, loaded, "other")
+    other = Chat(storage.engine, loaded, "other")
     other.messages = chat.messages[:5]
     played = other.ask("And by boat?")
     assert played.started.reused_tokens > 16
@@ -290,35 +292,35 @@ def mamba() -> LoadedModel:
     return assemble(seeded_model(config), chat, "mamba", context=1000)
 
 
-def test_recurrent_states_come_back_too(tmp_path: Path) -> None:
-    house = House(tmp_path / "shelf", mamba())
-    chat = house.chat()
-    held = len(chat.kv.ids)
-    house.restart(chat)
+def test_recurrent_states_are_restored(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "store", mamba())
+    chat = storage.chat()
+    cached = len(chat.kv.ids)
+    storage.restart(chat)
     played = chat.ask(SURE)
-    assert played.finished.stats.restored_tokens == held
-    assert_bit_equal(played, live_turn(house.loaded))
-    assert_equals_cold(played, house.loaded)
-    house.engine.close()
+    assert played.finished.stats.restored_tokens == cached
+    assert_bit_equal(played, live_turn(storage.loaded))
+    assert_equals_cold(played, storage.loaded)
+    storage.engine.close()
 
 
 # What can't be used.
 
 
-def assert_read_again(chat: Chat, house: House, reason: str) -> None:
-    """Nothing is restored, and the reason is told; what is saved from then on is good again."""
+def assert_read_again(chat: Chat, storage: Storage, reason: str) -> None:
+    """Nothing is restored, the reason is reported, and later saves are usable."""
     played = chat.ask(SURE)
     stats = played.finished.stats
     assert (stats.reused_tokens, stats.restored_tokens) == (0, 0)
     assert played.started.miss is not None
     assert played.started.miss.cause == stats.reuse_note
     assert reason in stats.reuse_note
-    assert_equals_cold(played, house.loaded)
-    held = len(chat.kv)
-    house.restart(chat)
+    assert_equals_cold(played, storage.loaded)
+    cached = len(chat.kv)
+    storage.restart(chat)
     following = chat.ask("Why?")
-    assert_restored(following, held)
-    assert_equals_cold(following, house.loaded)
+    assert_restored(following, cached)
+    assert_equals_cold(following, storage.loaded)
 
 
 @contextmanager
@@ -337,25 +339,25 @@ def identified(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Iterat
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Fingerprint) if f.name != "kv"])
 def test_a_cache_of_another_fingerprint_is_refused_by_the_name_of_the_field(
-    house: House, monkeypatch: pytest.MonkeyPatch, name: str
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    chat = house.chat()
-    was = getattr(house.engine.caches.fingerprint(KVPrecision.FP32), name)
+    chat = storage.chat()
+    was = getattr(storage.engine.caches.fingerprint(KVPrecision.FP32), name)
     with identified(monkeypatch, name, "another"):
-        house.restart(chat)
-        assert_read_again(chat, house, f"{WORDS[name]} changed: {was} → another")
+        storage.restart(chat)
+        assert_read_again(chat, storage, f"{WORDS[name]} changed: {was} → another")
 
 
-def test_a_cache_of_another_kv_precision_is_refused_by_name(house: House) -> None:
-    chat = house.chat()
-    house.restart(chat)
+def test_a_cache_of_another_kv_precision_is_refused_by_name(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.restart(chat)
     chat.precision = KVPrecision.BF16
     played = chat.ask(SURE)
     assert played.finished.stats.reuse_note == "KV precision changed: fp32 → bf16"
     assert (played.started.reused_tokens, played.started.restored_tokens) == (0, 0)
-    held = len(chat.kv)
-    house.restart(chat)
-    assert_restored(chat.ask("Why?"), held)
+    cached = len(chat.kv)
+    storage.restart(chat)
+    assert_restored(chat.ask("Why?"), cached)
 
 
 OTHER_MODELS: dict[str, tuple[Callable[[], LoadedModel], str]] = {
@@ -387,24 +389,24 @@ def replace_name(name: str) -> LoadedModel:
 
 
 @pytest.mark.parametrize("other", OTHER_MODELS)
-def test_a_cache_of_another_model_is_refused(house: House, other: str) -> None:
-    """Identified by what the model is, not by what somebody says."""
-    chat = house.chat()
+def test_a_cache_of_another_model_is_refused(storage: Storage, other: str) -> None:
+    """Identified by the weights, not by the name."""
+    chat = storage.chat()
     build, words = OTHER_MODELS[other]
-    house.loaded = chat.loaded = build()
-    house.restart(chat)
-    assert_read_again(chat, house, words)
+    storage.loaded = chat.loaded = build()
+    storage.restart(chat)
+    assert_read_again(chat, storage, words)
 
 
-def test_a_cache_that_may_not_be_used_is_not_warmed_either(
-    house: House, monkeypatch: pytest.MonkeyPatch
+def test_an_unusable_cache_is_not_loaded_by_command(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = house.chat()
+    chat = storage.chat()
     with identified(monkeypatch, "revision", "another"):
-        house.restart(chat)
-    house.reports.clear()
-    house.engine.command(Warm(chat.name))
-    refused, pool = house.reports
+        storage.restart(chat)
+    storage.reports.clear()
+    storage.engine.command(Warm(chat.name))
+    refused, pool = storage.reports
     assert isinstance(refused, Refused)
     assert "model weights changed" in refused.reason
     assert isinstance(pool, PoolState)
@@ -454,42 +456,42 @@ def exchange(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_cache_is_refused_with_the_reason_and_read_again(house: House, name: str) -> None:
-    chat = house.chat()
-    house.engine.close()
-    assert len(house.segments()) == 3
+def test_a_damaged_cache_is_refused_with_the_reason_and_read_again(storage: Storage, name: str) -> None:
+    chat = storage.chat()
+    storage.engine.close()
+    assert len(storage.segments()) == 3
     damage, reason = DAMAGES[name]
-    damage(house.segments())
-    house.restart(chat)
-    assert_read_again(chat, house, reason or "can't be used")
+    damage(storage.segments())
+    storage.restart(chat)
+    assert_read_again(chat, storage, reason or "can't be used")
 
 
-def test_a_cache_of_another_conversation_is_refused(house: House) -> None:
-    chat = house.chat()
-    house.engine.close()
-    house.folder().rename(house.root / "renamed")
+def test_a_cache_of_another_conversation_is_refused(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.engine.close()
+    storage.folder().rename(storage.root / "renamed")
     chat.name = "renamed"
-    house.restart(chat)
-    assert_read_again(chat, house, "belongs to conversation chat")
+    storage.restart(chat)
+    assert_read_again(chat, storage, "belongs to conversation chat")
 
 
-def test_a_refusal_is_an_event(house: House) -> None:
-    chat = house.chat()
-    house.engine.close()
-    flip(house.segments()[-1], -1)
-    house.restart(chat)
+def test_a_refusal_is_an_event(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.engine.close()
+    flip(storage.segments()[-1], -1)
+    storage.restart(chat)
     events = chat.ask(SURE).finished.pool.events
     (refused,) = [e for e in events if e.kind is CacheEventKind.REFUSE]
     assert "has a damaged tensor" in refused.note
     assert CacheEventKind.RESTORE not in [e.kind for e in events]
 
 
-def test_a_cache_that_was_removed_meanwhile_is_read_again(house: House) -> None:
-    chat = house.chat()
-    house.engine.close()
-    DiskStore(house.root, CAP).remove(chat.name)
-    house.restart(chat)
-    assert_read_again(chat, house, miss_reason.NOT_READ_YET)
+def test_a_cache_that_was_removed_meanwhile_is_read_again(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.engine.close()
+    DiskStore(storage.root, CAP).remove(chat.name)
+    storage.restart(chat)
+    assert_read_again(chat, storage, miss_reason.NOT_READ_YET)
 
 
 # What must not be written, and what has to go.
@@ -499,87 +501,87 @@ def everything_on(root: Path) -> list[str]:
     return sorted(path.name for path in root.rglob("*.safetensors")) if root.exists() else []
 
 
-def test_a_private_conversation_writes_nothing(house: House, loaded: LoadedModel) -> None:
-    chat = house.chat(persist=False)
-    house.engine.command(Spill(chat.name))
+def test_a_private_conversation_writes_nothing(storage: Storage, loaded: LoadedModel) -> None:
+    chat = storage.chat(persist=False)
+    storage.engine.command(Spill(chat.name))
     chat.ask(SURE)
-    house.restart(chat)
-    assert everything_on(house.root) == []
-    assert house.engine.pool().caches == ()
+    storage.restart(chat)
+    assert everything_on(storage.root) == []
+    assert storage.engine.pool().caches == ()
     following = chat.ask("Why?")
     assert following.finished.stats.reuse_note == miss_reason.NOT_READ_YET
     assert_equals_cold(following, loaded)
 
 
-def test_a_private_conversation_reads_nothing_from_disk_either(house: House) -> None:
-    chat = house.chat()
-    house.restart(chat)
+def test_a_private_conversation_reads_nothing_from_disk_either(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.restart(chat)
     chat.persist = False
     played = chat.ask(SURE)
     assert (played.started.reused_tokens, played.started.restored_tokens) == (0, 0)
-    assert_equals_cold(played, house.loaded)
+    assert_equals_cold(played, storage.loaded)
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.TURN])
-def test_without_a_kept_cache_nothing_is_written(house: House, mode: CacheMode) -> None:
-    chat = Chat(house.engine, house.loaded, mode=mode)
+def test_modes_without_a_resident_cache_write_nothing(storage: Storage, mode: CacheMode) -> None:
+    chat = Chat(storage.engine, storage.loaded, mode=mode)
     chat.ask(sentences(3))
-    house.restart(chat)
-    assert everything_on(house.root) == []
+    storage.restart(chat)
+    assert everything_on(storage.root) == []
 
 
-def test_forgetting_removes_the_folder(house: House, loaded: LoadedModel) -> None:
-    chat, other = house.chat(), house.chat("other")
-    house.engine.forget(chat.name)
-    assert not house.folder().exists()
-    assert house.disk.find("other") is not None
-    assert [c.conversation for c in house.engine.pool().caches] == ["other"]
-    house.restart(chat, other)
-    assert not house.folder().exists()
+def test_forgetting_removes_the_folder(storage: Storage, loaded: LoadedModel) -> None:
+    chat, other = storage.chat(), storage.chat("other")
+    storage.engine.forget(chat.name)
+    assert not storage.folder().exists()
+    assert storage.disk.find("other") is not None
+    assert [c.conversation for c in storage.engine.pool().caches] == ["other"]
+    storage.restart(chat, other)
+    assert not storage.folder().exists()
     played = chat.ask(SURE)
     assert (played.started.restored_tokens, played.started.reuse_note) == (0, miss_reason.NOT_READ_YET)
     assert_equals_cold(played, loaded)
 
 
-def test_dropping_removes_the_folder_and_the_next_turn_says_so(house: House) -> None:
-    chat = house.chat()
-    house.engine.command(Drop(chat.name))
-    assert not house.folder().exists()
+def test_dropping_removes_the_folder_and_the_next_turn_says_so(storage: Storage) -> None:
+    chat = storage.chat()
+    storage.engine.command(Drop(chat.name))
+    assert not storage.folder().exists()
     played = chat.ask(SURE)
     assert played.started.reuse_note == "you dropped it"
-    assert house.disk.find(chat.name) is not None
+    assert storage.disk.find(chat.name) is not None
 
 
-def test_the_disk_holds_no_more_than_its_cap(tiny: LoadedModel, tmp_path: Path) -> None:
-    """The conversation used longest ago is removed, and says so by being read again."""
-    house = House(tmp_path / "shelf", tiny)
-    first = house.chat("first")
-    house.engine.close()
-    one = DiskStore(house.root, CAP).total_bytes()
-    house.cap = int(1.5 * one)
-    house.open()
-    first.engine = house.engine
-    second = house.chat("second")
-    house.restart(first, second)
-    pool = house.engine.pool()
+def test_the_disk_cap_is_never_exceeded(tiny: LoadedModel, tmp_path: Path) -> None:
+    """The least recently used conversation is removed, and then read again."""
+    storage = Storage(tmp_path / "store", tiny)
+    first = storage.chat("first")
+    storage.engine.close()
+    one = DiskStore(storage.root, CAP).total_bytes()
+    storage.cap = int(1.5 * one)
+    storage.open()
+    first.engine = storage.engine
+    second = storage.chat("second")
+    storage.restart(first, second)
+    pool = storage.engine.pool()
     assert [c.conversation for c in pool.caches] == ["second"]
-    assert pool.disk_bytes == DiskStore(house.root, CAP).total_bytes() <= house.cap == pool.disk_cap_bytes
-    held = len(second.messages)
-    assert second.ask(SURE).started.restored_tokens > held
+    assert pool.disk_bytes == DiskStore(storage.root, CAP).total_bytes() <= storage.cap == pool.disk_cap_bytes
+    cached = len(second.messages)
+    assert second.ask(SURE).started.restored_tokens > cached
     played = first.ask(SURE)
     assert played.started.restored_tokens == 0
     assert_equals_cold(played, tiny)
-    house.engine.close()
+    storage.engine.close()
 
 
 @pytest.mark.model
-def test_a_real_model_goes_on_where_it_was(smollm2: LoadedModel, tmp_path: Path) -> None:
-    house = House(tmp_path / "shelf", smollm2)
-    chat = house.chat()
-    held = len(chat.kv)
-    house.restart(chat)
+def test_a_real_model_continues_after_a_restart(smollm2: LoadedModel, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "store", smollm2)
+    chat = storage.chat()
+    cached = len(chat.kv)
+    storage.restart(chat)
     played = chat.ask(SURE)
-    assert_restored(played, held)
+    assert_restored(played, cached)
     assert_bit_equal(played, live_turn(smollm2))
     assert_equals_cold(played, smollm2)
-    house.engine.close()
+    storage.engine.close()

@@ -1,4 +1,4 @@
-"""What may be drawn is what transformers' own processors leave, and a seed makes choices repeatable."""
+"""Candidates equal those of transformers' processors, and a seed makes samples repeatable."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_greedy_ignores_what_only_narrows_a_draw() -> None:
     ],
     ids=["top-k", "top-p", "min-p"],
 )
-def test_only_what_transformers_leaves_is_ever_drawn(
+def test_only_tokens_that_transformers_allows_are_sampled(
     sampling: Sampling, processor: LogitsProcessor, expected: set[int]
 ) -> None:
     assert drawn(sampling) == allowed(processor) == expected
@@ -63,7 +63,7 @@ def test_a_low_temperature_narrows_and_a_high_one_widens() -> None:
     assert drawn(Sampling(temperature=50.0, seed=1)) == {0, 1, 2, 3, 4, 5}
 
 
-def test_a_repeat_penalty_turns_greedy_away_from_what_was_said() -> None:
+def test_a_repeat_penalty_changes_the_greedy_choice() -> None:
     assert drawn(Sampling(temperature=0, repeat_penalty=2.0), context=[0]) == {1}
     assert drawn(Sampling(temperature=0, repeat_penalty=2.0), context=[5]) == {0}
 
@@ -96,7 +96,7 @@ def kept_by_transformers(scores: torch.Tensor, sampling: Sampling) -> set[int]:
     st.sampled_from([1.0, 0.05, 0.5, 0.95, 0.999]),
     st.sampled_from([0.0, 0.02, 0.5, 1.0]),
 )
-def test_exactly_what_transformers_leaves_may_be_drawn(
+def test_candidates_equal_those_of_transformers(
     seed: int, vocabulary: int, spread: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     """Flat distributions keep more than are looked at first. Weights are the probabilities, in proportion."""
@@ -111,7 +111,7 @@ def test_exactly_what_transformers_leaves_may_be_drawn(
     torch.testing.assert_close(weights.double() / weights.double().sum(), expected, atol=1e-5, rtol=1e-3)
 
 
-def test_more_than_are_looked_at_first_are_kept_where_they_have_to_be() -> None:
+def test_the_whole_vocabulary_is_sorted_where_the_first_candidates_are_not_enough() -> None:
     scores = torch.linspace(0, 1, 4 * CANDIDATES)
     for sampling in (Sampling(top_p=0.9), Sampling(min_p=0.4), Sampling(top_k=3 * CANDIDATES)):
         ids, _ = candidates(scores, sampling)
@@ -128,7 +128,7 @@ def test_a_penalty_is_that_of_transformers(seed: int, context: list[int], penalt
     assert torch.equal(penalised(scores, context, penalty), expected[0]) if context else True
 
 
-def test_a_temperature_changes_what_is_kept() -> None:
+def test_the_temperature_changes_which_tokens_remain() -> None:
     cold, hot = (Sampling(temperature=t, top_p=0.6, seed=1) for t in (0.2, 5.0))
     for sampling in (cold, hot):
         left = kept_by_transformers(LOGITS[0] / sampling.temperature, sampling)
@@ -141,7 +141,7 @@ def sequence(seed: int | None) -> list[int]:
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_the_same_seed_chooses_alike(seed: int) -> None:
+def test_the_same_seed_gives_the_same_tokens(seed: int) -> None:
     assert sequence(seed) == sequence(seed)
 
 

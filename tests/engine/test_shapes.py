@@ -14,8 +14,10 @@ import transformers as tf
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, rounded_up
+from kvchat.cache.layer import rounded_up
+from kvchat.cache.packed_rows import pack_rows, unpack_rows
 from kvchat.cache.quantized_layer import QuantizedLayer
 from kvchat.cache.rope_shift import rotated
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer
@@ -111,8 +113,8 @@ class Can:
 
 A_WINDOW = "mask of a sliding window"
 A_STATE = "a recurrent state can't forget"
-OF_EXPERTS = "expert layers: experts hold no KV"
-OF_A_STATE = "recurrent layers: a crop goes back to the last turn end"
+OF_EXPERTS = "expert layers: experts store no keys and values"
+OF_A_STATE = "recurrent layers: a crop returns to the last turn end"
 HALF_SLIDING = "sliding window of 8 in 2 of 4 layers"
 ALL_SLIDING = "sliding window of 8 in 4 of 4 layers"
 
@@ -178,7 +180,7 @@ SHAPES: dict[str, Can] = {
     "LFM2": Can(
         lambda: config(tf.Lfm2Config, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3),
         SINCE_MARK,
-        "a convolution mixes neighbours",
+        "a convolution mixes neighbouring tokens",
         notes=("2 convolution layers",),
     ),
     "Qwen3-Next": Can(
@@ -214,7 +216,7 @@ SHAPES: dict[str, Can] = {
         A_STATE,
         positions="none",
         layout="none",
-        notes=(OF_A_STATE, "go on one token at a time"),
+        notes=(OF_A_STATE, "read one token at a time"),
     ),
     "Mamba2": Can(
         lambda: older(tf.Mamba2Config, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, **MAMBA),
@@ -244,7 +246,7 @@ def some_ids(number: int, seed: int = 0) -> list[int]:
 
 
 class Reading:
-    """One conversation, read as an engine reads it: a mark before the last prompt token and at turn ends."""
+    """One conversation, read as by an engine: checkpoints before the last prompt token and at turn ends."""
 
     def __init__(self, loaded: LoadedModel, kv: ConversationKV | None = None) -> None:
         self.model = loaded.model
@@ -282,7 +284,7 @@ def one_turn(loaded: LoadedModel) -> Reading:
 
 
 def assert_whole(kv: ConversationKV, length: int) -> None:
-    """All layers hold the same tokens, and those are the ones the cache tells of."""
+    """All layers have as many tokens as the cache."""
     assert [layer.length for layer in kv.stored] == [length] * len(kv.stored)
     assert len(kv) == len(kv.ids) == length
 
@@ -306,7 +308,7 @@ def failing_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
         handle.remove()
 
 
-def test_a_model_can_what_the_table_says(shaped: LoadedModel) -> None:
+def test_a_model_supports_what_the_table_says(shaped: LoadedModel) -> None:
     can, shape = SHAPES[shaped.facts.name], shaped.shape
     assert shape.is_croppable == (can.goes_back != MARKS_ONLY)
     assert any(shape.states) == (can.goes_back != ANYWHERE)
@@ -344,7 +346,7 @@ def test_regenerating_reads_one_token(shaped: LoadedModel) -> None:
     assert_whole(reading.kv, PROMPT + REPLY)
 
 
-def test_an_early_edit_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+def test_an_early_edit_returns_as_far_as_the_table_says(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     edited = 12
     reached = reading.kv.reachable(edited)
@@ -354,7 +356,7 @@ def test_an_early_edit_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -
     assert_whole(reading.kv, edited + QUESTION)
 
 
-def test_a_crop_inside_a_reply_goes_back_as_far_as_the_table_says(shaped: LoadedModel) -> None:
+def test_a_crop_inside_a_reply_returns_as_far_as_the_table_says(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     reading.turn(some_ids(QUESTION, 2), [])
     end = len(reading.kv)
@@ -367,7 +369,7 @@ def test_a_crop_inside_a_reply_goes_back_as_far_as_the_table_says(shaped: Loaded
     assert_whole(reading.kv, reached + QUESTION)
 
 
-def test_a_crop_to_a_length_that_cannot_be_had_is_refused(shaped: LoadedModel) -> None:
+def test_a_crop_to_an_unreachable_length_is_refused(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     if reading.kv.reachable(PROMPT + 2) == PROMPT + 2:
         reading.kv.truncate(PROMPT + 2)
@@ -402,7 +404,7 @@ def test_a_failure_in_the_very_first_pass_leaves_an_empty_cache(shaped: LoadedMo
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
-def test_a_stop_is_looked_at_before_every_layer(shaped: LoadedModel, layer: int) -> None:
+def test_a_stop_is_checked_before_every_layer(shaped: LoadedModel, layer: int) -> None:
     reading, asked = one_turn(shaped), count()
     with (
         stopping_between_layers(shaped.model, lambda: next(asked) == layer),
@@ -426,14 +428,14 @@ def test_both_branches_of_a_fork_equal_cold_passes(shaped: LoadedModel) -> None:
     assert parent.kv.ids == (*some_ids(PROMPT), *some_ids(REPLY, 1), *some_ids(QUESTION, 12))
 
 
-def test_a_packed_cache_goes_on_bit_for_bit(shaped: LoadedModel) -> None:
+def test_a_packed_cache_continues_bit_identically(shaped: LoadedModel) -> None:
     """Packed after each of two turns, with a regeneration between them."""
     live, restored = one_turn(shaped), shaped.new_kv()
-    restored.unpack(live.kv.pack())
+    unpack_rows(restored, pack_rows(live.kv))
     live.kv.truncate(PROMPT - 1)
     live.turn(some_ids(PROMPT)[-1:], some_ids(REPLY, 4))
     live.turn(some_ids(QUESTION, 2), some_ids(REPLY, 3))
-    restored.unpack(live.kv.pack())
+    unpack_rows(restored, pack_rows(live.kv))
     assert restored.ids == live.kv.ids
     again = Reading(shaped, restored)
     for ids in (some_ids(1, 5), some_ids(QUESTION, 6)):
@@ -453,7 +455,7 @@ def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
     reading = Reading(shaped, fresh)
     reading.read(some_ids(PROMPT))
     assert fresh.used_bytes == PROMPT * shape.kv_bytes_per_token(torch.float32)
-    # the window in which a record begins is held besides, until the next mark
+    # the window at the start of a record is also stored, until the next checkpoint
     windows = shape.state_bytes if recorded else 0
     assert fresh.storage_bytes == foretold + recorded + windows
     fresh.checkpoint()
@@ -463,7 +465,7 @@ def test_bytes_are_those_of_the_measured_shape(shaped: LoadedModel) -> None:
     reading.read(some_ids(PROMPT, 1))
 
 
-def test_a_cleared_cache_is_as_new(shaped: LoadedModel) -> None:
+def test_a_cleared_cache_behaves_like_a_new_one(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     reading.kv.clear()
     found = reading.reader.read(some_ids(QUESTION, 3))
@@ -474,7 +476,7 @@ def test_gaps_are_refused_where_there_is_a_state(shaped: LoadedModel) -> None:
     reading = one_turn(shaped)
     if not reading.kv.states:
         reading.kv.select([0, 1, *range(20, PROMPT)])
-        assert reading.kv.has_gap
+        assert reading.kv.index.has_gap
         return
     with pytest.raises(ValueError, match="can't forget"):
         reading.kv.select([0, 1])
@@ -497,8 +499,8 @@ def test_a_gap_keeps_positions_where_the_table_allows_gaps(shaped: LoadedModel) 
     torch.testing.assert_close(ours.keys[:, :, last[0]], theirs.keys[:, :, last[1]])
 
 
-def test_the_measured_rotation_turns_keys_to_other_positions(shaped: LoadedModel) -> None:
-    """A token on its own, read at position 100, has the keys of position 3 turned by 97."""
+def test_the_measured_rotation_moves_keys_to_other_positions(shaped: LoadedModel) -> None:
+    """A single token, read at position 100, has the keys of position 3 rotated by 97."""
     frequencies = shaped.rotary_frequencies()
     if frequencies is None:
         assert shaped.shape.rotary_dims == 0
@@ -544,7 +546,7 @@ def test_another_precision_is_that_of_the_stored_keys() -> None:
 
 
 def test_a_compressed_layer_is_measured_and_not_computed() -> None:
-    """DeepSeek keeps one compressed key and one turned part per token, whatever its config says of heads."""
+    """DeepSeek stores one latent key and one rotated part per token, whatever its config says about heads."""
     heads = {
         (head.kv_heads, head.key_dim, head.value_dim) for head in assembled("DeepSeek-V3").shape.heads if head
     }
@@ -557,14 +559,14 @@ def test_a_model_without_attention_has_no_heads() -> None:
     assert (loaded.facts.kv_bytes_per_token, len(loaded.shape.kinds)) == (0, LAYERS)
 
 
-def test_layers_that_keep_something_else_are_refused_in_a_sentence() -> None:
+def test_unsupported_layers_are_refused_with_a_sentence() -> None:
     model = seeded_model(config(tf.LlamaConfig))
     model.config.layer_types = ["full_attention", "indexed_attention"] * 2
     with pytest.raises(KvchatError, match="strange has layers of the kind indexed_attention"):
         measure(model, "strange")
 
 
-def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None:
+def test_longrope_limits_the_context_to_its_original_length() -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     long_rope = config(
         tf.Phi3Config,
@@ -576,7 +578,7 @@ def test_the_context_ends_where_a_long_rope_would_spoil_what_is_cached() -> None
     Reading(loaded).turn(some_ids(50), some_ids(10, 1))
 
 
-def test_a_context_without_end_is_the_one_that_is_asked_for() -> None:
+def test_without_a_position_limit_the_requested_context_is_used() -> None:
     chat, made = tiny_chat(), SHAPES["Bloom"].made
     limits = [
         assemble(seeded_model(made()), chat, "bloom", context=asked).facts.context_limit
@@ -586,7 +588,7 @@ def test_a_context_without_end_is_the_one_that_is_asked_for() -> None:
 
 
 def test_the_window_of_these_tests_hides_something() -> None:
-    """Else cached and uncached would be equal whatever the cache kept."""
+    """Else cached and uncached results would be equal with any cache."""
     narrow = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=WINDOW))
     wide = seeded_model(config(tf.MistralConfig, head_dim=16, sliding_window=None))
     ids = some_ids(PROMPT)

@@ -1,4 +1,4 @@
-"""Scores of tokens are the attention that a model pays them, as transformers' own eager code says."""
+"""Scores of tokens equal the attention weights of transformers' eager implementation."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def same_weights_folded() -> PreTrainedModel:
     return model
 
 
-def test_scores_are_the_attention_of_the_latest_tokens_by_the_head_that_looks_hardest(
+def test_scores_are_the_maximum_attention_over_heads(
     tiny: LoadedModel,
 ) -> None:
     ids = ids_of(tiny, sentences(12))
@@ -94,12 +94,12 @@ def test_weights_are_causal_and_add_up() -> None:
     assert (weights > 0).sum(dim=-1).tolist() == [[8, 9, 10]] * 4
 
 
-def test_attention_that_cannot_be_watched_is_a_sentence(tiny: LoadedModel) -> None:
+def test_attention_that_cannot_be_recorded_is_refused_with_a_sentence(tiny: LoadedModel) -> None:
     config = tiny_config(tiny_chat())
     config._attn_implementation = "eager"
     model, ids = seeded_model(config), list(range(5, 45))
     kv = tiny.new_kv()
     CachedReader(model, kv).read(ids)
-    with pytest.raises(KvchatError, match="can't be watched"):
+    with pytest.raises(KvchatError, match="can't be recorded"):
         attention_scores(model, kv)
     assert_committed(kv, ids)

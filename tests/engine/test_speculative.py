@@ -1,4 +1,4 @@
-"""Guessing ahead changes no answer and no cache, however good, bad or hostile the guesses are."""
+"""Drafts change no answer and no cache, whether they are right, wrong or hostile."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +28,13 @@ from kvchat.engine.engine import UNBOUNDED, LocalEngine
 from kvchat.engine.factory import open_engine
 from kvchat.engine.model.loader import LoadedModel, assemble
 from kvchat.engine.speculative import (
-    LEAST,
-    LONGEST_REST,
-    MOST,
+    LONGEST,
+    LONGEST_PAUSE,
     NGRAM,
+    SHORTEST,
     Drafter,
     DraftModel,
-    Pace,
+    DraftPacing,
     PromptLookup,
 )
 from kvchat.errors import KvchatError
@@ -53,15 +53,15 @@ def no_drafts() -> None:
     """Here there are some."""
 
 
-# ---- those who guess ---------------------------------------------------------------------------------------
+# ---- drafters ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Guessing:
-    """Knows the answers that will come, and guesses by them as `guess` says."""
+    """Knows the coming answers, and proposes what `guess` makes of them."""
 
     guess: Callable[[list[int]], list[int]]
-    """What to guess where those tokens are right."""
+    """The proposal where those tokens are right."""
     answers: list[list[int]] = field(default_factory=list)
     asked: int = 0
     judged: list[tuple[int, int]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Guessing:
                     return answer[said:]
         return []
 
-    def judge(self, proposed: int, accepted: int) -> None:
+    def record(self, proposed: int, accepted: int) -> None:
         assert 0 <= accepted <= proposed > 0
         self.judged.append((proposed, accepted))
 
@@ -130,7 +130,7 @@ def drafter(request: pytest.FixtureRequest) -> Drafter:
 
 @pytest.fixture(params=[right, half_right, anything])
 def knowing(request: pytest.FixtureRequest) -> Guessing:
-    """Those whose guesses are as long as they may be, and often right: ends come in the middle of them."""
+    """Drafters with long, often correct drafts: answers end in the middle of them."""
     guessing: Guessing = request.param()
     return guessing
 
@@ -170,7 +170,7 @@ class Told:
 
 
 def cache_sizes(played: Played) -> list[int]:
-    """Tokens cached as each token was told; what is read of a guess is not counted before it came true."""
+    """Cached tokens reported with each token; drafted tokens count once they are accepted."""
     return [event.kv_tokens for event in played.events if isinstance(event, Tokens)]
 
 
@@ -204,7 +204,7 @@ plain_runs: dict[str, Told] = {}
 
 
 def without(loaded: LoadedModel, sampling: Sampling, options: Mapping[str, object]) -> Told:
-    """The same without guesses; once for all who guess."""
+    """The same without drafts, computed once for all drafters."""
     key = repr((loaded.facts.context_limit, sampling, options))
     if key not in plain_runs:
         plain_runs[key] = tell(loaded, None, sampling, **options)  # type: ignore[arg-type]
@@ -212,26 +212,26 @@ def without(loaded: LoadedModel, sampling: Sampling, options: Mapping[str, objec
 
 
 def both(loaded: LoadedModel, drafter: Drafter, sampling: Sampling = GREEDY, **options: object) -> Told:
-    """Told with guesses and without, which has to be the same."""
+    """What has to be the same with and without drafts."""
     plain = without(loaded, sampling, options)
     if isinstance(drafter, Guessing):
         drafter.answers = plain.answers
-    told = tell(loaded, drafter, sampling, **options)  # type: ignore[arg-type]
-    told.assert_equals(plain)
+    report = tell(loaded, drafter, sampling, **options)  # type: ignore[arg-type]
+    report.assert_equals(plain)
     assert plain.drafted == plain.accepted == 0
-    assert 0 <= told.accepted <= told.drafted
-    return told
+    assert 0 <= report.accepted <= report.drafted
+    return report
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED], ids=["greedy", "drawn", "penalised"])
-def test_guesses_change_neither_answers_nor_caches(
+def test_drafts_change_neither_answers_nor_caches(
     tiny: LoadedModel, drafter: Drafter, sampling: Sampling
 ) -> None:
-    told = both(tiny, drafter, sampling)
-    assert [len(answer) for answer in told.answers] == [ANSWER, ANSWER]
+    report = both(tiny, drafter, sampling)
+    assert [len(answer) for answer in report.answers] == [ANSWER, ANSWER]
 
 
-def test_what_is_said_with_guesses_is_what_a_cold_run_says(tiny: LoadedModel) -> None:
+def test_answers_with_drafts_equal_a_cold_run(tiny: LoadedModel) -> None:
     plain = tell(tiny, None)
     drafter = half_right()
     drafter.answers = plain.answers
@@ -240,27 +240,27 @@ def test_what_is_said_with_guesses_is_what_a_cold_run_says(tiny: LoadedModel) ->
         played = chat.ask("Which pass is open in May?")
         ids = [*chat.kv.ids]
         assert ids[-len(played.tokens) + 1 :] == played.tokens[:-1]
-        chat.engine._tools = replace(chat.engine._tools, new_drafter=lambda: None)
+        chat.engine._services = replace(chat.engine._services, new_drafter=lambda: None)
         assert_equals_cold(chat.ask("Why?"), tiny)  # after a cache that was cropped many times
 
 
-def test_right_guesses_are_all_taken_and_save_passes(tiny: LoadedModel) -> None:
-    told = both(tiny, right())
-    assert told.accepted == told.drafted >= ANSWER
-    assert len(told.turns[0].logits) < ANSWER // 4
+def test_correct_drafts_are_accepted_and_save_passes(tiny: LoadedModel) -> None:
+    report = both(tiny, right())
+    assert report.accepted == report.drafted >= ANSWER
+    assert len(report.turns[0].logits) < ANSWER // 4
 
 
-def test_wrong_guesses_are_all_refused(tiny: LoadedModel) -> None:
+def test_wrong_drafts_are_rejected(tiny: LoadedModel) -> None:
     drafter = wrong()
-    told = both(tiny, drafter)
-    assert (told.accepted, told.drafted > ANSWER) == (0, True)
-    assert sum(proposed for proposed, _ in drafter.judged) == told.drafted
+    report = both(tiny, drafter)
+    assert (report.accepted, report.drafted > ANSWER) == (0, True)
+    assert sum(proposed for proposed, _ in drafter.judged) == report.drafted
     assert not any(accepted for _, accepted in drafter.judged)
 
 
-def test_what_was_drafted_is_counted_as_evaluated(tiny: LoadedModel) -> None:
-    told = both(tiny, half_right())
-    for played in told.turns:
+def test_drafted_tokens_count_as_evaluated(tiny: LoadedModel) -> None:
+    report = both(tiny, half_right())
+    for played in report.turns:
         stats = played.finished.stats
         read = stats.prefilled_tokens + stats.generated_tokens - 1
         assert stats.evaluated_tokens == played.evaluated
@@ -268,31 +268,29 @@ def test_what_was_drafted_is_counted_as_evaluated(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 17])
-def test_an_answer_ends_where_it_has_to_in_the_middle_of_a_guess(
-    tiny: LoadedModel, knowing: Guessing, most: int
-) -> None:
-    told = both(tiny, knowing, replace(GREEDY, max_tokens=most))
-    assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in told.turns)
+def test_an_answer_ends_in_the_middle_of_a_draft(tiny: LoadedModel, knowing: Guessing, most: int) -> None:
+    report = both(tiny, knowing, replace(GREEDY, max_tokens=most))
+    assert all(p.finished.stats.finish_reason == FinishReason.LENGTH for p in report.turns)
 
 
 @pytest.mark.parametrize("stop_after", [1, 7])
-def test_a_stop_in_the_middle_of_a_guess_takes_the_rest_back(
+def test_a_stop_in_the_middle_of_a_draft_crops_the_rest(
     tiny: LoadedModel, knowing: Guessing, stop_after: int
 ) -> None:
-    told = both(tiny, knowing, stop_after=stop_after)
-    assert all(p.finished.stats.finish_reason == FinishReason.CANCELLED for p in told.turns)
-    assert [len(answer) for answer in told.answers] == [stop_after + 1] * 2
+    report = both(tiny, knowing, stop_after=stop_after)
+    assert all(p.finished.stats.finish_reason == FinishReason.CANCELLED for p in report.turns)
+    assert [len(answer) for answer in report.answers] == [stop_after + 1] * 2
 
 
-def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
+def test_an_end_token_in_the_middle_of_a_draft_ends_the_turn(tiny: LoadedModel, knowing: Guessing) -> None:
     said = tell(tiny, None).answers[0]
     end = next(i for i in range(6, ANSWER) if said[i] not in said[:i])
     loaded = replace(tiny, end_ids=frozenset({said[end]}))
     knowing.answers = [said]
-    plain, told = tell(loaded, None), tell(loaded, knowing)
-    told.assert_equals(plain)
-    assert told.turns[0].finished.stats.finish_reason == FinishReason.STOP
-    assert len(told.answers[0]) == end
+    plain, report = tell(loaded, None), tell(loaded, knowing)
+    report.assert_equals(plain)
+    assert report.turns[0].finished.stats.finish_reason == FinishReason.STOP
+    assert len(report.answers[0]) == end
 
 
 @pytest.mark.parametrize(
@@ -300,11 +298,11 @@ def test_an_end_token_in_the_middle_of_a_guess_ends_the_turn(tiny: LoadedModel, 
     [(right, KVPrecision.AUTO), (half_right, KVPrecision.INT8)],
 )
 @pytest.mark.parametrize("policy", EvictionPolicy)
-def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
+def test_drafts_at_the_end_of_the_context_do_not_change_evictions(
     tiny: LoadedModel, new_drafter: Callable[[], Guessing], policy: EvictionPolicy, precision: KVPrecision
 ) -> None:
     loaded = with_context(tiny, 300)
-    told = both(
+    report = both(
         loaded,
         new_drafter(),
         replace(GREEDY, max_tokens=120),
@@ -312,28 +310,28 @@ def test_guesses_at_the_end_of_the_context_change_nothing_that_is_let_go(
         precision=precision,
         texts=[sentences(6), "And the train?"],
     )
-    reasons = [played.finished.stats.finish_reason for played in told.turns]
-    assert any(evictions(played) for played in told.turns) or FinishReason.CONTEXT in reasons
+    reasons = [played.finished.stats.finish_reason for played in report.turns]
+    assert any(evictions(played) for played in report.turns) or FinishReason.CONTEXT in reasons
 
 
 @pytest.mark.parametrize("precision", [KVPrecision.INT8, KVPrecision.INT4])
-def test_a_guess_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
-    """What is quantised stays so: a wrong guess in it would stay for ever."""
-    told = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
-    assert max(len(ids) for ids, *_ in told.kept) > 192  # type: ignore[arg-type]
+def test_a_draft_finishes_no_block(tiny: LoadedModel, knowing: Guessing, precision: KVPrecision) -> None:
+    """Quantisation can't be undone, so a rejected token in a block would stay."""
+    report = both(tiny, knowing, replace(GREEDY, max_tokens=120), precision=precision)
+    assert max(len(ids) for ids, *_ in report.kept) > 192  # type: ignore[arg-type]
 
 
 # ---- where nothing is guessed ------------------------------------------------------------------------------
 
 
-def test_without_a_cache_nothing_is_guessed(tiny: LoadedModel) -> None:
+def test_without_a_cache_nothing_is_drafted(tiny: LoadedModel) -> None:
     drafter = anything()
     engine = LocalEngine(tiny, new_drafter=lambda: drafter)
     played = Chat(engine, tiny, mode=CacheMode.OFF).ask("Which pass is open?")
     assert (drafter.asked, played.finished.stats.drafted_tokens) == (0, 0)
 
 
-def test_a_state_that_cannot_go_back_is_handed_no_guesses() -> None:
+def test_models_with_recurrent_states_get_no_drafts() -> None:
     chat = tiny_chat()
     config = MambaConfig(vocab_size=len(chat), hidden_size=32, num_hidden_layers=2, state_size=8)
     loaded = assemble(seeded_model(config), chat, "mamba", context=1000)
@@ -343,17 +341,17 @@ def test_a_state_that_cannot_go_back_is_handed_no_guesses() -> None:
 
 
 @pytest.mark.parametrize("draft", ["lookup", "off"])
-def test_the_user_chooses_what_guesses(tiny: LoadedModel, draft: str) -> None:
+def test_the_user_chooses_the_drafter(tiny: LoadedModel, draft: str) -> None:
     engine = open_engine(tiny, None, None, 0, draft=draft)
-    drafter = engine._tools.new_drafter()
+    drafter = engine._services.new_drafter()
     assert isinstance(drafter, PromptLookup) if draft == "lookup" else drafter is None
 
 
-def test_a_model_with_another_tokenizer_cannot_guess(tiny: LoadedModel) -> None:
+def test_a_draft_model_with_another_tokenizer_is_refused(tiny: LoadedModel) -> None:
     other = replace(tiny, facts=replace(tiny.facts, name="small", tokenizer="another"))
     with pytest.raises(KvchatError, match="small has another tokenizer than tiny"):
         open_engine(tiny, None, None, 0, draft=other)
-    drafter = open_engine(tiny, None, None, 0, draft=tiny)._tools.new_drafter()
+    drafter = open_engine(tiny, None, None, 0, draft=tiny)._services.new_drafter()
     assert isinstance(drafter, DraftModel)
 
 
@@ -361,7 +359,7 @@ def test_a_model_with_another_tokenizer_cannot_guess(tiny: LoadedModel) -> None:
 
 
 def with_draft_model(tiny: LoadedModel, budget: int) -> tuple[LocalEngine, Callable[[TurnEvent], None]]:
-    """An engine that guesses by another model, and a watch over its budget."""
+    """An engine with a draft model, and a guard of its budget."""
     engine = open_engine(tiny, budget, None, 0, draft=small())
 
     def guard(_event: TurnEvent) -> None:
@@ -378,8 +376,8 @@ def test_the_draft_models_cache_counts_in_the_budget(tiny: LoadedModel) -> None:
     assert pool.used_bytes == cache.bytes + pool.draft_bytes
 
 
-def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -> None:
-    """Room for three caches: two conversations and the guesses, until a third conversation comes."""
+def test_the_draft_models_cache_is_evicted_before_conversations(tiny: LoadedModel) -> None:
+    """A budget for three caches: two conversations and the draft model's, then a third conversation."""
     engine, guard = with_draft_model(tiny, 3 * tiny.new_kv().bytes_at(GROWTH_STEP))
     for name in "ab":
         Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
@@ -393,7 +391,7 @@ def test_the_draft_models_cache_goes_before_a_conversations(tiny: LoadedModel) -
     assert (engine.pool().draft_bytes, played.finished.stats.drafted_tokens) == (0, 0)
 
 
-def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(tiny: LoadedModel) -> None:
+def test_evicting_the_draft_cache_is_logged_on_the_latest_conversation(tiny: LoadedModel) -> None:
     engine, guard = with_draft_model(tiny, UNBOUNDED)
     for name in "ab":
         Chat(engine, tiny, name, sampling=GREEDY).ask(f"{name * 9}: which pass is open?", guard)
@@ -406,7 +404,7 @@ def test_a_smaller_budget_tells_the_last_conversation_that_the_guesses_are_gone(
     assert (pool.draft_bytes, {cache.conversation for cache in pool.caches}) == (0, {"a", "b"})
 
 
-def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
+def test_no_conversation_is_evicted_for_drafts(tiny: LoadedModel) -> None:
     one = tiny.new_kv().bytes_at(GROWTH_STEP)
     answers = []
     for budget in (one, UNBOUNDED):
@@ -418,48 +416,48 @@ def test_no_conversation_loses_its_cache_for_guesses(tiny: LoadedModel) -> None:
     assert large.finished.stats.drafted_tokens > 0
 
 
-# ---- how much to guess -------------------------------------------------------------------------------------
+# ---- draft lengths ----------------------------------------------------------------------------------------
 
 
-def test_guesses_get_longer_while_they_come_true() -> None:
-    pace, widths = Pace(), []
+def test_drafts_get_longer_while_they_are_accepted() -> None:
+    pace, widths = DraftPacing(), []
     for _ in range(5):
         widths.append(pace.most(100))
-        pace.judge(widths[-1], widths[-1])
-    assert widths == [LEAST, 7, MOST, MOST, MOST]
+        pace.record(widths[-1], widths[-1])
+    assert widths == [SHORTEST, 7, LONGEST, LONGEST, LONGEST]
     assert pace.most(4) == 4
 
 
-def test_guesses_rest_longer_each_time_none_came_true() -> None:
-    pace, rests = Pace(), []
+def test_pauses_get_longer_each_time_a_draft_is_rejected() -> None:
+    pace, rests = DraftPacing(), []
     for _ in range(9):
         rest = 0
         while not (width := pace.most(100)):
             rest += 1
         rests.append(rest)
-        assert width == LEAST
-        pace.judge(width, 0)
-    assert rests == [0, 2, 4, 8, 16, 32, 64, LONGEST_REST, LONGEST_REST]
+        assert width == SHORTEST
+        pace.record(width, 0)
+    assert rests == [0, 2, 4, 8, 16, 32, 64, LONGEST_PAUSE, LONGEST_PAUSE]
 
 
-def test_one_guess_that_comes_true_shortens_the_next_rest() -> None:
-    pace = Pace(failures=3)
-    pace.judge(3, 2)
-    pace.judge(3, 0)
-    assert pace.rest == 8
-    pace.rest = 0
-    pace.judge(3, 3)
-    assert (pace.failures, pace.rest) == (0, 0)
+def test_a_partly_accepted_draft_shortens_the_next_pause() -> None:
+    pace = DraftPacing(failures=3)
+    pace.record(3, 2)
+    pace.record(3, 0)
+    assert pace.pause == 8
+    pace.pause = 0
+    pace.record(3, 3)
+    assert (pace.failures, pace.pause) == (0, 0)
 
 
 @pytest.mark.parametrize(("accepted", "rest"), [(14, 0), (6, 0), (5, 2), (0, 2)])
-def test_a_long_guess_that_is_partly_wrong_makes_the_next_one_short(accepted: int, rest: int) -> None:
-    pace = Pace(width=MOST)
-    pace.judge(MOST, accepted)
-    assert (pace.width, pace.rest) == (LEAST, rest)
+def test_a_partly_rejected_long_draft_makes_the_next_one_short(accepted: int, rest: int) -> None:
+    pace = DraftPacing(width=LONGEST)
+    pace.record(LONGEST, accepted)
+    assert (pace.width, pace.pause) == (SHORTEST, rest)
 
 
-def test_a_text_goes_on_as_it_did_the_last_time() -> None:
+def test_lookup_proposes_what_followed_the_last_occurrence() -> None:
     text = [1, 2, 3, 4, 5, 1, 2, 3, 7, 8, 9, 1, 2, 3]
     assert PromptLookup().propose(text, 10) == [7, 8, 9]
     assert PromptLookup().propose(text, 2) == [7, 8]
@@ -469,21 +467,21 @@ def test_a_text_goes_on_as_it_did_the_last_time() -> None:
 
 
 @given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 9))
-def test_what_is_looked_up_is_what_followed_the_last_place(tokens: list[int], most: int) -> None:
+def test_lookup_equals_a_search_for_the_last_occurrence(tokens: list[int], most: int) -> None:
     """Token by token, as a turn asks, and at once: the same."""
     growing = PromptLookup()
     for end in range(len(tokens) + 1):
         found = growing.propose(tokens[:end], most)
-        growing.judge(1, 1)
-        growing._pace = Pace()
+        growing.record(1, 1)
+        growing._pacing = DraftPacing()
         last = tokens[:end][-NGRAM:]
         places = [i for i in range(NGRAM, end) if tokens[i - NGRAM : i] == last] if end >= NGRAM else []
-        expected = tokens[places[-1] : end][: min(LEAST, most)] if places else []
+        expected = tokens[places[-1] : end][: min(SHORTEST, most)] if places else []
         assert found == expected
     assert PromptLookup().propose(tokens, most) == (found if tokens else [])
 
 
-def test_a_draft_model_says_what_it_would_say_and_reads_nothing_twice(tiny: LoadedModel) -> None:
+def test_a_draft_model_proposes_its_greedy_tokens_and_reads_nothing_twice(tiny: LoadedModel) -> None:
     drafter = DraftModel(tiny)
     prompt = tiny.tokenizer.encode(sentences(3)).ids
     first = drafter.propose(prompt, 3)
@@ -494,15 +492,15 @@ def test_a_draft_model_says_what_it_would_say_and_reads_nothing_twice(tiny: Load
         best = logits.topk(2)
         assert token == int(best.indices[0]) or float(best.values[0] - best.values[1]) < TOLERANCE
         said.append(token)
-    drafter.judge(3, 2)
+    drafter.record(3, 2)
     assert drafter._kv.ids == (*prompt, *first[:2])
-    # the second guess was wrong: it goes back there, and reads on
+    # the second token was rejected: it crops to there and continues
     other = [*prompt, first[0], (first[1] + 1) % 500]
     drafter.propose(other, 3)
     assert drafter._kv.ids[: len(other)] == tuple(other)
 
 
-def test_a_draft_model_stops_guessing_where_its_context_ends(tiny: LoadedModel) -> None:
+def test_a_draft_model_stops_at_its_context_limit(tiny: LoadedModel) -> None:
     drafter = DraftModel(with_context(tiny, 50))
     prompt = tiny.tokenizer.encode(sentences(9)).ids
     assert len(drafter.propose(prompt[:47], 3)) == 2

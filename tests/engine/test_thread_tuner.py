@@ -1,4 +1,4 @@
-"""One thread takes over where several wait for each other, and gives back where they don't."""
+"""A single thread is chosen where several wait for each other, and all where they don't."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ def test_all_threads_stay_where_they_are_faster_and_trials_get_rare() -> None:
     assert len(trials) < 14
 
 
-def test_one_thread_takes_over_within_a_few_tokens_once_the_others_are_held_up() -> None:
+def test_a_single_thread_is_chosen_within_a_few_slow_tokens() -> None:
     crew = ThreadTuner(4)
     run(crew, 12, all_s=0.007, one_s=0.014)
     used = run(crew, 20, all_s=0.1, one_s=0.014)
@@ -39,11 +39,11 @@ def test_all_threads_come_back_once_they_are_faster_again() -> None:
     assert run(crew, 2 * SOONEST, all_s=0.007, one_s=0.014)[-1] == 4
 
 
-def test_from_the_start_too_slow_is_found_at_the_first_trial() -> None:
+def test_slow_threads_at_the_start_are_found_by_the_first_trial() -> None:
     assert run(ThreadTuner(2), FIRST + 2, all_s=0.3, one_s=0.014)[-1] == 1
 
 
-def test_a_longer_conversation_is_no_reason() -> None:
+def test_slowly_growing_times_cause_no_early_trial() -> None:
     crew, used = ThreadTuner(4), list[int]()
     for token in range(FIRST):
         used.append(crew.threads)
@@ -51,11 +51,11 @@ def test_a_longer_conversation_is_no_reason() -> None:
     assert set(used) == {4}
 
 
-def test_a_single_thread_is_never_in_question() -> None:
+def test_with_one_core_there_are_no_trials() -> None:
     assert set(run(ThreadTuner(1), 100, all_s=0.1, one_s=0.1)) == {1}
 
 
-def test_a_prompt_is_no_trial() -> None:
+def test_reading_a_prompt_is_never_a_trial() -> None:
     crew = ThreadTuner(4)
     run(crew, FIRST, all_s=0.007, one_s=0.014)
-    assert (crew.threads, crew.settled) == (1, 4)
+    assert (crew.threads, crew.current) == (1, 4)

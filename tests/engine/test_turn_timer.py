@@ -1,4 +1,4 @@
-"""The figures of a turn agree with each other, whatever the clock said."""
+"""The figures of a turn are consistent."""
 
 from kvchat.contract import CacheMode, FinishReason
 from kvchat.engine.engine import LocalEngine

@@ -1,4 +1,4 @@
-"""Drives an engine the way a session does, and compares what it did with plain transformers."""
+"""Drives an engine as a session does, and compares its results with plain transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from tests.support import tiny
 
 GREEDY = Sampling(max_tokens=4)
 TOLERANCE = 1e-3
-"""Two fp32 passes over the same ids in other chunks differ by 1e-4, one wrong cached token by over 1."""
+"""Two fp32 passes over the same ids in different chunks differ by 1e-4, one wrong cached token by over 1."""
 
 Watch = Callable[[TurnEvent], None]
 turn_ids = count(1)
@@ -41,7 +41,7 @@ turn_ids = count(1)
 on_both_models = pytest.mark.parametrize(
     "loaded", ["tiny", pytest.param("smollm2", marks=pytest.mark.model)], indirect=True
 )
-"""For what depends on the size of a model, on its rounding or on its tokenizer."""
+"""For tests that depend on the size, the rounding or the tokenizer of a model."""
 
 
 def affordable(loaded: LoadedModel, of_tiny: int, of_real: int) -> int:
@@ -60,14 +60,14 @@ def sentences(number: int) -> str:
 
 @dataclass(frozen=True)
 class Played:
-    """One turn that was consumed to its end, with what the model did meanwhile."""
+    """One turn that was consumed to its end, with the model's forward passes."""
 
     request: TurnRequest
     events: list[TurnEvent]
     logits: list[torch.Tensor]
-    """What each finished forward pass answered, `[vocabulary]`."""
+    """The last logits of each finished forward pass, `[vocabulary]`."""
     evaluated: int
-    """Tokens that went into the model, counted at its door."""
+    """Tokens that went into the model, counted by a hook."""
 
     @property
     def started(self) -> TurnStarted:
@@ -95,12 +95,12 @@ class Played:
 
 @dataclass
 class Tap:
-    """What passes through a model while it is open."""
+    """Records the inputs and outputs of a model."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
     """After the last token of each finished forward pass, `[vocabulary]`."""
     inputs: list[list[int]] = field(default_factory=list)
-    """The ids of each forward pass that was begun."""
+    """The ids of each forward pass that was started."""
 
     @property
     def evaluated(self) -> int:
@@ -109,13 +109,13 @@ class Tap:
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[None]:
-        """Watches the embeddings for what goes in and the logits for what comes out."""
-        door = model.get_input_embeddings().register_forward_pre_hook(self._enter)
+        """Records inside the block, with hooks on the embeddings and on the model."""
+        begin = model.get_input_embeddings().register_forward_pre_hook(self._enter)
         end = model.register_forward_hook(self._leave)
         try:
             yield
         finally:
-            door.remove()
+            begin.remove()
             end.remove()
 
     def _enter(self, _module: object, args: tuple[torch.Tensor, ...]) -> None:
@@ -129,19 +129,19 @@ class Tap:
 def play(
     engine: LocalEngine, loaded: LoadedModel, request: TurnRequest, watch: Watch = lambda _event: None
 ) -> Played:
-    """Consumes a turn, telling `watch` every event as it comes, and checks what holds for every turn."""
+    """Consumes a turn, calls `watch` with every event, and checks the invariants of every turn."""
     tap, events = Tap(), []
     with tap.on(loaded.model):
         for event in engine.turn(request):
             events.append(event)
             watch(event)
     played = Played(request, events, tap.logits, tap.evaluated)
-    check_books(played)
+    check_counts(played)
     return played
 
 
-def check_books(played: Played) -> None:
-    """Counts and texts of a turn agree with each other and with what was seen at the model's door."""
+def check_counts(played: Played) -> None:
+    """Counts and texts of a turn agree with each other and with the model's inputs."""
     last = played.events[-1]
     if not isinstance(last, TurnFinished):
         return
@@ -158,7 +158,7 @@ def check_books(played: Played) -> None:
 
 
 class Chat:
-    """One conversation with an engine, its messages kept as a session keeps them."""
+    """One conversation with an engine; stores its messages as a session does."""
 
     def __init__(
         self,
@@ -184,31 +184,31 @@ class Chat:
         self.precision = KVPrecision.AUTO
         self.evicted_messages = 0
         self.turn = ""
-        """The id of the turn that was asked for last."""
+        """The id of the latest turn."""
         self.messages = [PromptMessage("system", system)] if system else []
 
     def ask(self, text: str, watch: Watch = lambda _event: None) -> Played:
-        """One more question; joins an unanswered one before it."""
+        """Asks one more question; joins an unanswered one before it."""
         if self.messages and self.messages[-1].role == "user":
             text = f"{self.messages.pop().text}\n\n{text}"
         self.messages.append(user(text))
         return self.answer(watch)
 
     def answer(self, watch: Watch = lambda _event: None) -> Played:
-        """Answers the last message, or goes on with it; the answer is kept if there is one."""
+        """Answers the last message, or continues it; the answer becomes a message if there is one."""
         played = play(self.engine, self.loaded, self.request(), watch)
         last = played.events[-1]
         if not isinstance(last, TurnFinished):
             return played
         self.evicted_messages = last.evicted_messages
         if last.token_ids:
-            self._keep(last)
+            self._add(last)
         return played
 
-    def _keep(self, said: TurnFinished) -> None:
+    def _add(self, answer: TurnFinished) -> None:
         begun = self.messages.pop() if self.messages[-1].role == "assistant" else PromptMessage("", "")
-        text, ids = begun.text + said.text, begun.token_ids + said.token_ids
-        self.messages.append(PromptMessage("assistant", text, ids, said.tokenizer))
+        text, ids = begun.text + answer.text, begun.token_ids + answer.token_ids
+        self.messages.append(PromptMessage("assistant", text, ids, answer.tokenizer))
 
     def again(self) -> Played:
         """Regenerates the last answer."""
@@ -233,10 +233,10 @@ class Chat:
 
     @property
     def kv(self) -> ConversationKV:
-        """The cache the engine keeps for this conversation."""
-        kept = self.engine.caches.get(self.name)
-        assert kept is not None
-        return kept.kv
+        """The resident cache of this conversation."""
+        cache = self.engine.caches.get(self.name)
+        assert cache is not None
+        return cache.kv
 
 
 def stopping_at(engine: LocalEngine, kind: type[TurnEvent], index: int = 0) -> Watch:
@@ -251,20 +251,20 @@ def stopping_at(engine: LocalEngine, kind: type[TurnEvent], index: int = 0) -> W
 
 
 def rendered(loaded: LoadedModel, messages: Sequence[PromptMessage], today: str = "") -> list[int]:
-    """The ids of a conversation, by a renderer that remembers nothing."""
+    """The ids of a conversation, by a new renderer."""
     renderer = Renderer(loaded.tokenizer, loaded.template, loaded.facts.tokenizer)
     return list(renderer.render(messages, today).ids)
 
 
 @torch.inference_mode()
 def uncached_logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """The oracle: one plain pass of transformers over all ids, `[len(ids), vocabulary]`."""
+    """The reference: one plain pass of transformers over all ids, `[len(ids), vocabulary]`."""
     logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits.float()
 
 
 def assert_equals_cold(played: Played, loaded: LoadedModel) -> None:
-    """Every logit the turn chose from is the one of a cold pass; where it was greedy, so is every choice."""
+    """The turn's logits equal those of a pass without a cache; a greedy turn chose the same tokens."""
     prompt = rendered(loaded, played.request.messages, played.request.today)
     generated = played.finished.stats.generated_tokens
     assert generated > 0
@@ -275,7 +275,7 @@ def assert_equals_cold(played: Played, loaded: LoadedModel) -> None:
 
 
 def assert_committed(kv: ConversationKV, ids: Sequence[int]) -> None:
-    """Every layer holds exactly the tokens the cache says it holds, and those are `ids`."""
+    """Every layer has exactly as many tokens as the cache, and those are `ids`."""
     assert [layer.length for layer in kv.stored] == [len(kv)] * len(kv.stored)
     assert list(kv.ids) == list(ids)
 
@@ -287,7 +287,7 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 @contextmanager
 def after_layer(model: PreTrainedModel, layer: int, call: int, action: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, `action` runs in the `call`-th forward pass, when `layer` has done its part of it."""
+    """Inside the block, `action` runs in the `call`-th forward pass, after `layer`."""
     calls = count(1)
 
     def hook(*_: object) -> None:

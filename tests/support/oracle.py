@@ -1,10 +1,10 @@
-"""What a cache with gaps means, said by plain transformers; and what engines with little memory are made of.
+"""The reference for caches with gaps, computed by plain transformers; helpers for engines with little memory.
 
-A token that was read after an eviction doesn't see what was evicted; one that was read before does, for ever.
-So the exact meaning of a conversation with gaps is one pass over all of its tokens, the evicted ones
-included, at their true positions, with a mask that hides from each token what was gone when it was read.
+A token read after an eviction doesn't attend to the evicted tokens; one that was read before did. So the
+reference for a conversation with gaps is one pass over all of its tokens, the evicted ones included, at their
+original positions, with a mask that hides from each token those that were evicted when it was read.
 
-`Journal` notes that while an engine works. The only thing it takes from the cache is which tokens are stored.
+`Journal` records that mask while an engine works. It only reads from the cache which tokens are stored.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ from kvchat.engine.model.loader import LoadedModel
 from tests.support.engine_driver import TOLERANCE, Chat, Played, rendered, uncached_logits
 
 ROOMY = 10**9
-"""Bytes on disk that no test reaches."""
+"""A disk cap that no test reaches."""
 
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model computes attention as transformers writes it down, step by step."""
+    """Inside the block the model uses transformers' eager attention."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -48,9 +48,9 @@ def masked_logits(
     hidden: Mapping[int, frozenset[int]],
     positions: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Logits `[len(ids), vocabulary]` of one pass in which token `i` sees neither later ones nor `hidden[i]`.
+    """Logits `[len(ids), vocabulary]` of one pass; token `i` attends neither to later ones nor `hidden[i]`.
 
-    `positions` are those of the tokens; none says that they count from 0.
+    `positions` default to 0, 1, 2, …
     """
     mask = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min).triu(1)
     for token in range(len(ids)):
@@ -74,14 +74,14 @@ class Journal:
     ids: list[int] = field(default_factory=list)
     """Every token that was read, in order."""
     positions: list[int] = field(default_factory=list)
-    """Where each of them was read."""
+    """The position of each."""
     hidden: dict[int, frozenset[int]] = field(default_factory=dict)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Token → what the model answered after it, `[vocabulary]`; those only after which it was asked."""
+    """Token → the logits after it, `[vocabulary]`, where they were computed."""
 
     @contextmanager
     def of(self, chat: Chat) -> Iterator[None]:
-        """Notes every forward pass inside the block; nothing but that conversation may be read in it."""
+        """Records every forward pass inside the block; only that conversation may be read in it."""
         model = chat.loaded.model
         hooks = (
             model.register_forward_pre_hook(
@@ -108,7 +108,7 @@ class Journal:
         self.logits[len(self.ids) - 1] = output.logits[0, -1].float().clone()
 
     def _cut(self, length: int) -> None:
-        """The conversation went back to `length` tokens."""
+        """Removes what was recorded after `length` tokens."""
         del self.ids[length:], self.positions[length:]
         self.hidden = {i: gone for i, gone in self.hidden.items() if i < length}
         self.logits = {i: logits for i, logits in self.logits.items() if i < length}
@@ -118,24 +118,24 @@ class Journal:
         return Journal(list(self.ids), list(self.positions), dict(self.hidden), dict(self.logits))
 
     def assert_agrees(self, model: PreTrainedModel) -> None:
-        """Everything the model answered while the conversation came to be is what the oracle answers."""
+        """All recorded logits equal the reference."""
         assert self.logits
         assert self.positions == list(range(len(self.ids)))
-        oracle = masked_logits(model, self.ids, self.hidden)
-        asked = sorted(self.logits)
-        found = torch.stack([self.logits[i] for i in asked])
-        torch.testing.assert_close(found, oracle[asked], atol=TOLERANCE, rtol=0)
+        expected = masked_logits(model, self.ids, self.hidden)
+        tokens = sorted(self.logits)
+        found = torch.stack([self.logits[i] for i in tokens])
+        torch.testing.assert_close(found, expected[tokens], atol=TOLERANCE, rtol=0)
 
     def effect(self, model: PreTrainedModel) -> float:
-        """The largest difference that hiding makes: near 0, the comparison above would prove nothing."""
-        oracle = masked_logits(model, self.ids, self.hidden)
-        return float((oracle - uncached_logits(model, self.ids)).abs().max())
+        """The largest difference that the mask makes: near 0, `assert_agrees` would prove nothing."""
+        expected = masked_logits(model, self.ids, self.hidden)
+        return float((expected - uncached_logits(model, self.ids)).abs().max())
 
 
 def assert_equals_cold_without(played: Played, loaded: LoadedModel, evicted_messages: int) -> None:
-    """What the turn chose from is what a cold run answers without the oldest `evicted_messages` messages.
+    """The turn's logits equal those of a run without a cache and without the oldest `evicted_messages`.
 
-    Where turns were dropped in the middle of the answer, that holds for the tokens after the last drop.
+    Where turns were evicted during the answer, compares the tokens after the last eviction.
     """
     prompt = rendered(loaded, without_oldest(played.request.messages, evicted_messages), played.request.today)
     whole = uncached_logits(loaded.model, [*prompt, *played.tokens])[len(prompt) - 1 :]
@@ -150,7 +150,7 @@ def assert_equals_cold_without(played: Played, loaded: LoadedModel, evicted_mess
 
 
 def tokens_after_last_eviction(played: Played) -> int:
-    """Generated tokens that were chosen after the last `Evicted` event; the end-of-turn id counts."""
+    """Generated tokens after the last `Evicted` event; the end-of-turn id counts."""
     chosen = played.finished.stats.generated_tokens
     before = 0
     for index, event in enumerate(played.events):
@@ -165,7 +165,7 @@ def evictions(played: Played) -> list[Evicted]:
 
 
 def timeline(played: Played, kind: CacheEventKind) -> list[CacheEvent]:
-    """What the report after a turn says happened, of one kind."""
+    """The cache events of one kind that were reported with a turn."""
     return [event for event in played.finished.pool.events if event.kind is kind]
 
 
@@ -180,35 +180,35 @@ def with_context(loaded: LoadedModel, limit: int) -> LoadedModel:
 
 
 def with_positions(loaded: LoadedModel, limit: int) -> LoadedModel:
-    """The same model, as if it had been made for so many positions."""
+    """The same model with another position limit."""
     return replace(loaded, shape=replace(loaded.shape, position_limit=limit))
 
 
 def storage_bytes(engine: LocalEngine) -> int:
     """Bytes of every distinct piece of memory in the caches, found by walking through their tensors."""
-    held = (torch_storages(kept.kv.layers) for _, kept in engine.caches.others(""))
-    return sum({address: size for found in held for address, size in found.items()}.values())
+    layers = (torch_storages(cache.kv.layers) for _, cache in engine.caches.others(""))
+    return sum({address: size for found in layers for address, size in found.items()}.values())
 
 
-UNCOUNTED = ("_holders", "_starts")
-"""Not memory that a layer holds; and a few bytes that tell compiled code where its blocks start."""
+UNCOUNTED = ("_sharers", "_starts")
+"""Attributes that are not counted: other layers, and a few bytes of block starts for compiled code."""
 
 
-def torch_storages(holder: object, seen: set[int] | None = None) -> dict[int, int]:
+def torch_storages(value: object, seen: set[int] | None = None) -> dict[int, int]:
     """Address → bytes of the storage of every tensor that is reachable from an object's attributes."""
     seen = set() if seen is None else seen
-    if id(holder) in seen:
+    if id(value) in seen:
         return {}
-    seen.add(id(holder))
-    if isinstance(holder, torch.Tensor):
-        storage = holder.untyped_storage()
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
-    if isinstance(holder, Mapping):
-        inside: Sequence[object] = list(holder.values())
-    elif isinstance(holder, list | tuple):
-        inside = holder
-    elif type(holder).__module__.startswith("kvchat.cache"):
-        inside = [value for name, value in vars(holder).items() if name not in UNCOUNTED]
+    if isinstance(value, Mapping):
+        inside: Sequence[object] = list(value.values())
+    elif isinstance(value, list | tuple):
+        inside = value
+    elif type(value).__module__.startswith("kvchat.cache"):
+        inside = [each for name, each in vars(value).items() if name not in UNCOUNTED]
     else:
         inside = ()
     found: dict[int, int] = {}
@@ -219,7 +219,7 @@ def torch_storages(holder: object, seen: set[int] | None = None) -> dict[int, in
 
 @dataclass
 class Guard:
-    """Watches an engine's memory: no event may show more than the budget, or other bytes than reported."""
+    """Checks at every event that an engine's memory is within the budget and reported correctly."""
 
     engine: LocalEngine
     highest: int = 0
@@ -241,7 +241,7 @@ def chat_with(
     max_tokens: int = 12,
     kv: KVPrecision = KVPrecision.AUTO,
 ) -> Chat:
-    """A conversation with a policy of its own."""
+    """A conversation with the given policy."""
     chat = Chat(engine, loaded, name, system=system, policy=policy)
     chat.sampling = replace(chat.sampling, max_tokens=max_tokens)
     chat.precision = kv

@@ -1,4 +1,4 @@
-"""The tiny Llama as a 4-bit GGUF file, and as the folder that kvchat makes of it."""
+"""The tiny Llama as a 4-bit GGUF file, and converted to a folder."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ Q4_0, Q4_1, Q8_0 = (getattr(gguf.GGMLQuantizationType, kind) for kind in ("Q4_0"
 
 
 def save_quantised(folder: Path) -> Path:
-    """Writes `model.gguf` and the folder of exactly its weights: Q4_1 and Q4_0, the head in Q8_0."""
+    """Writes `model.gguf` (Q4_1 and Q4_0, the head in Q8_0) and the folder with exactly its weights."""
     chat = tiny_chat()
     model = tiny_model(chat)
     folder.mkdir(parents=True)

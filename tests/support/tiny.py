@@ -1,4 +1,4 @@
-"""Builders of tiny seeded models and their tokenizer: what tests run instead of downloading weights.
+"""Builds tiny seeded models and their tokenizer, so that tests need no downloaded weights.
 
 The weights are random but always the same. The tokenizer is a byte-level BPE trained on the text below, with
 the control tokens and the chat template of SmolLM2.
@@ -102,8 +102,8 @@ def seeded_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_model(chat: TokenizersBackend) -> PreTrainedModel:
-    """The tiny Llama. It hardly ever says a control token or half a character: its answers are readable
-    gibberish that ends where `max_tokens` ends it."""
+    """The tiny Llama. It hardly ever generates a control token or half a character: its answers are readable
+    nonsense of `max_tokens` tokens."""
     model = seeded_model(tiny_config(chat))
     unreadable = [i for i in range(len(chat)) if not _readable(chat, i)]
     with torch.no_grad():

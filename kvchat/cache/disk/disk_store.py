@@ -1,10 +1,9 @@
-"""What lies on disk: a folder for each conversation, and in it a chain of segments.
+"""The saved caches on disk: a folder for each conversation, with a chain of segments in it.
 
-Segment n of a conversation is `ROOT/CONVERSATION/00000n.safetensors`. The chain is read as
-`ConversationKV.unpack` reads it: a segment keeps what comes before its `start` and `first` and puts its own
-after that, so that it supersedes those that start no earlier.
+Segment n of a conversation is `ROOT/CONVERSATION/00000n.safetensors`. A segment replaces everything from its
+`start` and `first` on, as `unpack_rows` does, so it supersedes earlier segments that start no earlier.
 
-It knows paths, chains, bytes and who was used last. It refuses to know tensors: a listing imports no torch.
+Must not import torch: listing saved caches has to be quick.
 """
 
 import contextlib
@@ -23,9 +22,9 @@ from kvchat.errors import KvchatError, as_sentence, cause
 from kvchat.system.ownership import make_private
 
 LOCK_S = 20.0
-"""Seconds to wait for another process that writes to the same shelf; 100 MB take it about 0.1 s."""
+"""Seconds to wait for another process that writes to the same store; writing 100 MB takes about 0.1 s."""
 TRIES = 3
-"""Times a chain is looked up again when another process changes it meanwhile."""
+"""Attempts to read a chain that another process is changing."""
 
 CONVERSATION_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 SEGMENT_NAME = re.compile(r"[0-9]{6,9}\.safetensors")
@@ -35,16 +34,16 @@ LOCK_NAME = ".lock"
 
 
 class NoRoomError(KvchatError):
-    """What is to be written doesn't fit under the cap, whatever else is removed."""
+    """The bytes to write don't fit under the cap, even with every other cache removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The saved cache of one conversation, as its headers tell it; without segments, nothing is saved."""
+    """The headers of one conversation's saved cache; without segments, nothing is saved."""
 
     folder: Path
     segments: tuple[Segment, ...]
-    """Those that nothing supersedes; `start` ascends."""
+    """Those that no later one supersedes; `start` ascends."""
     ids: tuple[int, ...]
     rows: tuple[int, ...]
     positions: tuple[int, ...]
@@ -59,12 +58,12 @@ class Chain:
 
     @property
     def checksum(self) -> str:
-        """Of the last header, and so of everything; empty without segments."""
+        """Of the last header, which covers all earlier ones; empty without segments."""
         return self.segments[-1].checksum if self.segments else ""
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, rows included that a later segment drops."""
+        """Bytes of all tensors, including rows that a later segment replaces."""
         return sum(segment.header.tensor_bytes for segment in self.segments)
 
 
@@ -74,9 +73,9 @@ class Entry:
 
     conversation: str
     bytes: int
-    """On disk, with everything that lies in the folder."""
+    """Of everything in the folder."""
     tokens: int
-    """Rows that a load would bring back."""
+    """Rows that a load restores."""
     last_used: float
     """Seconds since the epoch."""
     fingerprint: Mapping[str, str]
@@ -85,14 +84,14 @@ class Entry:
 
 
 def unsuperseded(segments: Iterable[Segment], start: int, first: int) -> list[Segment]:
-    """The segments of a chain of which something is left when rows from `start` on come after them.
+    """The segments of a chain that are still needed once rows from `start` on are replaced.
 
-    A mark at `first` itself is left, even where no row is.
+    A checkpoint at `first` itself is still needed, even where no row is.
     """
-    kept = list(segments)
-    while kept and _superseded(kept[-1].header, start, first):
-        kept.pop()
-    return kept
+    needed = list(segments)
+    while needed and _superseded(needed[-1].header, start, first):
+        needed.pop()
+    return needed
 
 
 def _superseded(header: Header, start: int, first: int) -> bool:
@@ -104,10 +103,10 @@ def _superseded(header: Header, start: int, first: int) -> bool:
 
 
 def read_chain(folder: Path) -> Chain:
-    """The chain of the conversation whose name `folder` has, out of headers alone.
+    """Reads the headers of the chain in `folder`, which is named after the conversation.
 
     Raises:
-        SnapshotRefused: a segment isn't what it should be, or doesn't continue the one before it.
+        SnapshotRefused: a segment is damaged, or doesn't continue the one before it.
     """
     for _ in range(TRIES):
         with contextlib.suppress(FileNotFoundError):
@@ -116,27 +115,27 @@ def read_chain(folder: Path) -> Chain:
 
 
 def segment_files(folder: Path) -> list[Path]:
-    """The segments in a folder, oldest first; none where there is no folder."""
+    """The segments in a folder, oldest first; empty where there is no folder."""
     segments = [folder / name for name in _names(folder) if SEGMENT_NAME.fullmatch(name)]
     return sorted(segments, key=segment_number)
 
 
 def _chain_of(folder: Path, segments: Iterable[Segment]) -> Chain:
-    alive: list[Segment] = []
+    needed: list[Segment] = []
     for segment in segments:
-        alive = [*unsuperseded(alive, segment.header.start, segment.header.first), segment]
+        needed = [*unsuperseded(needed, segment.header.start, segment.header.first), segment]
     ids: list[int] = []
     rows: list[int] = []
     positions: list[int] = []
     before = None
-    for segment in alive:
+    for segment in needed:
         header = segment.header
         _check_continues(segment, before, len(ids), rows)
         ids[header.first :] = header.ids
         rows[header.start :] = header.rows
         positions[header.start :] = header.positions
         before = segment
-    return Chain(folder, tuple(alive), tuple(ids), tuple(rows), tuple(positions))
+    return Chain(folder, tuple(needed), tuple(ids), tuple(rows), tuple(positions))
 
 
 def _check_continues(segment: Segment, before: Segment | None, tokens: int, rows: Sequence[int]) -> None:
@@ -144,7 +143,7 @@ def _check_continues(segment: Segment, before: Segment | None, tokens: int, rows
     if header.parent != (before.checksum if before else ""):
         raise refusal(segment.path, f"doesn't continue {before.path.name if before else 'an empty cache'}")
     if before and header.fingerprint != before.header.fingerprint:
-        raise refusal(segment.path, "was made by another model or in another way than the one before it")
+        raise refusal(segment.path, "was made by another model or with other settings than the one before it")
     last = rows[header.start - 1] if 0 < header.start <= len(rows) else -1
     if header.first > tokens or header.start > len(rows) or last >= header.first:
         raise refusal(
@@ -153,7 +152,7 @@ def _check_continues(segment: Segment, before: Segment | None, tokens: int, rows
 
 
 def _names(folder: Path) -> list[str]:
-    """What lies in a folder; nothing where it is gone."""
+    """The names in a folder; empty where there is no folder."""
     try:
         return [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -170,8 +169,7 @@ def _bytes_of(path: Path) -> int:
 class DiskStore:
     """The folders of all conversations under one cap of bytes.
 
-    Other processes may use the same root: who changes something holds `locked`, and readers expect that files
-    vanish.
+    Other processes may use the same root: writers hold `locked`, and readers expect files to disappear.
     """
 
     def __init__(self, root: Path, cap_bytes: int) -> None:
@@ -184,7 +182,7 @@ class DiskStore:
         """One writer at a time among threads and processes; may be nested.
 
         Raises:
-            KvchatError: another process holds the shelf for longer than `LOCK_S`, or it can't be written to.
+            KvchatError: another process holds the lock for longer than `LOCK_S`, or the root isn't writable.
         """
         try:
             make_private(self.root)
@@ -201,10 +199,10 @@ class DiskStore:
             self._lock.release()
 
     def folder(self, conversation: str) -> Path:
-        """Where a conversation's segments lie; the folder need not exist.
+        """The folder of a conversation's segments; it need not exist.
 
         Raises:
-            KvchatError: the id could name another place.
+            KvchatError: the id could point outside the root.
         """
         if not CONVERSATION_ID.fullmatch(conversation):
             raise KvchatError(f"{conversation!r} can't be the name of a folder for a cache.")
@@ -215,23 +213,23 @@ class DiskStore:
         return read_chain(self.folder(conversation))
 
     def conversations(self) -> list[str]:
-        """The ids of everything on the shelf, damaged or not."""
+        """The ids of all saved caches, damaged ones included."""
         names = (name for name in _names(self.root) if CONVERSATION_ID.fullmatch(name))
         return sorted(name for name in names if (self.root / name).is_dir())
 
     def disk_bytes(self, conversation: str) -> int:
-        """Bytes that a conversation's folder costs; 0 where it can't be looked into."""
+        """Bytes of a conversation's folder; 0 where it can't be read."""
         folder = self.folder(conversation)
         with contextlib.suppress(PermissionError):
             return sum(_bytes_of(folder / name) for name in _names(folder))
         return 0
 
     def total_bytes(self) -> int:
-        """Bytes of everything on the shelf: what the cap bounds."""
+        """Bytes of all saved caches, which the cap limits."""
         return sum(map(self.disk_bytes, self.conversations()))
 
     def entries(self) -> list[Entry]:
-        """Every conversation, the one used last first; a damaged one says why."""
+        """Every conversation, the most recently used first; a damaged one says why."""
         entries = [entry for name in self.conversations() if (entry := self._entry(name))]
         return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
@@ -239,41 +237,41 @@ class DiskStore:
         last_used = self._last_used(conversation)
         if last_used is None:
             return None
-        held = self.disk_bytes(conversation)
+        size = self.disk_bytes(conversation)
         try:
             chain = self.chain(conversation)
         except (SnapshotRefused, OSError) as error:
-            return Entry(conversation, held, 0, last_used, {}, as_sentence(error))
+            return Entry(conversation, size, 0, last_used, {}, as_sentence(error))
         damage = "" if chain.segments else "There is no segment in it."
-        return Entry(conversation, held, len(chain.rows), last_used, chain.fingerprint, damage)
+        return Entry(conversation, size, len(chain.rows), last_used, chain.fingerprint, damage)
 
     def _last_used(self, conversation: str) -> float | None:
-        """A folder's time of change: a save changes it, `touch` sets it. None where it is gone."""
+        """A folder's modification time, which saves and `touch` update; None where there is no folder."""
         try:
             return self.folder(conversation).stat().st_mtime_ns / 1e9
         except FileNotFoundError:
             return None
 
     def touch(self, conversation: str) -> None:
-        """Notes that a conversation was used just now."""
+        """Marks a conversation as just used."""
         now = time.time_ns()
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.folder(conversation), ns=(now, now))
 
     def remove(self, conversation: str) -> int:
-        """Takes a conversation off the shelf, all at once; returns bytes: 0 where there is none."""
+        """Removes a conversation's saved cache atomically; returns its bytes, 0 where there is none."""
         folder = self.folder(conversation)
         with self.locked():
-            held = self.disk_bytes(conversation)
-            gone = self.root / f"{REMOVED_PREFIX}{conversation}"
-            shutil.rmtree(gone, ignore_errors=True)
+            size = self.disk_bytes(conversation)
+            removed = self.root / f"{REMOVED_PREFIX}{conversation}"
+            shutil.rmtree(removed, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(gone)
-                shutil.rmtree(gone)
-        return held
+                folder.rename(removed)
+                shutil.rmtree(removed)
+        return size
 
     def gc(self, known: Collection[str]) -> int:
-        """Removes what belongs to no known conversation and what a killed process left; returns bytes."""
+        """Removes caches of unknown conversations and leftovers of killed processes; returns bytes."""
         with self.locked():
             freed = sum(self.remove(name) for name in self.conversations() if name not in known)
             freed += sum(self.clean(name) for name in self.conversations())
@@ -284,7 +282,7 @@ class DiskStore:
         return freed
 
     def clean(self, conversation: str) -> int:
-        """Removes half-written files; returns bytes. Nobody writes them now: writers hold the lock."""
+        """Removes temporary files of killed writers, under the lock; returns bytes."""
         folder = self.folder(conversation)
         with self.locked():
             stale = [folder / name for name in _names(folder) if name.endswith(TEMP_SUFFIX)]
@@ -294,12 +292,12 @@ class DiskStore:
         return freed
 
     def make_room(self, more_bytes: int, protect: str) -> list[str]:
-        """Removes whole conversations, the one used longest ago first, until `more_bytes` fit under the cap.
+        """Removes whole conversations, least recently used first, until `more_bytes` fit under the cap.
 
-        Returns which. Hold `locked` from here until the bytes are written.
+        Returns their ids. Hold `locked` from here until the bytes are written.
 
         Raises:
-            NoRoomError: they don't fit even beside `protect` alone; nothing was removed.
+            NoRoomError: they don't fit even with only `protect` left; nothing was removed.
         """
         with self.locked():
             sizes = {name: self.disk_bytes(name) for name in self.conversations()}

@@ -1,4 +1,4 @@
-"""One file of a saved cache: the rows that were new after one turn, and what they continue.
+"""One file of a saved cache: the rows that one turn added, and the checksum of the file before it.
 
 A segment is one safetensors file (https://github.com/huggingface/safetensors#format):
 
@@ -6,11 +6,10 @@ A segment is one safetensors file (https://github.com/huggingface/safetensors#fo
     header, JSON   {"__metadata__": {"checksum": HEX, "segment": JSON}, "0.keys": {dtype, shape, …}, …}
     the tensors    one after the other, without gaps
 
-Each one names the checksum of the one it continues, and that checksum covers ids, rows, positions, the
-checksum of every tensor and, in turn, everything before: parts of two histories can't be taken for one.
+A header contains the checksum of the previous segment, and its own checksum covers ids, rows, positions, the
+checksum of every tensor and so, in turn, all earlier segments: segments of two histories can't be mixed.
 
-It knows the bytes of a header and trusts none of them. It refuses to know tensors, and which other files
-there are.
+Header bytes are untrusted input. Must not import tensors or depend on other files.
 """
 
 import json
@@ -27,7 +26,7 @@ from xxhash import xxh3_128_hexdigest
 from kvchat.errors import KvchatError, cause
 
 FORMAT = 2
-"""1: quantised layers that shared memory could hold uninitialised values; such files are read again."""
+"""Format 1 could contain uninitialised values in forked quantised layers, so it is not read."""
 MAX_HEADER_BYTES = 16_000_000
 """128,000 ids and the tensors of 100 layers are 1 MB."""
 ITEM_BYTES = {
@@ -46,11 +45,11 @@ ITEM_BYTES = {
 
 CHECKSUM_DIGITS = 32
 OPENING = b'{"__metadata__":{"checksum":"'
-"""How every header begins: the checksum lies at a fixed place, and is of every other byte of the header."""
+"""Start of every header: the checksum is at a fixed offset and covers every other byte of the header."""
 
 
 class SnapshotRefused(KvchatError):  # noqa: N818
-    """A saved cache can't be used; the sentence says what is wrong and where. The text still opens."""
+    """A saved cache can't be used; the sentence says what is wrong and where. The chat's text is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +68,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a segment says about itself; `kv.PackedRows` without the tensors."""
+    """The header of a segment: `PackedRows` without the tensors."""
 
     conversation: str
     fingerprint: Mapping[str, str]
     parent: str
-    """The checksum of the segment that this one continues; empty where it begins the cache."""
+    """The checksum of the previous segment; empty for the first one."""
     start: int
     first: int
     ids: tuple[int, ...]
     rows: tuple[int, ...]
     positions: tuple[int, ...]
     checkpoints: Mapping[int, int]
-    """History length → number of recurrent states kept there."""
+    """History length → number of recurrent states saved for it."""
     tensors: tuple[TensorEntry, ...]
 
     @property
@@ -92,24 +91,24 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A file whose header was read and is what it should be; its tensors were not looked at."""
+    """A file whose header was read and validated; its tensors were not."""
 
     path: Path
     checksum: str
     """xxh3-128 of the header."""
     data_start: int
-    """Byte of the file at which the tensors begin."""
+    """Offset of the tensors in the file, in bytes."""
     header: Header
 
 
 def refusal(path: Path, what: str) -> SnapshotRefused:
-    """The sentence for a file that can't be used; `what` continues its name."""
+    """The error for a file that can't be used; `what` continues the sentence "it …"."""
     where = f"{path.parent.name}/{path.name}"
     return SnapshotRefused(f"The saved cache {where} can't be used: it {what}.")
 
 
 def segment_path(folder: Path, number: int) -> Path:
-    """Where segment `number` lies."""
+    """The path of segment `number`."""
     return folder / f"{number:06d}.safetensors"
 
 
@@ -119,7 +118,7 @@ def segment_number(path: Path) -> int:
 
 
 def encode_header(header: Header) -> bytes:
-    """The bytes before the tensors, length included; a multiple of 8, as safetensors has it."""
+    """The bytes before the tensors, length included; a multiple of 8, as safetensors requires."""
     segment = {
         "format": FORMAT,
         "conversation": header.conversation,
@@ -146,7 +145,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def header_checksum(raw: bytes) -> str:
-    """xxh3-128 of an encoded header without the checksum in it."""
+    """xxh3-128 of an encoded header without its checksum."""
     place = _checksum_place()
     return xxh3_128_hexdigest(raw[: place.start] + raw[place.stop :])
 
@@ -167,14 +166,14 @@ def runs(values: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _expanded(value: object, limit: int) -> tuple[int, ...]:
-    """What `runs` was made from.
+    """The inverse of `runs`.
 
     Raises:
-        ValueError: these aren't runs, or more than `limit` numbers: a short run can claim a huge range.
+        ValueError: these aren't runs, or expand to more than `limit` numbers.
     """
     pairs = [_integers(run) for run in _list(value)]
     if any(len(pair) != 2 for pair in pairs) or sum(count for _, count in pairs) > limit:
-        raise ValueError("runs of numbers that can't be")
+        raise ValueError("invalid runs of numbers")
     return tuple(number for begin, count in pairs for number in range(begin, begin + count))
 
 
@@ -199,7 +198,7 @@ def _text(value: object) -> str:
 def _integers(value: object) -> tuple[int, ...]:
     numbers = _list(value)
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise ValueError("something that is no count")
+        raise ValueError("a number that is not a count")
     return tuple(number for number in numbers if isinstance(number, int))
 
 
@@ -207,8 +206,8 @@ def read_segment(path: Path) -> Segment:
     """Reads the header of one file, and nothing else.
 
     Raises:
-        SnapshotRefused: it isn't a segment of the conversation whose name the folder has, or was changed.
-        FileNotFoundError: it is gone.
+        SnapshotRefused: it isn't a segment of the conversation that the folder is named after, or is damaged.
+        FileNotFoundError: it doesn't exist.
     """
     try:
         with path.open("rb") as file:
@@ -230,7 +229,7 @@ def read_segment(path: Path) -> Segment:
 
 
 def _read_header(file: BinaryIO, size: int) -> bytes:
-    """Length and header of a file of `size` bytes, once the checksum says that they are as written."""
+    """Length and header of a file of `size` bytes, verified by the checksum."""
     length = file.read(8)
     claimed = int.from_bytes(length, "little")
     if len(length) < 8 or claimed > size - 8:
@@ -246,7 +245,7 @@ def _read_header(file: BinaryIO, size: int) -> bytes:
 
 
 def _parse(raw: bytes) -> Header:
-    """A header out of its bytes; ValueError continues the sentence "it …"."""
+    """Parses a header; a ValueError continues the sentence "it …"."""
     try:
         table = _mapping(json.loads(raw[8:]))
         segment = _mapping(json.loads(_text(_mapping(table.pop("__metadata__"))["segment"])))
@@ -271,7 +270,7 @@ def _header_of(segment: Mapping[str, object], table: Mapping[str, object]) -> He
     if len(positions) != len(rows) or any(a >= b for a, b in pairwise((first - 1, *rows, end))):
         raise ValueError("rows that are no rows of its tokens")
     if any(not first <= checkpoint <= end for checkpoint in checkpoints):
-        raise ValueError("marks outside its tokens")
+        raise ValueError("checkpoints outside its tokens")
     if bool(start) != bool(parent) or (first and not start):
         raise ValueError("a beginning that continues something")
     checksums = _mapping(segment["checksums"])
@@ -287,7 +286,7 @@ def _pair(value: object) -> tuple[int, int]:
 
 
 def _tensors_of(table: Mapping[str, object], checksums: Mapping[str, object]) -> tuple[TensorEntry, ...]:
-    """The tensors in the order they lie in, without a gap or an overlap."""
+    """The tensors in file order, without gaps or overlaps."""
     if table.keys() != checksums.keys():
         raise ValueError("checksums of other tensors")
     entries = [_entry_of(name, _mapping(table[name]), _text(checksums[name])) for name in table]
@@ -297,9 +296,9 @@ def _tensors_of(table: Mapping[str, object], checksums: Mapping[str, object]) ->
     return tuple(entries)
 
 
-def _entry_of(name: str, said: Mapping[str, object], checksum: str) -> TensorEntry:
-    dtype, shape = _text(said["dtype"]), _integers(said["shape"])
-    begin, end = _pair(said["data_offsets"])
+def _entry_of(name: str, fields: Mapping[str, object], checksum: str) -> TensorEntry:
+    dtype, shape = _text(fields["dtype"]), _integers(fields["shape"])
+    begin, end = _pair(fields["data_offsets"])
     item = ITEM_BYTES[dtype]
     if end - begin != math.prod(shape) * item or begin % item:
         raise ValueError(f"{name} of shape {list(shape)} in {end - begin:,} bytes")

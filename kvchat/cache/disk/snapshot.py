@@ -1,11 +1,9 @@
-"""A conversation's cache to disk and back, bit for bit; never a pickle.
+"""Saves a cache to disk and loads it, bit for bit, without pickles.
 
-`save` writes packed rows as one more segment of a chain, `load` puts a chain into an empty cache; `shelf` is
-where they lie. A file appears under its name only when it is whole and on the disk (write to a temporary
-file, fsync, rename, fsync of the folder), so that a process may be killed at any moment.
-
-It knows tensors and their bytes. It refuses to know what the tokens mean, and to use a byte whose checksum is
-wrong (xxh3, https://xxhash.com: it notices damage, it is no signature).
+`save` appends packed rows to a chain as one more segment; `load` reads a chain into an empty cache. A file
+gets its name only once it is complete and on disk (write to a temporary file, fsync, rename, fsync of the
+folder), so a process may be killed at any moment. Every tensor is verified by its checksum (xxh3,
+https://xxhash.com: it detects damage and is no signature).
 """
 
 import os
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_128_hexdigest
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.disk.disk_store import (
     TEMP_SUFFIX,
     Chain,
@@ -39,8 +38,9 @@ from kvchat.cache.disk.segment import (
     segment_number,
     segment_path,
 )
-from kvchat.cache.kv_cache import ConversationKV, PackedRows
-from kvchat.cache.layer import DenseLayer, StoredLayer
+from kvchat.cache.kv_cache import ConversationKV
+from kvchat.cache.layer import StoredLayer
+from kvchat.cache.packed_rows import PackedRows, unpack_rows
 from kvchat.cache.state_layer import RecurrentState
 
 DTYPES = {
@@ -58,47 +58,47 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 READ_BYTES = 2_000_000
-"""Bytes of one read, checked while they are still in the processor's cache."""
-READERS = 2
-"""Threads that read and check: one waits for the disk while the other computes a checksum."""
+"""Bytes of one read; the checksum is computed while they are still in the CPU cache."""
+READ_THREADS = 2
+"""One waits for the disk while the other computes a checksum."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedSegment:
-    """What a save did."""
+    """The result of a save."""
 
     checksum: str
-    """Of the chain as it is now."""
+    """Of the chain after the save."""
     bytes: int
     """Written."""
     removed: tuple[str, ...]
-    """Conversations that made room."""
+    """Conversations whose saved caches were removed to stay under the cap."""
 
 
 def save(
-    shelf: DiskStore, conversation: str, fingerprint: Mapping[str, str], packed: PackedRows, continues: str
+    store: DiskStore, conversation: str, fingerprint: Mapping[str, str], packed: PackedRows, continues: str
 ) -> SavedSegment:
     """Writes `packed` as one more segment, and removes the segments it supersedes.
 
     `continues` is the checksum of the chain that the rows before `packed.start` were saved to or loaded from;
-    rows that start at 0 continue nothing, and may replace anything.
+    rows that start at 0 replace whatever is saved.
 
     Raises:
-        SnapshotRefused: what is on disk isn't that chain: another process wrote to it, or removed it.
-        KvchatError: there is no room under the cap, or another process holds the shelf.
-        OSError: the disk is full, or can't be written to.
+        SnapshotRefused: the chain on disk is another one: another process wrote to it, or removed it.
+        KvchatError: the cap is too small, or another process holds the lock.
+        OSError: the disk is full or not writable.
     """
     tensors = _named_tensors(packed)
     entries = tuple(_entries(tensors))
-    with shelf.locked():
-        folder = shelf.folder(conversation)
+    with store.locked():
+        folder = store.folder(conversation)
         base = _base(folder, fingerprint, packed, continues) if packed.start else []
         header = encode_header(_header(conversation, fingerprint, packed, base, entries))
         stale = [path for path in segment_files(folder) if path not in {segment.path for segment in base}]
         size = len(header) + (entries[-1].end if entries else 0)
         path = _next_path(folder)
-        shelf.clean(conversation)
-        removed = _make_room(shelf, size, conversation, stale)
+        store.clean(conversation)
+        removed = _make_room(store, size, conversation, stale)
         _write(path, [memoryview(header), *map(_bytes_view, tensors.values())])
         for old in stale:
             old.unlink(missing_ok=True)
@@ -106,11 +106,11 @@ def save(
 
 
 def load(chain: Chain, kv: ConversationKV, expected: Mapping[str, str]) -> None:
-    """Fills an empty cache from a chain that was read; afterwards it is as it was when it was saved.
+    """Loads a chain into an empty cache.
 
     Raises:
-        SnapshotRefused: it was made in another way than `expected`, doesn't fit the layers, or is damaged;
-            the cache is empty then.
+        SnapshotRefused: its fingerprint differs from `expected`, it doesn't fit the layers, or is damaged;
+            the cache stays empty.
         ValueError: `kv` isn't empty.
     """
     if len(kv) or kv.ids:
@@ -130,7 +130,7 @@ def load(chain: Chain, kv: ConversationKV, expected: Mapping[str, str]) -> None:
 
 
 def _named_tensors(packed: PackedRows) -> dict[str, torch.Tensor]:
-    """Every tensor under the name it has in the file, the widest numbers first: so each one lies aligned."""
+    """Every tensor by its name in the file; widest dtypes first, so that each one is aligned."""
     tensors = dict(packed.tensors)
     for length, states in packed.checkpoints.items():
         for index, state in enumerate(states):
@@ -139,7 +139,7 @@ def _named_tensors(packed: PackedRows) -> dict[str, torch.Tensor]:
 
 
 def _bytes_view(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes; other ones are copied."""
+    """The bytes of a tensor, copied if it is not contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -175,7 +175,7 @@ def _header(
 
 
 def _base(folder: Path, fingerprint: Mapping[str, str], packed: PackedRows, continues: str) -> list[Segment]:
-    """The segments that stay before `packed`."""
+    """The segments that `packed` continues."""
     chain = read_chain(folder)
     if not continues or chain.checksum != continues:
         raise SnapshotRefused(
@@ -186,24 +186,24 @@ def _base(folder: Path, fingerprint: Mapping[str, str], packed: PackedRows, cont
     return unsuperseded(chain.segments, packed.start, packed.first)
 
 
-def _make_room(shelf: DiskStore, size: int, conversation: str, stale: Sequence[Path]) -> list[str]:
-    """Room for a new segment beside the stale ones it supersedes; where that is too much, instead of them."""
+def _make_room(store: DiskStore, size: int, conversation: str, stale: Sequence[Path]) -> list[str]:
+    """Makes room for a new segment; deletes the superseded ones first only where there is no other way."""
     try:
-        return shelf.make_room(size, conversation)
+        return store.make_room(size, conversation)
     except NoRoomError:
-        removed = shelf.make_room(size - sum(path.stat().st_size for path in stale), conversation)
+        removed = store.make_room(size - sum(path.stat().st_size for path in stale), conversation)
         for path in stale:
             path.unlink(missing_ok=True)
         return removed
 
 
 def _next_path(folder: Path) -> Path:
-    """Numbers only grow: a reader that saw a name never finds another segment under it."""
+    """The next free number: a name is never used for two segments, since readers may still look for it."""
     return segment_path(folder, max(map(segment_number, segment_files(folder)), default=-1) + 1)
 
 
 def _write(path: Path, parts: Iterable[memoryview]) -> None:
-    """A file that is there as a whole or not at all, whenever the process ends."""
+    """Writes a file atomically."""
     temporary = path.with_suffix(TEMP_SUFFIX)
     if not path.parent.is_dir():
         path.parent.mkdir(mode=0o700)
@@ -234,49 +234,49 @@ def _check_fingerprint(chain: Chain, expected: Mapping[str, str]) -> None:
         then, now = stored.get(name, "nothing"), expected.get(name, "nothing")
         if then != now:
             raise SnapshotRefused(
-                f"The saved cache {chain.conversation} can't be used: it was made with another {name} "
+                f"The saved cache {chain.conversation} can't be used: it was made with a different {name} "
                 f"({then} instead of {now})."
             )
 
 
 def _check_shapes(segment: Segment, kv: ConversationKV) -> None:
-    """Refuses tensors that don't fit the model, before anything is allocated for them."""
+    """Refuses tensors that don't fit the model, before allocating anything."""
     header = segment.header
     parts: dict[str, dict[str, TensorEntry]] = {}
     for entry in header.tensors:
-        place, name = _placed(entry)
-        parts.setdefault(place, {})[name] = entry
+        owner, name = _owner(entry)
+        parts.setdefault(owner, {})[name] = entry
     for index, layer in enumerate(kv.layers):
         if isinstance(layer, StoredLayer):
-            own = parts.pop(str(index), {})
+            found = parts.pop(str(index), {})
             if isinstance(layer, DenseLayer):
-                _check_growable(segment, layer, index, own)
+                _check_dense(segment, layer, index, found)
     if any(count != len(kv.states) for count in header.checkpoints.values()):
-        raise refusal(segment.path, f"has states of another number of layers than {len(kv.states)}")
-    unplaced = parts.keys() - {
+        raise refusal(segment.path, f"doesn't have the states of {len(kv.states)} layers")
+    unknown = parts.keys() - {
         f"mark.{checkpoint}.{index}" for checkpoint in header.checkpoints for index in range(len(kv.states))
     }
-    if unplaced:
-        raise refusal(segment.path, f"has tensors {sorted(unplaced)[0]}, for which this model has no place")
+    if unknown:
+        raise refusal(segment.path, f"has tensors {sorted(unknown)[0]}, which this model doesn't have")
 
 
-def _placed(entry: TensorEntry) -> tuple[str, str]:
-    """`LAYER` or `mark.LENGTH.INDEX`, and the name there, which may have dots in it."""
+def _owner(entry: TensorEntry) -> tuple[str, str]:
+    """(`LAYER` or `mark.LENGTH.INDEX`, the rest of the name, which may contain dots)."""
     words = entry.name.split(".", 3 if entry.name.startswith("mark.") else 1)
     return ".".join(words[:-1]), words[-1]
 
 
-def _check_growable(
-    segment: Segment, layer: DenseLayer, index: int, parts: Mapping[str, TensorEntry]
-) -> None:
-    """Keys `[kv_heads, rows, key_dim]` and values `[kv_heads, rows, value_dim]`; or neither, without rows."""
+def _check_dense(segment: Segment, layer: DenseLayer, index: int, parts: Mapping[str, TensorEntry]) -> None:
+    """Expects keys `[kv_heads, rows, key_dim]` and values `[kv_heads, rows, value_dim]`, or no rows."""
     rows = len(segment.header.rows)
     if not parts and not rows:
         return
     if parts.keys() != {"keys", "values"}:
-        raise refusal(segment.path, f"has {sorted(parts) or 'nothing'} of layer {index}, not keys and values")
+        raise refusal(
+            segment.path, f"has {sorted(parts) or 'nothing'} for layer {index}, not keys and values"
+        )
     keys, values = parts["keys"], parts["values"]
-    shape, dtype = layer._shape, layer._dtype
+    shape, dtype = layer.head_shape, layer.stored_dtype
     heads, key_dim, value_dim = shape or (keys.shape[0], keys.shape[-1], values.shape[-1])
     number = DTYPE_NAMES[dtype] if dtype else keys.dtype
     for entry, dim in ((keys, key_dim), (values, value_dim)):
@@ -288,18 +288,18 @@ def _check_growable(
 
 
 def _fill(chain: Chain, kv: ConversationKV) -> None:
-    _announce(chain)
+    _read_ahead(chain)
     _reserve(chain, kv)
     buffer = torch.empty(max(segment.header.tensor_bytes for segment in chain.segments), dtype=torch.uint8)
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READ_THREADS) as threads:
         for segment in chain.segments:
-            _read_tensors(segment, buffer, readers)
-            kv.unpack(_packed(segment, buffer, kv))
-            kv.checkpoint()  # lets go of the marks that are too many
+            _read_tensors(segment, buffer, threads)
+            unpack_rows(kv, _packed(segment, buffer, kv))
+            kv.checkpoint()  # drops surplus checkpoints
 
 
-def _announce(chain: Chain) -> None:
-    """Has the kernel read all files ahead, where it can: a chain of many short ones comes in at once."""
+def _read_ahead(chain: Chain) -> None:
+    """Asks the operating system to read all files ahead: much quicker for many short segments."""
     if hasattr(os, "posix_fadvise"):
         for segment in chain.segments:
             with _opened(segment) as descriptor:
@@ -311,7 +311,7 @@ def _opened(segment: Segment) -> Iterator[int]:
     """A segment's file descriptor.
 
     Raises:
-        SnapshotRefused: the file is gone.
+        SnapshotRefused: the file doesn't exist any more.
     """
     try:
         descriptor = os.open(segment.path, os.O_RDONLY)
@@ -324,32 +324,32 @@ def _opened(segment: Segment) -> Iterator[int]:
 
 
 def _reserve(chain: Chain, kv: ConversationKV) -> None:
-    """Room for the whole chain at once: a layer that grows by every segment copies itself every time."""
+    """Allocates the whole chain at once: growing by each segment would copy the layer every time."""
     rows = max(segment.header.start + len(segment.header.rows) for segment in chain.segments)
     if len(chain.segments) == 1:
         return
     for layer in kv.layers:
-        if isinstance(layer, DenseLayer) and layer._shape and layer._dtype:
-            heads, key_dim, value_dim = layer._shape
-            nothing = torch.zeros((), dtype=layer._dtype)
+        if isinstance(layer, DenseLayer) and layer.head_shape and layer.stored_dtype:
+            heads, key_dim, value_dim = layer.head_shape
+            nothing = torch.zeros((), dtype=layer.stored_dtype)
             layer.update(nothing.expand(1, heads, rows, key_dim), nothing.expand(1, heads, rows, value_dim))
             layer.truncate(0)
 
 
-def _read_tensors(segment: Segment, buffer: torch.Tensor, readers: ThreadPoolExecutor) -> None:
-    """Reads all tensors to the beginning of `buffer`; returns once every checksum was right.
+def _read_tensors(segment: Segment, buffer: torch.Tensor, threads: ThreadPoolExecutor) -> None:
+    """Reads all tensors to the start of `buffer` and verifies their checksums.
 
     Raises:
-        SnapshotRefused: one wasn't, or the file is gone.
+        SnapshotRefused: a checksum is wrong, or the file doesn't exist any more.
     """
     with _opened(segment) as descriptor:
         read = partial(_read_group, descriptor, segment, buffer.numpy().data)
-        for _ in readers.map(read, _groups(segment.header.tensors)):
+        for _ in threads.map(read, _groups(segment.header.tensors)):
             pass
 
 
 def _groups(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:
-    """Neighbours that are read at once: as many as make `READ_BYTES`."""
+    """Neighbours that are read together, about `READ_BYTES` each."""
     groups: list[list[TensorEntry]] = []
     for entry in entries:
         if not groups or entry.end - groups[-1][0].begin > READ_BYTES:
@@ -373,9 +373,9 @@ def _read_group(
 
 
 def _packed(segment: Segment, buffer: torch.Tensor, kv: ConversationKV) -> PackedRows:
-    """The segment as it was packed, its tensors in `buffer`, which the next segment overwrites.
+    """The segment as packed rows, with tensors in `buffer`, which the next segment overwrites.
 
-    Layers that keep what they are given, and marks, get copies.
+    Checkpoints, and layers that store tensors without copying, get copies.
     """
     header = segment.header
     tensors: dict[str, torch.Tensor] = {}
@@ -385,11 +385,11 @@ def _packed(segment: Segment, buffer: torch.Tensor, kv: ConversationKV) -> Packe
     }
     for entry in header.tensors:
         view = buffer[entry.begin : entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
-        place, name = _placed(entry)
-        if place.startswith("mark."):
-            _, checkpoint, index = place.split(".")
+        owner, name = _owner(entry)
+        if owner.startswith("mark."):
+            _, checkpoint, index = owner.split(".")
             checkpoints[int(checkpoint)][int(index)].tensors[name] = view.clone()
-        elif not isinstance(kv.layers[int(place)], DenseLayer):
+        elif not isinstance(kv.layers[int(owner)], DenseLayer):
             tensors[entry.name] = view.clone()
         elif header.rows:
             tensors[entry.name] = view

@@ -1,1 +1,1 @@
-"""The compiled path: export, build, package and run a model compiled for this CPU."""
+"""Exports, builds, packages and runs a model compiled for this CPU."""

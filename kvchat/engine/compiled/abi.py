@@ -1,22 +1,19 @@
-"""What Python and the compiled kernels have to agree on, so that neither reads the other's memory wrongly.
-
-Imports no torch.
-"""
+"""The memory layout that Python and the compiled kernels share. Must not import torch."""
 
 ABI = 1
-"""Goes up with every change of the kernels' operators, of `Memory` or of packed blocks: `kAbi` in the kernels
-says the same."""
+"""Increase it with every change of the kernels' operators, of `Memory` or of packed blocks, also `kAbi` in
+the kernels."""
 GROUP = 32
 """Weights of a row that share a scale."""
 TILE = 8
-"""Rows of packed weights that lie together."""
+"""Rows of weights that are packed together."""
 
 
 def layout(fields: tuple[str, ...], block: int) -> str:
-    """What the kernels' operator `layout` must answer.
+    """The expected result of the kernels' operator `layout`.
 
     Args:
-        fields: of `Memory`, in their order.
+        fields: of `Memory`, in order.
         block: rows of a quantised block of a cache.
     """
     return f"abi {ABI}, tile {TILE}, group {GROUP}, block {block}: {' '.join(fields)}"

@@ -1,15 +1,14 @@
-"""Where a model's compiled packages lie, and whether there is one that fits. Imports no torch.
+"""Finds the compiled package of a model. Must not import torch.
 
-Packages lie in kvchat's own data folder, never in the model's: they are code. A package belongs to one
-content of the model, one torch, one kind of CPU and one version of the sources that make and feed it: its
-name carries a fingerprint of all of these, and one of the C++ compiler. Where a model can't be compiled, the
-reason lies there instead.
+Packages are code, so they are in kvchat's data folder, never in the model's. The name of a package has a
+fingerprint of everything it depends on: the model's files, torch, the CPU and the sources that build and run
+it, and one of the C++ compiler. Where a model can't be compiled, the reason is there instead.
 
     <data>/compiled/<model's folder>-<12 hex of its path>/
         model.txt       path of the model's folder
-        files.json      digests of the model's files, with what `stat` said of them
+        files.json      digests of the model's files, with their `stat`
         <weights>-<fingerprint>-<compiler>/
-            digests.json and the files whose SHA-256 it holds, or refused.txt
+            digests.json and the files whose SHA-256 it lists, or refused.txt
 """
 
 import hashlib
@@ -35,13 +34,15 @@ from kvchat.models.resolve import MARKER, MODEL_PATH, compiled_folder
 from kvchat.system.ownership import close_to_others, digest_of, files_in, make_private, require_own
 
 OLD_FOLDER = "compiled"
-"""In a model's folder: earlier versions kept packages there. Nothing is loaded from it."""
+"""In a model's folder: earlier versions stored packages there. Nothing is loaded from it."""
 SOURCES = (
     *(
         "kvchat.engine.compiled.build",
+        "kvchat.engine.compiled.export",
+        "kvchat.engine.compiled.gguf_weights",
         "kvchat.engine.compiled.quantized_linear",
         "kvchat.engine.compiled.abi",
-    ),  # make a package
+    ),  # build a package
     *(
         "kvchat.engine.compiled.runner",
         "kvchat.engine.model.layout",
@@ -49,14 +50,15 @@ SOURCES = (
     ),  # describe it
     *(
         "kvchat.cache.layer",
+        "kvchat.cache.dense_layer",
         "kvchat.cache.quantized_layer",
         "kvchat.cache.quant_codec",
-    ),  # lay out the memory it reads
+    ),  # define the memory layout that it reads
 )
-"""Modules on which a package depends, beside the kernels."""
+"""Modules that a package depends on, in addition to the kernels."""
 KERNELS_FOLDER = Path(__file__).with_name("kernels")
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.gguf")
-"""Configs, tokenizer and chat template go into a package as well as weights."""
+"""Files of a model that a package depends on: weights, configs, tokenizer and chat template."""
 LIBRARIES = ("torch", "transformers")
 DESCRIPTION = "package.json"
 REFUSAL, DIGESTS, MODEL_DIGESTS = "refused.txt", "digests.json", "files.json"
@@ -70,7 +72,7 @@ logger = logging.getLogger(__name__)
 def fingerprint(root: Path, folder: Path, weights: str) -> str:
     """16 hex digits over all that a package depends on: model files, this code, libraries, CPU, precision.
 
-    The content of every file counts. It is read again only where `stat` says that a file is another one.
+    Files count by content, which is read again only if their `stat` changed.
     """
     digest = hashlib.sha256()
     facts = ([installed_version(name) for name in LIBRARIES], cpu_features(), weights)
@@ -93,26 +95,26 @@ def module_sources() -> list[Path]:
 
 
 def model_digests(root: Path, folder: Path) -> dict[str, str]:
-    """Name → SHA-256 of each file in a model's folder that goes into a package.
+    """Name → SHA-256 of each file in a model's folder that a package depends on.
 
-    What `stat` says is remembered with the digest, in the model's folder of packages where there is one.
+    Digests are stored with the `stat` of their files in the model's folder of packages, where there is one.
     """
     memory = compiled_folder(root, folder) / MODEL_DIGESTS
     known = _read_json(memory)
     paths = {path for pattern in FILES for path in folder.glob(pattern)}
     found: dict[str, list[str]] = {}
-    for path in sorted(path for path in paths if path.is_file()):  # a link may point to what is gone
+    for path in sorted(path for path in paths if path.is_file()):  # not broken links
         seen = _identity(path)
         before, digest = known.get(path.name, ("", ""))
         found[path.name] = [seen, digest if before == seen else _digest_if_readable(path)]
     if found != known:
-        with suppress(OSError):  # then they are computed again
+        with suppress(OSError):  # then they are computed again next time
             _write_json(memory, found)
     return {name: digest for name, (_, digest) in found.items()}
 
 
 def _digest_if_readable(path: Path) -> str:
-    """Whoever loads the model says what is wrong with a file that can't be read."""
+    """The digest, or the error: loading the model reports it."""
     try:
         return digest_of(path)
     except OSError as error:
@@ -120,7 +122,7 @@ def _digest_if_readable(path: Path) -> str:
 
 
 def _identity(path: Path) -> str:
-    """Changes with every write to the file: no program can set its ctime back."""
+    """Changes with every write to the file, since no program can set its ctime."""
     facts = path.stat()
     return f"{facts.st_dev} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
@@ -135,7 +137,7 @@ def _read_json(file: Path) -> dict[str, list[str]]:
 
 
 def _write_json(file: Path, content: object) -> None:
-    """In one step, for other processes read it. Nothing is made where the folder is not there."""
+    """Writes atomically, since other processes read the file. Fails where there is no folder."""
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as half:
@@ -147,9 +149,9 @@ def _write_json(file: Path, content: object) -> None:
 
 
 def installed_version(name: str) -> str:
-    """The version of an installed distribution, from the name of its folder where there is one.
+    """The version of an installed distribution, from the name of its folder if possible.
 
-    The chat asks before its first paint, and `importlib.metadata` brings the parser of mails along.
+    The chat needs it before it draws anything, and importing `importlib.metadata` is slow.
     """
     for entry in sys.path:
         for info in Path(entry).glob(f"{name}-*.dist-info"):
@@ -160,7 +162,7 @@ def installed_version(name: str) -> str:
 
 
 def cpu_features() -> str:
-    """What the compiler may use of this CPU: code for more instructions than there are would crash."""
+    """The CPU's model and instruction sets: code compiled for others could crash."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
             names = ("flags", "Features", "model name")
@@ -184,7 +186,7 @@ def compiler() -> str | None:
 
 
 def compiler_version() -> str:
-    """The first line that the C++ compiler says of itself; empty where there is none, or it says nothing."""
+    """The first line of the C++ compiler's `--version`; empty where there is none."""
     path = compiler()
     return _version_of(path) if path else ""
 
@@ -198,11 +200,11 @@ def _version_of(program: str) -> str:
     return (done.stdout.splitlines() or [""])[0]
 
 
-# ---- where it lies --------------------------------------------------------------------------------------
+# ---- finding a package ----------------------------------------------------------------------------------
 
 
 def package_folder(root: Path, folder: Path, weights: str) -> Path:
-    """Where the package lies that this machine's compiler makes of the model in `folder`, made or not.
+    """The folder of the package that this machine's compiler builds of a model; it need not exist.
 
     Args:
         root: kvchat's folder of compiled code.
@@ -218,10 +220,10 @@ def _compiler_key() -> str:
 
 
 def find_package(root: Path, folder: Path, weights: str) -> Path | None:
-    """The package that fits the model in `folder`, or None.
+    """The package for the model in `folder`, or None.
 
-    Made by this machine's compiler if there is one, else by another compiler: that one may be gone. Which
-    compiler there is takes a process to find out, so it is only asked where there are several packages.
+    Prefers one of this machine's compiler; one of another compiler works too. The compiler's version is only
+    asked for, in a process, where there are several packages.
     """
     place = compiled_folder(root, folder)
     if not place.is_dir():
@@ -234,7 +236,7 @@ def find_package(root: Path, folder: Path, weights: str) -> Path | None:
 
 
 def refusal_of(root: Path, folder: Path, weights: str) -> str:
-    """Why the model in `folder` can't be compiled; empty where it is not known that it can't be."""
+    """The stored reason why the model in `folder` can't be compiled; empty where there is none."""
     if not any(compiled_folder(root, folder).glob(f"{weights}-*/{REFUSAL}")):
         return ""
     return _reason_in(package_folder(root, folder, weights))
@@ -248,29 +250,26 @@ def _reason_in(package: Path) -> str:
 
 
 def is_decided(root: Path, folder: Path, weights: str) -> bool:
-    """Whether there is a package for just this, or there can't be one."""
+    """Whether there is a package or a stored refusal."""
     return bool(find_package(root, folder, weights) or refusal_of(root, folder, weights))
 
 
 def wants_step(root: Path, folder: Path, *, fetched: bool = False) -> bool:
-    """Whether a compiled step should be made for a model.
-
-    That is one that was fetched or converted just now, or that had a step before something changed.
-    """
+    """Whether a model should be compiled: it was just downloaded or converted, or had a step before."""
     wanted = fetched or (folder / MARKER).is_file() or compiled_folder(root, folder).is_dir()
     return wanted and bool(compiler()) and not is_decided(root, folder, weights_of(folder, "auto"))
 
 
 def make_model_folder(root: Path, folder: Path) -> Path:
-    """Makes the folder that holds the packages of the model in `folder`; only the user can write to it.
+    """Creates the folder for the packages of the model in `folder`, writable by the user only.
 
     Raises:
-        KvchatError: somebody else can write to the data folder.
-        OSError: it can't be made.
+        KvchatError: others can write to the data folder.
+        OSError: it can't be created.
     """
     made = compiled_folder(root, folder)
     make_private(made)
-    if root == find_paths().compiled:  # another data folder may serve others too: the user closes it
+    if root == find_paths().compiled:  # the user is responsible for another data folder
         close_to_others(root.parent)
     for each in (root, made):
         close_to_others(each)
@@ -281,33 +280,33 @@ def make_model_folder(root: Path, folder: Path) -> Path:
 
 
 def refuse(package: Path, reason: str) -> None:
-    """Remembers that a model can't be compiled, so that nobody tries again until something changes."""
+    """Stores why a model can't be compiled, so that it is not tried again until something changes."""
     make_private(package)
     (package / REFUSAL).write_text(reason, encoding="utf-8")
     close_to_others(package / REFUSAL)
 
 
 def remove_stale(package: Path, weights: str) -> None:
-    """Removes what was made for other versions of the model in the same precision."""
+    """Removes packages of the same precision for other versions of the model."""
     for path in package.parent.glob(f"{weights}-*"):
         if path != package:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_old_packages(folder: Path) -> None:
-    """Removes what an earlier version compiled into a model's folder of kvchat's own."""
+    """Removes packages that an earlier version stored in the model's folder."""
     old = folder / OLD_FOLDER
     if old.is_symlink() or not old.is_dir():
         return
     shutil.rmtree(old, ignore_errors=True)
-    logger.info("%s was removed: compiled code lies in kvchat's data folder now", old)
+    logger.info("%s was removed: compiled code is in kvchat's data folder now", old)
 
 
-# ---- whether it may be loaded ---------------------------------------------------------------------------
+# ---- checks before loading ------------------------------------------------------------------------------
 
 
 def record_digests(package: Path) -> None:
-    """Writes down the SHA-256 of each file of a package that was just made, and closes them to others."""
+    """Stores the SHA-256 of each file of a new package, and makes the files writable by the user only."""
     (package / DIGESTS).unlink(missing_ok=True)
     digests = {path.name: digest_of(path) for path in files_in(package)}
     (package / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
@@ -316,10 +315,10 @@ def record_digests(package: Path) -> None:
 
 
 def require_intact(package: Path) -> None:
-    """Passes a package whose files are those that were built.
+    """Checks that a package's files are those that were built.
 
     Raises:
-        KvchatError: one is another, is missing, or came in later.
+        KvchatError: a file was changed, removed or added.
     """
     try:
         recorded = json.loads((package / DIGESTS).read_text(encoding="utf-8"))
@@ -349,10 +348,10 @@ def stored_weights(package: Path) -> str:
 
 
 def trusted_package(root: Path, folder: Path, weights: str) -> Path | None:
-    """The package to load for the model in `folder`; None where none was made.
+    """The package to load for the model in `folder`; None where there is none.
 
     Raises:
-        KvchatError: others can write to it or to a folder that it lies in, or the model can't be compiled.
+        KvchatError: others can write to it or to a folder above it, or the model can't be compiled.
     """
     if not compiled_folder(root, folder).is_dir():
         return None

@@ -1,27 +1,14 @@
-"""Linear layers in 4 and 8 bits: weights stay what the GGUF file says, or are rounded where the user asks.
+"""Linear layers with weights in 4 and 8 bits, packed as the kernels read them."""
 
-A GGUF block of the kinds Q4_0, Q4_1 and Q8_0 is 32 numbers `quant · scale + minimum`. The kernels take
-just that, eight rows at a time, so nothing is rounded a second time. It knows blocks and how they are laid
-out; it refuses to know what a layer is for.
-"""
-
-from collections import defaultdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import torch
 from torch import nn
 
 from kvchat.engine.compiled.abi import GROUP, TILE
 
 LARGEST = {4: 15, 8: 127}
-"""Quants of 4 bits go from 0 on, those of 8 bits from -127 on."""
-UNQUANTISED = {"F32", "F16", "BF16"}
-FOUR_BITS = {gguf.GGMLQuantizationType.Q4_0: 1, gguf.GGMLQuantizationType.Q4_1: 2}
-"""How many 16-bit floats a block starts with: its scale, and its minimum where that is not -8 scales."""
-ZERO_4_0 = 8
-"""The quant of Q4_0 that stands for zero."""
+"""Quants of 4 bits are 0 to 15, those of 8 bits -127 to 127."""
 
 
 class Blocks(NamedTuple):
@@ -36,7 +23,7 @@ class Blocks(NamedTuple):
     """None with 8 bits, which are symmetric."""
 
     def weights(self) -> torch.Tensor:
-        """The matrix in fp32, bit for bit as llama.cpp dequantises it."""
+        """The matrix in fp32, bit-identical to llama.cpp's dequantisation."""
         rows = self.quants.shape[0]
         grouped = self.quants.view(rows, -1, GROUP).float() * self.scales[..., None]
         return (grouped if self.minima is None else grouped + self.minima[..., None]).view(rows, -1)
@@ -50,7 +37,7 @@ class Blocks(NamedTuple):
 def round_to_blocks(weight: torch.Tensor, bits: int) -> Blocks:
     """Rounds a matrix `[out, in]`: 8 bits around zero, 4 bits from minimum to maximum, per group of 32.
 
-    Q8_0 blocks that were dequantised come back bit for bit: each has a quant of 127.
+    Dequantised Q8_0 blocks are reproduced exactly, since each has a quant of 127.
     """
     grouped = weight.detach().float().view(len(weight), -1, GROUP)
     lowest, highest = grouped.aminmax(dim=-1)
@@ -73,10 +60,10 @@ def _divisor(scales: torch.Tensor) -> torch.Tensor:
 
 
 def pack(blocks: Blocks) -> torch.Tensor:
-    """As in `kernels/weights.h`: uint8 `[out / 8, in / 32, bytes]`, rows padded to whole tiles with zeros.
+    """Packs and pads blocks as in `kernels/weights.h`: uint8 `[out / 8, in / 32, bytes]`, whole tiles of rows.
 
-    16-bit lanes, two for each row (even and odd columns); each lane holds two weights of 8 bits or four of 4
-    bits, of neighbouring pairs of columns, the first one lowest. Then the tile's scales, and its minima.
+    16-bit lanes, two for each row (even and odd columns); each lane has two weights of 8 bits or four of 4
+    bits, of neighbouring pairs of columns, the first one lowest. Then the tile's scales and its minima.
     """
     bits, quants, scales, minima = blocks
     if missing := -len(quants) % TILE:
@@ -104,7 +91,7 @@ def _bytes(tensor: torch.Tensor, tiles: int, groups: int) -> torch.Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over packed blocks; computes in fp32. It runs where the kernels are loaded."""
+    """A linear layer over packed blocks; computes in fp32 and needs the kernels loaded."""
 
     blocks: torch.Tensor
     bias: torch.Tensor | None
@@ -119,7 +106,7 @@ class PackedLinear(nn.Module):
         """`[..., in]` → `[..., out]`."""
         rows = states.reshape(-1, states.shape[-1])
         product = torch.ops.kvchat.product(rows, self.blocks)
-        # cut last: torch.export would tell one token from several where it reshapes what was cut
+        # sliced last: torch.export would specialise on one token if it reshaped a slice
         result: torch.Tensor = product.reshape(*states.shape[:-1], -1)[..., : self.out]
         return result if self.bias is None else result + self.bias
 
@@ -145,7 +132,7 @@ def packable(module: nn.Module | None) -> bool:
 
 
 def quantise(model: nn.Module, blocks: dict[str, Blocks], head: Blocks | None) -> None:
-    """Replaces linear layers by packed ones: those named in `blocks`, and the head.
+    """Replaces the linear layers in `blocks`, and the head, by packed ones.
 
     An embedding that is tied to the head shares its blocks.
     """
@@ -174,85 +161,6 @@ def rounded_blocks(model: nn.Module, bits: int) -> dict[str, Blocks]:
 
 
 def rounded_head(model: nn.Module) -> Blocks | None:
-    """The output matrix in 8 bits: in 4 it costs quality that the other layers don't."""
+    """The output matrix in 8 bits: 4 bits would cost much more quality there than in other layers."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return round_to_blocks(head.weight, 8) if packable(head) else None
-
-
-# ---- from a GGUF file -------------------------------------------------------------------------------------
-
-
-def head_of(path: Path) -> Blocks | None:
-    """The output matrix `[vocabulary, hidden]` of a GGUF file in 8 bits; None where the file has 16."""
-    reader: Any = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    head = tensors.get("output.weight", tensors.get("token_embd.weight"))  # tied in many small models
-    if head is None or head.tensor_type.name in UNQUANTISED:
-        return None
-    return round_to_blocks(torch.tensor(gguf.dequantize(head.data, head.tensor_type)), 8)
-
-
-def read_blocks(tensor: Any) -> Blocks | None:  # noqa: ANN401 - gguf.ReaderTensor; the library has no types
-    """The blocks of one matrix of a GGUF file; None where it is not quantised.
-
-    Kinds other than Q4_0 and Q4_1 are rounded to 8 bits, finer than any of them. Source of the layout:
-    `block_q4_0` and `block_q4_1` in llama.cpp's ggml-common.h. The low halves of the 16 bytes are the first
-    16 quants, the high halves the others.
-    """
-    if tensor.data.ndim != 2 or tensor.tensor_type.name in UNQUANTISED:
-        return None
-    floats_before = FOUR_BITS.get(tensor.tensor_type)
-    if floats_before is None:
-        return round_to_blocks(torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)), 8)
-    raw = torch.tensor(tensor.data).view(len(tensor.data), -1, 2 * floats_before + GROUP // 2)
-    floats = raw[..., : 2 * floats_before].contiguous().view(torch.float16).float()
-    halves = raw[..., 2 * floats_before :]
-    quants = torch.cat([halves & 15, halves >> 4], -1).flatten(1).int()
-    scale = floats[..., 0]
-    return Blocks(4, quants, scale, floats[..., 1] if floats_before == 2 else -ZERO_4_0 * scale)
-
-
-def blocks_of(model: nn.Module, path: Path) -> dict[str, Blocks]:
-    """Name → blocks of every linear layer of `model` that the GGUF file at `path` holds quantised.
-
-    Some models' rows lie in another order in the file (Llama's queries and keys): each row is found by its
-    values, and a layer whose rows are not all there is left out.
-    """
-    reader: Any = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = _names_in_file(reader)
-    found: dict[str, Blocks] = {}
-    for name, module in model.named_modules():
-        tensor = tensors.get(f"{names.get_name(name)}.weight")
-        if not isinstance(module, nn.Linear) or not packable(module) or tensor is None:
-            continue
-        blocks = read_blocks(tensor)
-        if blocks and (arranged := arrange(blocks, module.weight)):
-            found[name] = arranged
-    return found
-
-
-def arrange(blocks: Blocks, weight: torch.Tensor) -> Blocks | None:
-    """The blocks with their rows in the order of `weight [out, in]`; None where they are others."""
-    theirs = blocks.weights().to(weight.dtype)
-    if theirs.shape != weight.shape:
-        return None
-    if torch.equal(theirs, weight):
-        return blocks
-    places: dict[bytes, list[int]] = defaultdict(list)
-    for place, row in enumerate(_row_bytes(theirs)):
-        places[row].append(place)
-    order = [places[row].pop() if places[row] else -1 for row in _row_bytes(weight)]
-    return None if -1 in order else blocks.rows(torch.tensor(order))
-
-
-def _row_bytes(weight: torch.Tensor) -> list[bytes]:
-    return [row.tobytes() for row in weight.detach().contiguous().view(torch.uint8).numpy()]
-
-
-def _names_in_file(reader: Any) -> Any:  # noqa: ANN401
-    """gguf's table from the names of modules to those of tensors."""
-    wanted = reader.get_field("general.architecture").contents()
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
-    layers = reader.get_field(f"{wanted}.block_count").contents()
-    return gguf.get_tensor_name_map(architecture, layers)

@@ -1,9 +1,7 @@
-"""Runs the compiled step, and reads through it.
+"""Loads and runs the compiled step of a model.
 
-A package is a folder with the step, the kernels it calls, the tokenizer, and what else a chat needs to know
-of the model: with it, transformers' model code need not be imported. It belongs to one model, one torch and
-one kind of CPU, and its name says so. This module knows how to find, load and feed one; it refuses to know
-how one is made: importing the compiler takes seconds (`compile` does that).
+A package is a folder with the step, its kernels, the tokenizer and a description of the model, so that a chat
+need not import transformers' models. Must not import the compiler (`build` does), which takes seconds.
 """
 
 import ctypes
@@ -33,34 +31,34 @@ from kvchat.errors import KvchatError
 LIBRARY, KERNELS, WEIGHTS = "step.so", "kernels.so", "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 LINE, LARGE_PAGE, MADV_HUGEPAGE = 64, 2 << 20, 14
-"""Bytes of a cache line and of a large page; the last is Linux's name for a wish."""
+"""Bytes of a cache line and of a huge page; Linux's constant for `madvise`."""
 READ_TOGETHER = 128
-"""Tokens between two looks at a wish to stop: a tenth of a second or two."""
+"""Tokens between two checks for a stop: 0.1 to 0.2 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the step's weights cost in quality, against the model in fp32 on a text of so many tokens."""
+    """The quality of the step's weights, compared with fp32 on a text of so many tokens."""
 
     tokens: int
     kl: float
     """Mean Kullback-Leibler divergence in nats."""
     agreeing: float
-    """Share of the tokens after which both find the same next one most probable."""
+    """Share of the tokens after which both predict the same next token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a package was made for, and what a chat needs to know of the model."""
+    """What a package was built from, and what a chat needs to know about the model."""
 
     fingerprint: str
     revision: str
-    """Of the weights it was made from, as in a cache's fingerprint."""
+    """Hash of the original weights, as in a cache's fingerprint."""
     weights: str
-    """In words, such as `int4, head int8`."""
+    """Precision, such as `int4, head int8`."""
     weights_bytes: int
     kv_dtype: str
-    """What keys and values are stored in unless asked otherwise: `fp32` or `bf16`."""
+    """Default precision of keys and values: `fp32` or `bf16`."""
     vocabulary: int
     end_ids: tuple[int, ...]
     shape: ModelShape
@@ -92,10 +90,10 @@ class Description:
 
 
 def load_kernels(folder: Path) -> None:
-    """Makes the operators of `kernels/ops.cpp` known to torch; once they are, does nothing.
+    """Registers the operators of `kernels/ops.cpp` with torch, once.
 
     Raises:
-        KvchatError: they can't be loaded, or lay out memory in another way than this code.
+        KvchatError: they can't be loaded, or have another memory layout than this code.
     """
     if not hasattr(torch.ops.kvchat, "attend"):
         try:
@@ -112,9 +110,9 @@ def load_kernels(folder: Path) -> None:
 
 
 def load_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file in one piece of memory of large pages.
+    """The tensors of a safetensors file in one allocation of huge pages.
 
-    A step reads all of them: with pages of 4 kB, finding each page costs about as much as reading it.
+    A step reads all weights; with 4 kB pages, TLB misses take about as long as reading.
     """
     with safe_open(file, framework="pt") as stored:
         mapped = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
@@ -129,7 +127,7 @@ def load_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _large_pages(size: int) -> torch.Tensor:
-    """So many bytes, which the kernel is asked to keep in large pages; it may refuse."""
+    """Memory of so many bytes, in huge pages where the operating system allows."""
     memory = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % LARGE_PAGE
     with suppress(AttributeError, OSError):  # not Linux
@@ -140,26 +138,26 @@ def _large_pages(size: int) -> torch.Tensor:
 
 
 class CompiledStep:
-    """Tokens through the whole model, over keys and values that lie in the caller's memory."""
+    """The compiled model: reads tokens with keys and values in the caller's memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Loads the package in `folder`: some tenths of a second, and nothing is unpacked anywhere.
+        """Loads the package in `folder` in some tenths of a second.
 
-        Whose folder it is, the caller has looked at: `find_step` does.
+        The caller has to check who can write to the folder; `find_step` does.
 
         Raises:
             KvchatError: it is damaged.
         """
         self.folder = folder
-        require_intact(folder)  # before anything of it is loaded
+        require_intact(folder)  # before loading anything
         self.description = Description.load(folder)
         load_kernels(folder)
         self._runner: Any = None
         self._weights: dict[str, torch.Tensor] = {}
         self._load()
         self.stopped: Callable[[], bool] = lambda: False
-        """Looked at between chunks of tokens."""
-        self._crew = ThreadTuner(torch.get_num_threads())
+        """Checked between chunks of tokens."""
+        self._tuner = ThreadTuner(torch.get_num_threads())
         self._memories: list[Memory] = []
         self._table = torch.zeros(0)
 
@@ -167,23 +165,23 @@ class CompiledStep:
         try:
             self._weights = load_weights(self.folder / WEIGHTS)
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(self.folder / LIBRARY), 1)
-            self._runner.update_constant_buffer(self._weights, False, True, True)  # used where they lie
+            self._runner.update_constant_buffer(self._weights, False, True, True)  # without copying
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             raise KvchatError(f"The compiled step in {self.folder} can't be loaded: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
-        """The model's.
+        """The model's tokenizer.
 
         Raises:
             KvchatError: it is damaged.
         """
         try:
             return Tokenizer.from_file(str(self.folder / TOKENIZER))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no narrower type
             raise KvchatError(f"The compiled step in {self.folder} is damaged: {error}") from error
 
     def unload(self) -> None:
-        """Lets go of the weights; the next run loads them again."""
+        """Frees the weights; the next run loads them again."""
         self._runner, self._weights = None, {}
 
     def run(
@@ -191,17 +189,17 @@ class CompiledStep:
     ) -> torch.Tensor:
         """Logits `[keep, vocabulary]` after the last `keep` ids, fp32.
 
-        Writes keys and values of the ids into the rows from `row` on of every layer.
+        Writes keys and values of the ids into every layer, from row `row` on.
 
         Args:
             ids: at least one.
             position: of the first id; after an eviction more than `row`.
             row: rows that are filled.
-            memories: where each layer's rows lie; there has to be room for the ids.
+            memories: the addresses of each layer, with reserved rows for the ids.
 
         Raises:
-            ValueError: the memory is other than the step was compiled for. The compiled code looks at
-                nothing: it would read and write what belongs to others.
+            ValueError: the memory does not fit the step. Compiled code has no bounds checks: it would read
+                and write other memory.
         """
         if self._runner is None:
             require_intact(self.folder)
@@ -223,10 +221,10 @@ class CompiledStep:
             torch.arange(count - keep, count),
         ]
         started = time.perf_counter()
-        torch.set_num_threads(self._crew.threads if count == 1 else self._crew.settled)
+        torch.set_num_threads(self._tuner.threads if count == 1 else self._tuner.current)
         logits: torch.Tensor = self._runner.run(inputs)[0]
         if count == 1:
-            self._crew.note(time.perf_counter() - started)
+            self._tuner.note(time.perf_counter() - started)
         return logits
 
     def _check(self, memories: list[Memory]) -> None:
@@ -237,10 +235,10 @@ class CompiledStep:
 
 
 class CompiledReader:
-    """Reads tokens through the compiled step; satisfies `forward.Reader`.
+    """Reads tokens through the compiled step; implements `forward.Reader`.
 
-    Where all weights are packed, a token counts the same, bit for bit, in whatever company it is read;
-    products in fp32 and bf16 are torch's, which add up otherwise for other numbers of tokens.
+    With quantised weights, results are bit-identical for every batch size. Products in fp32 and bf16 are
+    computed by torch, whose order of summation depends on the number of tokens.
     """
 
     def __init__(self, kv: ConversationKV, step: CompiledStep, evaluated: int = 0) -> None:
@@ -264,7 +262,7 @@ class CompiledReader:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _most(self) -> int:
-        """Tokens that may be read together: none of them may finish a block that a later one reads."""
+        """Tokens per pass: none may finish a quantised block that a later one of the same pass reads."""
         block = self._kv.block
         return READ_TOGETHER if block == 1 else block - len(self._kv) % block
 
@@ -272,26 +270,26 @@ class CompiledReader:
         layers = addressed(self._kv)
         with self._kv.append(ids):
             for layer in layers:
-                layer.room_for(len(ids))
+                layer.reserve(len(ids))
             memories = [layer.memory() for layer in layers]
-            row, position = len(self._kv), self._kv.next_position
+            row, position = len(self._kv), self._kv.index.next_position
             logits = self._step.run(ids, position, row, memories, keep)
             for layer in layers:
-                layer.fill(len(ids))
+                layer.advance(len(ids))
         self.evaluated += len(ids)
         return logits
 
 
 def addressed(kv: ConversationKV) -> list[AddressedLayer]:
-    """The layers that hold keys and values; all of them tell where these lie."""
+    """The layers that compiled code can read and write."""
     return [layer for layer in kv.layers if isinstance(layer, AddressedLayer)]
 
 
 def find_step(root: Path, folder: Path, weights: str) -> CompiledStep | None:
-    """The compiled step of the model in `folder`; None where none was made, or for other versions.
+    """The compiled step of the model in `folder`; None where there is none for these versions.
 
     Args:
-        root: kvchat's folder of compiled code: nothing is loaded from anywhere else.
+        root: kvchat's folder of compiled code; nothing is loaded from anywhere else.
         folder: of the model.
         weights: a precision or `gguf`.
 

@@ -1,34 +1,34 @@
-"""How many threads compute a token: all, or one where that is faster.
+"""Chooses how many threads decode a token: all, or one where that is faster.
 
-The threads of a token meet a hundred times, so where another process holds one of the cores, all wait for the
-thread that waits for that core, and one thread alone is several times faster. Results are the same, bit for
-bit, for any number of threads. It knows numbers of threads and seconds; it refuses to know what is computed.
+Decoding a token has about a hundred barriers. If another process uses one of the cores, all threads wait at
+each barrier for the one on that core, and a single thread is several times faster. Results are bit-identical
+for every number of threads. Must not depend on what is computed.
 """
 
 FIRST, SOONEST, LATEST = 8, 32, 1024
-"""Tokens before the first trial of the other number, and between two; it costs one token that may be slow."""
+"""Tokens before the first trial of the other number, and between trials; a trial costs one slow token."""
 BETTER = 0.8
-"""A trial has to take at most this share of the time to change anything."""
+"""The other number is chosen if its trial takes at most this share of the time."""
 SUDDEN, IN_A_ROW = 3.0, 3
-"""So many tokens in a row that take so many times as long as usual call for a trial at once."""
+"""A trial is made at once after `IN_A_ROW` tokens that each take `SUDDEN` times as long as usual."""
 WEIGHT = 0.25
-"""Of the newest token in the mean."""
+"""Weight of the newest token in the moving average."""
 
 
 class ThreadTuner:
-    """Chooses between all threads and one, by what tokens took lately."""
+    """Chooses between all threads and one, by how long recent tokens took."""
 
     def __init__(self, most: int) -> None:
         self._current, self._other = most, 1
         self._usual = 0.0
-        """Seconds a token takes with the current number; 0 before any."""
+        """Moving average of seconds per token with the current number; 0 before any."""
         self._slow = 0
         self._gap = SOONEST
         self._to_trial = FIRST
 
     @property
-    def settled(self) -> int:
-        """For several tokens together, which no trial is made with."""
+    def current(self) -> int:
+        """For reading several tokens at once, which is never a trial."""
         return self._current
 
     @property
@@ -37,7 +37,7 @@ class ThreadTuner:
         return self._other if self._to_trial <= 0 else self._current
 
     def note(self, seconds: float) -> None:
-        """The next token took so long, with so many `threads`."""
+        """Records how long a token took with `threads` threads."""
         if self._current == self._other:
             return
         if self._to_trial <= 0:

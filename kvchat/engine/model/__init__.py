@@ -1,1 +1,1 @@
-"""A loaded model: weights, layout of its cache, forward pass, fingerprint."""
+"""Loads a model and runs it: weights, layout of its cache, forward pass, fingerprint."""

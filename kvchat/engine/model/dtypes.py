@@ -1,4 +1,4 @@
-"""What weights may be computed in, and what `auto` means on this machine for this model. Imports no torch."""
+"""Precisions of weights, and what `auto` means on this machine for this model. Must not import torch."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from kvchat.models.resolve import GGUF_LINK
 
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 GGUF = "gguf"
-"""Weights as a GGUF file has them, each matrix in its own precision."""
+"""Weights as in the GGUF file, each matrix in its own precision."""
 
 
 def automatic_precision(device: str) -> str:
@@ -22,27 +22,27 @@ def automatic_precision(device: str) -> str:
 
 
 def gguf_of(folder: Path) -> Path | None:
-    """The GGUF file that a prepared model came from, if it is still there."""
+    """The GGUF file that a prepared model was converted from, if it still exists."""
     file = folder / GGUF_LINK
     return file if file.is_file() else None
 
 
 def weights_of(folder: Path, precision: str, device: str = "cpu") -> str:
-    """What a compiled step of the model stores its weights in: `auto` lowers nothing that the source has."""
+    """The precision of a compiled step's weights; `auto` is never lower than the source."""
     if precision != "auto":
         return precision
     return GGUF if gguf_of(folder) else automatic_precision(device)
 
 
 def eager_precision(precision: str, device: str) -> str:
-    """What transformers computes the model in.
+    """The precision in which transformers computes.
 
     Raises:
-        KvchatError: it can't in this precision.
+        KvchatError: transformers can't compute in this precision.
     """
     if precision in QUANTISED_BITS:
         raise KvchatError(
             f"Weights in {precision} need a compiled step, and there is none. `kvchat models prepare MODEL "
-            f"--precision {precision}` makes it and says what it costs in quality."
+            f"--precision {precision}` makes it and measures its quality."
         )
     return automatic_precision(device) if precision == "auto" else precision

@@ -1,4 +1,4 @@
-"""What keys and values depend on, as a fingerprint. Reads the model in memory; it knows no files."""
+"""The fingerprint of everything that keys and values depend on, from the model in memory."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLES = 64
-"""Numbers of each weight tensor that go into the hash: a model that was trained further differs in all."""
+"""Numbers of each weight tensor that are hashed; further training changes nearly all of them."""
 
 
 def identify(
     facts: ModelFacts, revision: str, template: ChatTemplate, frequencies: Sequence[float]
 ) -> Fingerprint:
-    """The fingerprint of caches in the precision that `auto` stands for.
+    """The fingerprint of caches in the precision that `auto` means.
 
     Args:
-        revision: what `weights_hash` said.
-        frequencies: of the rotation of the keys.
+        revision: the `weights_hash`.
+        frequencies: of the rotary position embedding.
     """
     return Fingerprint(
         model=facts.name,
@@ -41,7 +41,7 @@ def identify(
 
 
 def precision_words(facts: ModelFacts) -> str:
-    """What keys and values are computed in: a compiled step has weights of its own."""
+    """The precision of the weights that compute keys and values; a compiled step has its own weights."""
     eager = facts.path.startswith("eager")
     return facts.weights_dtype if eager else f"{facts.weights_dtype}, {facts.path}"
 

@@ -1,8 +1,7 @@
-"""Runs tokens through the model: with a KV cache, or reading everything again each time.
+"""Runs tokens through the model, with a KV cache or without one.
 
-Both ways have one face, `read(ids) → logits`, so that the decode loop is the same loop and the difference
-that the user feels is the cache and nothing else. A stop is looked at between layers: one uncached token at
-4,096 tokens takes seconds.
+Both implement `read(ids) → logits`, so the decode loop is the same and only the cache makes the difference.
+Stops are checked between layers, because one uncached token at 4,096 tokens takes seconds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,16 @@ from transformers.cache_utils import Cache
 
 from kvchat.cache.kv_cache import ConversationKV
 
-if TYPE_CHECKING:  # a second of import, for nothing where a compiled step reads
+if TYPE_CHECKING:  # takes a second to import, and a compiled step does not need it
     from transformers import PreTrainedModel
 
 
-class Stopped(Exception):  # noqa: N818 - a wish of the user, not an error
-    """The user stopped the turn; everything that was committed stays."""
+class Stopped(Exception):  # noqa: N818 - requested by the user, not an error
+    """The user stopped the turn; committed tokens stay in the cache."""
 
 
 class Reader(Protocol):
-    """Reads tokens and answers with logits."""
+    """Reads tokens and returns logits."""
 
     evaluated: int
     """Tokens run through the model so far."""
@@ -36,7 +35,7 @@ class Reader(Protocol):
 
 
 class CachedReader:
-    """Reads each token once and keeps its keys and values."""
+    """Reads each token once; keys and values are stored in the cache."""
 
     def __init__(self, model: "PreTrainedModel", kv: ConversationKV) -> None:
         self._model = model
@@ -46,11 +45,11 @@ class CachedReader:
     def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
         """One forward pass over the new ids; commits them in every layer, or in none.
 
-        One pass per id, with a commit each, where the model continues its state exactly in no other way.
+        One pass and one commit per id where the model continues its state exactly in no other way.
         """
         if self._kv.by_steps and len(ids) > 1:
             return torch.cat([self.read([token]) for token in ids][-keep:])
-        first = self._kv.next_position  # after an eviction that left a gap, more than there are rows
+        first = self._kv.index.next_position  # after an eviction that left a gap, more than the rows
         with self._kv.append(ids) as past:
             logits = forward_pass(self._model, ids, range(first, first + len(ids)), past, keep)
         self.evaluated += len(ids)
@@ -58,10 +57,10 @@ class CachedReader:
 
 
 class UncachedReader:
-    """Keeps token ids only, and reads all of them again for every new one."""
+    """Stores only token ids, and reads all of them again for every new one."""
 
     def __init__(self, read_all: Callable[[Sequence[int]], torch.Tensor], evaluated: int = 0) -> None:
-        """`read_all` reads ids after nothing; logits `[1, vocabulary]`."""
+        """`read_all` reads ids from an empty context; logits `[1, vocabulary]`."""
         self._read_all = read_all
         self._ids: list[int] = []
         self.evaluated = evaluated
@@ -72,13 +71,13 @@ class UncachedReader:
         return cls(lambda ids: forward_pass(model, ids, range(len(ids)), None), evaluated)
 
     def read(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
-        """All ids so far and the new ones.
+        """Reads all ids so far and the new ones.
 
         Raises:
-            ValueError: more than the last token's logits are wanted.
+            ValueError: `keep` is not 1.
         """
         if keep != 1:
-            raise ValueError("without a cache there are no drafts to check")
+            raise ValueError("without a cache there are no drafts to verify")
         self._ids.extend(ids)
         logits = self._read_all(self._ids)
         self.evaluated += len(self._ids)
@@ -95,7 +94,7 @@ def stopping_between_layers(model: "PreTrainedModel", stopped: Callable[[], bool
         if stopped():
             raise Stopped
 
-    # every decoder layer in transformers is one of these; what the list of them is called differs
+    # every decoder layer in transformers has this type; the name of the list of layers differs
     layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     hooks = [layer.register_forward_pre_hook(check) for layer in layers]
     try:
@@ -106,17 +105,17 @@ def stopping_between_layers(model: "PreTrainedModel", stopped: Callable[[], bool
 
 
 class Parameters(NamedTuple):
-    """How a model's `forward` wants to be called."""
+    """The signature of a model's `forward`."""
 
     cache: str
-    """What it calls the cache: recurrent models say `cache_params`."""
+    """Name of the cache parameter; recurrent models call it `cache_params`."""
     positions: bool
-    """Whether it takes positions: recurrent models have none, ALiBi takes distances from the mask."""
+    """Whether it takes positions: recurrent models have none, ALiBi computes distances from the mask."""
 
 
 @cache
 def parameters_of(kind: "type[PreTrainedModel]") -> Parameters:
-    """Read off the signature, once per class."""
+    """Inspects the signature, once per class."""
     names = signature(kind.forward).parameters
     past = "past_key_values" if "past_key_values" in names else "cache_params"
     return Parameters(past, "position_ids" in names)
@@ -126,7 +125,7 @@ def parameters_of(kind: "type[PreTrainedModel]") -> Parameters:
 def forward_pass(
     model: "PreTrainedModel", ids: Sequence[int], positions: Sequence[int], past: Cache | None, keep: int = 1
 ) -> torch.Tensor:
-    """Logits `[keep, vocabulary]` of the last `keep` ids; positions are explicit, never guessed."""
+    """Logits `[keep, vocabulary]` of the last `keep` ids; positions are always passed explicitly."""
     parameters = parameters_of(type(model))  # type: ignore[arg-type] # classes are hashable
     options: dict[str, object] = {"use_cache": past is not None}
     if past is not None:

@@ -1,6 +1,6 @@
-"""What a model's cache looks like: which layers keep keys and values, which a state, and where that ends.
+"""The layout of a model's cache: which layers store keys and values, which a state, and the position limit.
 
-`measure` finds it out. It knows layers; it refuses to know models, so that it costs no import of any.
+`probe.measure` determines it. Must not import transformers' models, which takes a second.
 """
 
 import sys
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
+from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
-from kvchat.cache.layer import DenseLayer, HeadShape
+from kvchat.cache.layer import HeadShape
 from kvchat.cache.state_layer import HybridLayer, RecurrentLayer, StateLayer, StateShape
 from kvchat.engine.model.dtypes import QUANTISED_BITS
 
@@ -26,44 +27,44 @@ WINDOWED = {"sliding_attention", "chunked_attention", "hybrid_sliding"}
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What there is to know about a model before it reads a conversation."""
+    """The measured shape of a model and of its cache."""
 
     kinds: tuple[str, ...]
-    """Per layer, in transformers' words; `dummy` keeps nothing."""
+    """Per layer, transformers' name of its type; `dummy` stores nothing."""
     heads: tuple[HeadShape | None, ...]
-    """Per layer; None where it keeps no keys and values."""
+    """Per layer; None where it stores no keys and values."""
     states: tuple[StateShape | None, ...]
-    """Per layer; None where it keeps no state."""
+    """Per layer; None where it has no state."""
     windows: tuple[int, ...]
-    """Per layer: tokens back that a query sees, or tokens of a chunk; 0 where it sees all of them."""
+    """Per layer: how many tokens back a query attends to, or tokens of a chunk; 0 where it attends to all."""
     position_limit: int
-    """Positions the model was made for; `NO_LIMIT` where it has none."""
+    """Positions that the model supports; `NO_LIMIT` where there is no limit."""
     positions: str
     """`rotary`, `learned`, `alibi`, or `none`."""
     rotary: str
     """The layout of `Rotation`; `other` also where layers differ."""
     rotary_frequencies: tuple[float, ...]
-    """The same rotation in every layer with keys; empty where one rule doesn't turn them all."""
+    """The rotation of every layer's keys; empty where layers differ."""
     is_croppable: bool
-    """Whether every layer can be taken back token by token; known after a first forward pass only."""
+    """Whether every layer can be cropped to any length; known after a first forward pass only."""
     gap_refusal: str
     """Why policies that leave a gap can't be used; empty where they can."""
     experts: bool
     notes: tuple[str, ...]
-    """What is special about this model's cache, in sentences."""
+    """Special properties of this model's cache, in sentences."""
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values over all layers, as the heads really are."""
+        """Bytes of one token's keys and values in all layers."""
         return sum(head.numbers for head in self.heads if head) * dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all states, however long the conversation: of the live ones, and of every mark."""
+        """Bytes of all states, for any length of conversation; every checkpoint takes as much again."""
         return sum(state.bytes for state in self.states if state)
 
     @property
     def rotary_dims(self) -> int:
-        """Numbers of a head that are turned, where one rule turns all layers; else 0."""
+        """Rotated numbers of a head, where all layers have the same rotation; else 0."""
         return 2 * len(self.rotary_frequencies)
 
 
@@ -89,7 +90,7 @@ def new_layer(
     """A fresh layer of one kind; the arguments are those of `new_layers`."""
     stored_as = DTYPES.get(kv, dtype)
     if kind == NOTHING:
-        return DummyLayer()  # type: ignore[return-value] # a Cache takes it all the same
+        return DummyLayer()  # type: ignore[return-value] # a Cache accepts it
     if kind in RECURRENT:
         return RecurrentLayer(state or StateShape())
     if kind in HYBRID:

@@ -1,7 +1,4 @@
-"""Loads a prepared model: the compiled step where one was made, else through transformers.
-
-Knows the processor and the two ways to compute. Where the folder comes from is `prepare`'s business.
-"""
+"""Loads a prepared model: its compiled step if there is one, else through transformers."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -33,14 +30,14 @@ if TYPE_CHECKING:
 
 NOT_COMPILED = "it is not compiled: kvchat models prepare makes it several times faster"
 UNLIMITED_CONTEXT = 2048
-"""Tokens for a model whose positions never end, unless more are asked for: such models learned from that."""
-WIDEST_BLOCK = 8
-"""Numbers that the kernels read of a quantised row at once; other head dims are read by transformers."""
+"""Default context of a model without a position limit; typical training length of such models."""
+VECTOR_WIDTH = 8
+"""Numbers of a quantised row that the kernels read at once; transformers reads other head dims."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, with its tokenizer and what a screen may tell about it."""
+    """A model ready to run, its tokenizer and the facts that a screen shows."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -49,33 +46,33 @@ class LoadedModel:
     facts: ModelFacts
     shape: ModelShape
     revision: str
-    """16 hex digits of the weights that both ways to compute come from."""
+    """16 hex digits: hash of the weights, the same for transformers and the compiled step."""
     vocabulary: int
     open_model: Callable[[], "PreTrainedModel"]
     """Loads the model through transformers, once."""
     step: CompiledStep | None = None
-    """Reads tokens faster than the model itself; None where none was made."""
+    """Computes faster than transformers; None where it was not built."""
 
     @property
     def model(self) -> "PreTrainedModel":
-        """The model as transformers runs it. Beside a compiled step it is loaded when first asked for."""
+        """The model in transformers; with a compiled step it is loaded on first use."""
         return self.open_model()
 
     def reader(self, kv: ConversationKV) -> Reader:
-        """What reads tokens into that cache."""
+        """The reader that fills that cache."""
         if self.step and len(addressed(kv)) == len(kv.layers) and self._blocks_fit(kv):
             return CompiledReader(kv, self.step)
         return CachedReader(self.model, kv)
 
     def uncached_reader(self, evaluated: int = 0) -> Reader:
-        """What keeps nothing and reads everything again for every token."""
+        """The reader that stores nothing and reads everything again for every token."""
         if self.step:
             return UncachedReader(lambda ids: self.reader(self.new_kv()).read(ids), evaluated)
         return UncachedReader.of_model(self.model, evaluated)
 
     def _blocks_fit(self, kv: ConversationKV) -> bool:
         dims = [dim for head in self.shape.heads if head for dim in (head.key_dim, head.value_dim)]
-        return kv.block == 1 or all(dim % WIDEST_BLOCK == 0 for dim in dims)
+        return kv.block == 1 or all(dim % VECTOR_WIDTH == 0 for dim in dims)
 
     @contextmanager
     def stopping(self, stopped: Callable[[], bool]) -> Iterator[None]:
@@ -98,22 +95,22 @@ class LoadedModel:
         return new_kv(self.shape, kv, DTYPES[self.facts.kv_dtype])
 
     def unload(self) -> None:
-        """Lets go of the compiled step's weights until the next turn; what transformers holds stays."""
+        """Frees the compiled step's weights until the next turn; those in transformers stay loaded."""
         if self.step:
             self.step.unload()
 
     def rotary_frequencies(self) -> torch.Tensor | None:
-        """`[rotary_dims / 2]` radians per position; None where no single rotation turns all the keys."""
+        """`[rotary_dims / 2]` radians per position; None where layers differ or don't rotate keys."""
         frequencies = self.shape.rotary_frequencies
         return torch.tensor(frequencies) if frequencies else None
 
     def noted(self, note: str) -> Self:
-        """The same with one more note for the screen."""
+        """A copy with one more note for the screen."""
         return replace(self, facts=replace(self.facts, notes=(*self.facts.notes, note)))
 
 
 def automatic_device() -> str:
-    """The first of CUDA, Apple's MPS and the CPU that is there."""
+    """The first available one of CUDA, Apple's MPS and the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -127,11 +124,11 @@ def chosen_device(device: str) -> str:
     """
     if device == "auto":
         return automatic_device()
-    there: dict[str, Callable[[], bool]] = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
-    if device in there and not there[device]():
+    if device in available and not available[device]():
         raise KvchatError(
             f"There is no device {device} that torch can use here; --device cpu computes without."
         )
@@ -148,14 +145,14 @@ def load_model(
     device: str = "auto",
     compiled: Path | None = None,
 ) -> LoadedModel:
-    """Loads what is needed of the prepared model in `folder`.
+    """Loads the prepared model in `folder`.
 
     Args:
         precision: of the weights: `auto`, `fp32`, `bf16`, `int8` or `int4`.
         threads: for torch; None takes every physical core.
-        context: tokens at most; None takes what the model was made for.
-        compiled: kvchat's folder of compiled code; the step that `kvchat models prepare` made of the model
-            is looked for there. With None, or without one, transformers computes.
+        context: tokens at most; None takes the model's limit.
+        compiled: kvchat's folder of compiled code, with the step that `kvchat models prepare` built. With
+            None, or without a step, transformers computes.
 
     Raises:
         KvchatError: the folder holds no chat model that kvchat can run; the sentence says why.
@@ -168,7 +165,7 @@ def load_model(
             if step := find_step(compiled, folder, weights_of(folder, precision)):
                 return _with_step(step, folder, name, precision, context)
             note = NOT_COMPILED
-        except KvchatError as error:  # one that is damaged is left alone
+        except KvchatError as error:  # transformers still works
             note = f"it is not compiled: {error}"
     from kvchat.engine.model.transformers_model import load_eager
 
@@ -208,7 +205,7 @@ def _with_step(
 
 
 def loaded_of(eager: "Eager", name: str, context: int | None = None) -> LoadedModel:
-    """A model that transformers runs."""
+    """A loaded model that transformers computes."""
     from kvchat.engine.model.transformers_model import weights_bytes
 
     model, dtype = eager.model, next(name for name, each in DTYPES.items() if each is eager.model.dtype)
@@ -238,10 +235,10 @@ def loaded_of(eager: "Eager", name: str, context: int | None = None) -> LoadedMo
 def assemble(
     model: "PreTrainedModel", chat: "TokenizersBackend", name: str, *, context: int | None = None
 ) -> LoadedModel:
-    """Puts a model in memory and its tokenizer together.
+    """A loaded model from a model and a tokenizer in memory.
 
     Raises:
-        KvchatError: there is no chat template, or some layers keep what kvchat can't.
+        KvchatError: there is no chat template, or some layers store what kvchat does not support.
     """
     from kvchat.engine.model.transformers_model import put_together
 
@@ -279,7 +276,7 @@ def _facts(
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """16 hex digits: two tokenizers with the same ones give the same ids."""
+    """16 hex digits; tokenizers with the same fingerprint give the same ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 

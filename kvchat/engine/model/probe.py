@@ -1,8 +1,8 @@
-"""Finds out what a model's cache looks like.
+"""Measures the layout of a model's cache.
 
-The kinds of layers come from the config, as transformers reads it. Everything else is measured: two forward
-passes over one token, at two positions, show the heads, the states, and how positions get into the keys. It
-knows models and layers; it refuses to know conversations, and to guess where a measurement says nothing.
+Layer types come from the config, as transformers reads it. Everything else is measured with two forward
+passes over one token, at two positions: heads, states, and how positions enter the keys. Must not assume
+what was not measured.
 """
 
 from collections import Counter
@@ -38,39 +38,39 @@ WINDOWS = {
 }
 """Where a model's config says how far back a layer sees."""
 ALIBI = {"bloom", "mpt"}
-"""Models that always do; the others say so in their config."""
-UNTOLD_LIMIT = 2048
-"""Positions of a model whose config doesn't say how many there are."""
+"""Models that always use ALiBi; others say so in their config."""
+DEFAULT_LIMIT = 2048
+"""Position limit of a model whose config has none."""
 PROBED_POSITION = 37
-"""Far enough from 0 that every layout of a rotation gives another key, within the context of any model."""
+"""Far enough from 0 that every rotation layout gives a different key, and within any model's context."""
 TOLERANCE = 0.02
-"""Relative error of a key that was turned in bf16, several times over."""
+"""Relative error allowed for a rotated key: several times the rounding in bf16."""
 STATE_TOLERANCE = 0.01
-"""Relative error of a state, four times that of two exact ways in bf16; a forgotten one is 0.04 off."""
+"""Relative error allowed for a state: four times that of two exact ways in bf16; a lost state is 0.04 off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How positions get into the keys of one layer, or of all."""
+    """The rotary position embedding of one layer, or of all."""
 
     layout: str = "none"
-    """`half`: the first half of the turned numbers pairs with the second, as in Llama; `interleaved`:
-    neighbours do; `other`: turned in a way that is not known here; `none`: not turned."""
+    """`half`: the first half of the rotated numbers pairs with the second, as in Llama; `interleaved`:
+    neighbours do; `other`: an unknown rotation; `none`: not rotated."""
     frequencies: tuple[float, ...] = ()
-    """Radians per position of each pair; twice as many numbers of a head are turned, from its first on."""
+    """Radians per position of each pair; twice as many numbers of a head are rotated, from its first on."""
 
 
 def measure(model: PreTrainedModel, name: str) -> ModelShape:
-    """Finds out a model's shape: reads one token at two positions.
+    """Measures a model's shape by reading one token at two positions.
 
     Raises:
-        KvchatError: a layer keeps what kvchat can't, or the model fails.
+        KvchatError: a layer stores what kvchat does not support, or the model fails.
     """
     kinds, numbers = _layer_kinds(model.config.get_text_config(decoder=True), name)
     try:
         probe = _probed(model, kinds, numbers, 0)
         moved = _probed(model, kinds, numbers, PROBED_POSITION) if probe.stored else probe
-    except Exception as error:  # a model of another making fails in whatever way it likes
+    except Exception as error:  # an unknown model may raise anything
         special = ", ".join(sorted({*kinds} - ATTENTION)) or "attention"
         raise KvchatError(
             f"{name} can't read a token through its layers of the kind {special}: {error!r:.200}"
@@ -88,15 +88,15 @@ def expert_layers(model: PreTrainedModel) -> int:
 
 
 def _layer_kinds(config: PreTrainedConfig, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Per layer its kind, and how many states it has; trailing layers that keep nothing are left out."""
+    """(type, number of states) of each layer, without trailing layers that store nothing."""
     kinds, arguments = get_layer_types_and_kwargs(config)
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     if shared:  # the last layers use keys and values of layers before them
         kinds = [*kinds[: len(kinds) - shared], *[NOTHING] * shared]
     if unknown := {*kinds} - ATTENTION - RECURRENT - HYBRID - {NOTHING}:
         raise KvchatError(
-            f"{name} has layers of the kind {', '.join(sorted(unknown))}. They keep more than keys and "
-            "values, and kvchat can't keep that exact. Take a model with other layers."
+            f"{name} has layers of the kind {', '.join(sorted(unknown))}. They store more than keys and "
+            "values, which kvchat does not support. Take a model with other layers."
         )
     while kinds and kinds[-1] == NOTHING:
         kinds = kinds[:-1]
@@ -106,9 +106,9 @@ def _layer_kinds(config: PreTrainedConfig, name: str) -> tuple[tuple[str, ...], 
 def _probed(
     model: PreTrainedModel, kinds: Sequence[str], numbers: Sequence[int], position: int
 ) -> ConversationKV:
-    """A cache that holds one token, read at that position.
+    """A cache with one token, read at that position.
 
-    One from the middle of the vocabulary: the first ones may be padding, whose embedding is zero.
+    The token is from the middle of the vocabulary: the first ones may be padding with a zero embedding.
     """
     token = model.config.get_text_config(decoder=True).vocab_size // 2
     states = [StateShape(number) for number in numbers]
@@ -155,10 +155,10 @@ def _head(layer: object) -> HeadShape | None:
 
 
 def _continues_by_steps_only(model: PreTrainedModel, probe: ConversationKV) -> bool:
-    """Whether reading several tokens at once leaves another state than reading them one by one.
+    """Whether reading several tokens at once gives another state than reading them one by one.
 
-    transformers 5.23 forgets the state before such a chunk in Mamba-1 (Mamba, Jamba, Falcon-Mamba). Seen in
-    the first of the layers, where everything before is equal.
+    transformers 5.23 loses the state before such a chunk in Mamba-1 (Mamba, Jamba, Falcon-Mamba). Compares
+    the first layer with a state, whose inputs are equal.
     """
     if not probe.states or all(layer.can_rewind for layer in probe.states):
         return False
@@ -175,7 +175,7 @@ def _continues_by_steps_only(model: PreTrainedModel, probe: ConversationKV) -> b
 
 
 def _state(layer: object, *, by_steps: bool) -> StateShape | None:
-    """Measured after one token: what is held besides a copy of the state is that token's record."""
+    """The state shape, measured after one token, whose recorded inputs are the rest of the memory."""
     if not isinstance(layer, RecurrentLayer):
         return None
     size = sum(tensor.nbytes for tensor in layer.state().tensors.values())
@@ -195,10 +195,10 @@ def _positions(
     first: Sequence[tuple[StoredLayer, StoredLayer]],
     rotations: Sequence[Rotation],
 ) -> str:
-    """How the model knows the order of its tokens.
+    """How the model encodes positions: `learned`, `rotary`, `alibi` or `none`.
 
-    A token on its own has the same key and value at every position, in the first layer with attention, up to
-    a rotation of one of them. Both differ where something was added to the token before.
+    In the first layer with attention a single token has the same value (or key) at every position, unless
+    position embeddings were added to its input. A rotation changes only one of them.
     """
     for here, there in first:
         if not any(_close(*pair) for pair in zip(_only_token(here), _only_token(there), strict=True)):
@@ -209,9 +209,9 @@ def _positions(
 
 
 def _rotation(model: PreTrainedModel, here: StoredLayer, there: StoredLayer) -> Rotation:
-    """The rotation that makes of a key at position 0 the one at `PROBED_POSITION`.
+    """The rotation from a key at position 0 to the one at `PROBED_POSITION`.
 
-    A compressed layer may keep what is turned in the place of the values (DeepSeek-V2, arXiv 2405.04434).
+    A layer with latent attention may store the rotated part as values (DeepSeek-V2, arXiv 2405.04434).
     """
     (key, value), (moved, moved_value) = _only_token(here), _only_token(there)
     if _close(key, moved) and key.any():
@@ -233,7 +233,7 @@ def _rotary_frequencies(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _common(rotations: Sequence[Rotation]) -> Rotation:
-    """The rotation of all layers; of those that turn at all, at least the layout."""
+    """The rotation of all layers; where they differ, at least the layout they share."""
     if len({*rotations}) == 1:
         return rotations[0]
     layouts = {rotation.layout for rotation in rotations} - {"none"}
@@ -250,25 +250,25 @@ def _position_limit(config: PreTrainedConfig, positions: str) -> int:
         return NO_LIMIT
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # past this length it turns every position by another angle, and the keys cached so far are wrong
+        # beyond this length all positions are rotated by other angles, and cached keys become wrong
         own = min(own, rope["original_max_position_embeddings"])
-    return own or UNTOLD_LIMIT
+    return own or DEFAULT_LIMIT
 
 
 def _gap_refusal(config: PreTrainedConfig, kinds: Sequence[str], positions: str, limit: int) -> str:
     if {*kinds} & (HYBRID | RECURRENT - {"conv"}):
         return "a recurrent state can't forget tokens"
     if "conv" in kinds:
-        return "a convolution mixes neighbours, and a gap would make others of them"
+        return "a convolution mixes neighbouring tokens, and a gap would change which are neighbours"
     if {*kinds} & WINDOWED:
         return "the mask of a sliding window counts the tokens that are stored, not their positions"
     if positions == "learned":
-        return f"its positions are learned and end at {limit:,}: what is kept can't move to lower ones"
+        return f"its positions are learned and end at {limit:,}: cached keys can't move to lower ones"
     if positions == "alibi":
-        return "ALiBi takes distances from the number of stored tokens, not from positions"
+        return "ALiBi computes distances from the number of stored tokens, not from positions"
     if "mrope_section" in str(getattr(config, "rope_parameters", None)):
         return "M-RoPE counts positions along several axes"
-    return "" if positions == "rotary" else "nothing in its keys says where a token stood"
+    return "" if positions == "rotary" else "its keys don't encode positions"
 
 
 def _notes(
@@ -276,14 +276,14 @@ def _notes(
 ) -> Iterator[str]:
     config = model.config.get_text_config(decoder=True)
     if experts:
-        yield f"{experts} expert layers: experts hold no KV; the cache belongs to attention"
+        yield f"{experts} expert layers: experts store no keys and values; only attention does"
     recorded = [state.recorded_bytes > 0 for state in states if state]
     if recorded and all(recorded):
-        yield f"{len(recorded)} convolution layers: a crop past the last turn end goes back to a turn end"
+        yield f"{len(recorded)} convolution layers: a crop into an earlier turn returns to a turn end"
     elif recorded:
-        yield f"{len(recorded)} recurrent layers: a crop goes back to the last turn end"
+        yield f"{len(recorded)} recurrent layers: a crop returns to the last turn end"
     if any(state.by_steps for state in states if state):
-        yield "recurrent layers that go on one token at a time: after its first chunk a prompt is read slowly"
+        yield "recurrent layers that read one token at a time: after its first chunk a prompt is read slowly"
     for kind, count in Counter(kinds).items():
         if kind in WINDOWED:
             yield _window_note(config, kind, count, len(kinds))
@@ -301,4 +301,4 @@ def _window(config: PreTrainedConfig, kind: str) -> int:
 def _window_note(config: PreTrainedConfig, kind: str, count: int, of: int) -> str:
     width = _window(config, kind)
     what = f"chunks of {width:,}" if kind == "chunked_attention" else f"sliding window of {width:,}"
-    return f"{what} in {count} of {of} layers: everything is kept, the mask hides what is out of sight"
+    return f"{what} in {count} of {of} layers: all tokens are stored, the mask hides those outside"

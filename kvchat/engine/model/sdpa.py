@@ -1,9 +1,9 @@
-"""Attention that reads each key and value once: query heads are folded onto the KV head they share.
+"""Attention for grouped queries (GQA) that reads each key and value once.
 
-With grouped queries several query heads read one KV head. torch's kernel wants as many key heads as query
-heads, so the usual way copies every cached key and value once per query head, for every token. Folded, the
-query heads of a group become rows of one query matrix instead: at 1,900 cached tokens a decode step of one
-layer takes a sixth of the time.
+With GQA several query heads share one KV head. torch's kernel needs as many key heads as query heads, so the
+usual way copies every cached key and value once per query head, for every token. Here the query heads of a
+group are folded into the rows of one query matrix instead: at 1,900 cached tokens a decode step of one layer
+takes a sixth of the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from transformers.masking_utils import sdpa_mask
 NAME = "kvchat_folded"
 
 Watch = Callable[[torch.Tensor, torch.Tensor, float], None]
-"""Sees the queries `[1, heads, q, head_dim]`, the keys `[1, kv_heads, tokens, head_dim]` and the scaling."""
+"""Gets the queries `[1, heads, q, head_dim]`, the keys `[1, kv_heads, tokens, head_dim]` and the scaling."""
 _watching: list[Watch] = []
 
 
 @contextmanager
 def watching_attention(watch: Watch) -> Iterator[None]:
-    """Inside the block, `watch` sees what every layer's attention gets, in the order of the layers."""
+    """Inside the block, `watch` is called with the attention inputs of every layer, in order."""
     _watching.append(watch)
     try:
         yield
@@ -46,8 +46,8 @@ def folded_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query [1, heads, q, head_dim]` over `key, value [1, kv_heads, tokens, head_dim]`.
 
-    Returns `[1, q, heads, head_dim]`, as transformers' attention functions do. Without a mask and with
-    several queries the kernel's own causal rule is needed, which folding would break.
+    Returns `[1, q, heads, head_dim]`, as transformers' attention functions do. Several queries without a mask
+    need the kernel's causal masking, which folding would break.
     """
     for watch in _watching:
         watch(query, key, scaling if scaling is not None else query.shape[-1] ** -0.5)
@@ -67,7 +67,7 @@ def folded_attention(
 
 
 def fold_attention(model: PreTrainedModel) -> None:
-    """Makes a model that would use torch's kernel use it folded; another choice of the model's stays."""
+    """Makes a model that uses torch's kernel use folded attention; other implementations stay."""
     if model.config._attn_implementation != "sdpa":
         return
     AttentionInterface.register(NAME, folded_attention)

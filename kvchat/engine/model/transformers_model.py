@@ -1,7 +1,6 @@
-"""Loads a prepared model through transformers: what computes where no compiled step does.
+"""Loads a prepared model through transformers, without remote code or pickled weights.
 
-Knows transformers; refuses remote code and pickled weights. Importing it takes a second, so a chat with a
-compiled step does so only once something asks for it.
+Takes a second to import, so a chat with a compiled step imports it only when needed.
 """
 
 import json
@@ -24,12 +23,12 @@ from kvchat.engine.model.sdpa import fold_attention
 from kvchat.errors import KvchatError
 
 OWN_IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
-"""Of attention and experts, in transformers itself; it fetches any other."""
+"""Implementations of attention and experts in transformers; it would download any other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Eager:
-    """A model as transformers runs it, and what there is to know about it."""
+    """A model in transformers, with shape, tokenizer and chat template."""
 
     model: PreTrainedModel
     shape: ModelShape
@@ -57,10 +56,10 @@ def quiet() -> None:
 
 
 def put_together(model: PreTrainedModel, chat: TokenizersBackend, name: str) -> Eager:
-    """Reads off what there is to know.
+    """Measures a model and adds its tokenizer and chat template.
 
     Raises:
-        KvchatError: there is no chat template, or some layers keep what kvchat can't.
+        KvchatError: there is no chat template, or some layers store what kvchat does not support.
     """
     if not getattr(chat, "chat_template", None):
         raise KvchatError(f"{name} has no chat template, so it can't chat. Take an instruction-tuned model.")
@@ -91,19 +90,18 @@ def end_ids(model: PreTrainedModel, chat: TokenizersBackend) -> frozenset[int]:
 
 
 def refuse_code(folder: Path, name: str) -> None:
-    """Passes a model whose config names no native code of the hub.
+    """Refuses a model whose config names native code of the hub.
 
-    Where the library `kernels` is installed, transformers fetches and runs what a config names as
-    `attn_implementation`: `owner/repository`, or a word that stands for one. It doesn't ask
-    `trust_remote_code`.
+    Where the library `kernels` is installed, transformers downloads and runs what a config names as
+    `attn_implementation` (`owner/repository`, or an alias of one), whatever `trust_remote_code` says.
 
     Raises:
-        KvchatError: it names some.
+        KvchatError: the config names such code.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # transformers says what is wrong with it
+        return  # transformers reports what is wrong with it
     if named := next(_code_names(config), ""):
         raise KvchatError(
             f"{name}: config.json in {folder} names code of the hub to run ({named}). kvchat runs no code "
@@ -112,7 +110,7 @@ def refuse_code(folder: Path, name: str) -> None:
 
 
 def _code_names(config: object, key: str = "") -> Iterator[str]:
-    """What keys that choose an implementation name, at any depth, beside what torch and transformers have."""
+    """The implementations that a config names, at any depth, other than those in torch and transformers."""
     match config:
         case dict():
             for inner, value in config.items():
@@ -127,7 +125,7 @@ def _code_names(config: object, key: str = "") -> Iterator[str]:
 
 @contextmanager
 def no_pickles() -> Iterator[None]:
-    """Inside the block torch opens no pickle: an index may name one among the safetensors files."""
+    """Inside the block torch opens no pickle: an index of safetensors files may name one."""
 
     def refuse(*_args: object, **_options: object) -> None:
         raise KvchatError("some of its weights are pickles, which can run code, and kvchat opens none")

