@@ -60,7 +60,7 @@ def _divisor(scales: torch.Tensor) -> torch.Tensor:
 
 
 def pack(blocks: Blocks) -> torch.Tensor:
-    """Packs and pads blocks as in `kernels/weights.h`: uint8 `[out / 8, in / 32, bytes]`, whole tiles of rows.
+    """Packs blocks as in `kernels/weights.h`: uint8 `[out / 8, in / 32, bytes]`, whole tiles of rows.
 
     16-bit lanes, two for each row (even and odd columns); each lane has two weights of 8 bits or four of 4
     bits, of neighbouring pairs of columns, the first one lowest. Then the tile's scales and its minima.
