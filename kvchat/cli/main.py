@@ -31,9 +31,9 @@ from kvchat.system.interrupts import Ended
 
 if TYPE_CHECKING:
     from kvchat.bench.verify import Check
+    from kvchat.chat.port import EngineFactory
     from kvchat.chat.session import Session
     from kvchat.ui.preferences import Preferences
-    from kvchat.ui.turn_thread import EngineFactory
 
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources that override what a resumed conversation was set to."""
@@ -193,7 +193,7 @@ def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: A
 
     if not plain:
         gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
-    from kvchat.ui.model_switch import ModelShelf
+    from kvchat.chat.model_choice import ModelShelf
 
     shelf = ModelShelf(paths.models, engine_of, fetching, paths.compiled)
     if plain:

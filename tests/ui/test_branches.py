@@ -205,7 +205,7 @@ async def test_continue_streams_after_the_old_text(size: tuple[int, int]) -> Non
         assert chat.kept() == [("user", "Go", None), ("assistant", "Half an answer.", "stop")]
         request = engine.requests[1]
         assert [(m.role, m.text) for m in request.messages] == [("user", "Go"), ("assistant", "Half an ")]
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.answers() == ["Half an answer."]
 
 
@@ -220,7 +220,7 @@ async def test_a_continued_answer_is_whole_after_looking_elsewhere() -> None:
         await chat.until_reached(gate)
         await chat.press("ctrl+n")
         chat.session.open(talk)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until_drawn("Half an answ")
         gate.open()
         await chat.until_idle()

@@ -6,17 +6,15 @@ import pytest
 from textual.command import CommandPalette
 from textual.widgets import Input, Markdown
 
-from kvchat.contract import CacheMode
-from kvchat.ui.commands import (
+from kvchat.chat.commands import (
     ALIASES,
     COMMANDS,
-    UNBOUND,
     Command,
-    bindings,
-    help_markdown,
-    key_label,
     parse_slash,
 )
+from kvchat.contract import CacheMode
+from kvchat.ui.help_text import help_markdown, key_label
+from kvchat.ui.key_bindings import UNBOUND, bindings
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.screens.dialogs import AskLine, Help
 from kvchat.ui.widgets.panel import MEANING

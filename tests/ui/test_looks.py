@@ -9,9 +9,9 @@ from textual.color import Color
 from textual.command import CommandPalette
 from textual.widgets import Input
 
+from kvchat.chat.commands import COMMANDS
 from kvchat.config.file import read_config
 from kvchat.errors import KvchatError
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.redraw_rate import FASTEST_S, SLOWEST_S, STILL, STILL_S, pause_after
 from kvchat.ui.screens.dialogs import Help

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from textual.widgets import OptionList, Static
 
+from kvchat.chat.model_choice import ModelChoice, ModelShelf, progress_of, switch_price
+from kvchat.chat.port import EngineFactory
 from kvchat.config.settings import sampling_of
 from kvchat.contract import Status
 from kvchat.models.cards import DEFAULT_MODEL, find_card, load_cards
 from kvchat.models.resolve import MARKER
 from kvchat.models.staging import Progress
-from kvchat.ui.model_switch import ModelChoice, ModelShelf, progress_of, switch_price
 from kvchat.ui.screens.models import ModelScreen, facts_line, progress_line, state_words
-from kvchat.ui.turn_thread import EngineFactory
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -167,7 +167,7 @@ async def test_a_conversation_held_with_another_model_says_so_when_it_is_opened(
         await chat.send(f"/model {DEFAULT_MODEL}")
         await chat.until(lambda: f"ready · {TITLE}" in chat.status(), "the new one is ready")
         session.open(saved.id)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until_said(f"This conversation was held with scripted; {TITLE} goes on")
 
 
@@ -211,7 +211,7 @@ async def test_leaving_ends_a_download(tmp_path: Path) -> None:
         listed = await open_at(chat, OTHER)
         await chat.press("enter")
         await chat.until(lambda: "25%" in card(listed, OTHER), "it is under way")
-        (child,) = chat.screen._models._children.values()
+        (child,) = chat.screen.controller.models._children.values()
     assert await child.wait() != 0
 
 

@@ -7,6 +7,7 @@ import pytest
 from textual.content import Content
 
 from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.reducer import KEPT_STEPS, Figures, figures_of
 from kvchat.contract import (
     CacheMode,
     Evicted,
@@ -25,7 +26,6 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.text import megabytes
-from kvchat.ui.panel_model import KEPT_STEPS, Figures, figures_of
 from kvchat.ui.redraw_rate import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
 from kvchat.ui.widgets.panel import (
     ENOUGH_TOKENS,

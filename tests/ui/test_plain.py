@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvchat.chat.commands import COMMANDS
 from kvchat.chat.conversation import Preset
 from kvchat.chat.session import Session
 from kvchat.contract import (
@@ -22,7 +23,6 @@ from kvchat.contract import (
     SetPrecision,
 )
 from kvchat.models.cards import DEFAULT_MODEL
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.plain.commands import INSTEAD, MOST_TOLD
 from kvchat.ui.plain.loop import PlainChat, turn_sentence
 from kvchat.ui.tour import STEPS

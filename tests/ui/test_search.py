@@ -7,6 +7,7 @@ import pytest
 from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
+from kvchat.chat.conversation_commands import delete_now
 from kvchat.chat.store import Store
 from kvchat.text import excerpt
 from kvchat.ui.screens.search import SearchScreen
@@ -126,7 +127,7 @@ async def test_a_hit_on_another_branch_says_so_and_opens_that_branch() -> None:
         await chat.ask("And then?")
         turn = chat.session.edit(chat.session.current.messages[0].id, "Where?").turn
         chat.session.finish_turn(finished(turn, "There.", 1))
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.questions() == ["Where?"]
         await search(chat, "needle", 1)
         assert hits(chat)[0].startswith("Which? · answer · other branch · ")
@@ -268,9 +269,9 @@ async def test_a_private_conversation_can_be_left_opened_again_and_deleted() -> 
         await chat.ask("Open")
         assert chat.engine.requests[-1].persist
         chat.session.open(secret)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.questions() == ["Secret"]
-        await chat.screen._delete(secret)
+        await delete_now(chat.screen.controller, secret)
         assert [s.title for s in chat.session.conversations()] == ["Open"]
 
 

@@ -86,7 +86,7 @@ async def test_another_conversation_has_a_strip_of_its_own() -> None:
         await chat.press("ctrl+n")
         await chat.until(lambda: drawn(chat) == {}, "nothing stands beside the welcome")
         chat.session.open(first)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is there again")
 
 

@@ -1,15 +1,23 @@
 """Every command, declared once: keys, palette, slash words, completion, help and the README's table are made
 from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from textual.binding import Binding, BindingType
+from kvchat.chat import answer_commands as answers
+from kvchat.chat import cache_commands as caches
+from kvchat.chat import conversation_commands as conversations
+
+if TYPE_CHECKING:
+    from kvchat.chat.controller import ChatController
+
+Run = Callable[["ChatController", str], Awaitable[None] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Something the user can ask for; `action_<name>` of the chat screen does it."""
+    """Something the user can ask for."""
 
     name: str
     """Its id, by which `[keys]` in the configuration file gives it another key."""
@@ -18,10 +26,19 @@ class Command:
     key: str
     """Empty where only the slash word and the palette reach it; `[keys]` can give it one."""
     slash: str
+    run: Run
+    """Does it, with the argument.
+
+    Raises:
+        KvchatError: it can't be done.
+        NoViewError: the front end has no view for it.
+    """
     argument: str = ""
     """What the slash word takes after it, for the help."""
     footer: str = ""
     """Word in the footer; empty keeps the key out of it."""
+    instead: str = ""
+    """What to do where there is no view for it."""
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -29,32 +46,66 @@ class Command:
         return tuple(self.argument.split("|")) if "|" in self.argument else ()
 
 
+def view(name: str) -> Run:
+    """Opens the view of a command."""
+    return lambda chat, argument: chat.port.open_view(name, argument)
+
+
+def model(chat: "ChatController", name: str) -> Awaitable[None] | None:
+    """Lets another model answer, or shows which there are."""
+    if chat.models is None:
+        chat.port.say("No other model can be had here.")
+        return None
+    return chat.switch_model(name) if name else chat.port.open_view("model", name)
+
+
 COMMANDS = (
-    Command("help", "Help", "Keys and commands.", "f1", "help", footer="help"),
+    Command("help", "Help", "Keys and commands.", "f1", "help", view("help"), footer="help"),
     Command(
         "settings",
         "Settings",
         "Every setting, with what it does; saved for the next start too.",
         "f2",
         "settings",
+        view("settings"),
+        instead="`kvchat config` lists the settings and changes them",
     ),
-    Command("panel", "Panel", "Show or hide the cache panel.", "f3", "panel", footer="panel"),
+    Command(
+        "panel",
+        "Panel",
+        "Show or hide the cache panel.",
+        "f3",
+        "panel",
+        view("panel"),
+        footer="panel",
+        instead="the figures of a turn stand after its answer",
+    ),
     Command(
         "cache",
         "Cache mode",
         "Keep the KV cache (on), throw it away after each turn (turn), or do without (off).",
         "f4",
         "cache",
+        caches.mode,
         "on|turn|off",
         footer="cache",
     ),
-    Command("new", "New conversation", "Start an empty conversation.", "ctrl+n", "new", footer="new"),
+    Command(
+        "new",
+        "New conversation",
+        "Start an empty conversation.",
+        "ctrl+n",
+        "new",
+        conversations.new,
+        footer="new",
+    ),
     Command(
         "conversations",
         "Conversations",
         "Go to the list of conversations: Enter opens, R renames, D deletes.",
         "ctrl+s",
         "sessions",
+        view("conversations"),
         footer="conversations",
     ),
     Command(
@@ -63,7 +114,9 @@ COMMANDS = (
         "Stop the answer; what there is stays, with its cache.",
         "escape",
         "stop",
+        answers.stop,
         footer="stop",
+        instead="Ctrl-C stops an answer while it is written",
     ),
     Command(
         "model",
@@ -71,16 +124,32 @@ COMMANDS = (
         "Let another model answer; shows sizes, licences and what is here, and fetches what is not.",
         "ctrl+l",
         "model",
+        model,
         "NAME",
     ),
-    Command("regenerate", "Write again", "Write the last answer again, as a new branch.", "ctrl+r", "regen"),
-    Command("undo", "Undo", "Take the last question back into the prompt, with its answer.", "", "undo"),
+    Command(
+        "regenerate",
+        "Write again",
+        "Write the last answer again, as a new branch.",
+        "ctrl+r",
+        "regen",
+        answers.regenerate,
+    ),
+    Command(
+        "undo",
+        "Undo",
+        "Take the last question back into the prompt, with its answer.",
+        "",
+        "undo",
+        answers.undo,
+    ),
     Command(
         "edit",
         "Edit a question",
         "Write an earlier question anew, on a branch of its own; without a number, the last one.",
         "",
         "edit",
+        answers.edit,
         "NUMBER",
     ),
     Command(
@@ -89,6 +158,7 @@ COMMANDS = (
         "Let the model go on with an answer that was stopped or cut.",
         "",
         "continue",
+        answers.go_on,
     ),
     Command(
         "fork",
@@ -96,13 +166,37 @@ COMMANDS = (
         "Go on in a new conversation that shares the cache; with a number, up to that question's answer.",
         "",
         "fork",
+        conversations.fork,
         "NUMBER",
     ),
-    Command("copy", "Copy", "Send the focused message, or the last answer, to the clipboard.", "", "copy"),
-    Command("code", "Copy code", "Send a code block of that message to the clipboard.", "", "code"),
-    Command("thinking", "Thinking", "Show or fold what the model thought.", "ctrl+t", "think"),
     Command(
-        "search", "Search", "Find words in all conversations, on every branch.", "ctrl+f", "search", "WORDS"
+        "copy",
+        "Copy",
+        "Send the focused message, or the last answer, to the clipboard.",
+        "",
+        "copy",
+        view("copy"),
+    ),
+    Command(
+        "code", "Copy code", "Send a code block of that message to the clipboard.", "", "code", view("code")
+    ),
+    Command(
+        "thinking",
+        "Thinking",
+        "Show or fold what the model thought.",
+        "ctrl+t",
+        "think",
+        view("thinking"),
+        instead="what the model thinks is written with its answer",
+    ),
+    Command(
+        "search",
+        "Search",
+        "Find words in all conversations, on every branch.",
+        "ctrl+f",
+        "search",
+        view("search"),
+        "WORDS",
     ),
     Command(
         "export",
@@ -110,6 +204,7 @@ COMMANDS = (
         "Write this conversation into a file: md, json, html, or a name that ends so.",
         "",
         "export",
+        conversations.export,
         "FILE",
     ),
     Command(
@@ -118,6 +213,7 @@ COMMANDS = (
         "Read conversations from a file of kvchat, ChatGPT, Claude, Open WebUI, Gemini or llm.",
         "",
         "import",
+        conversations.import_file,
         "FILE",
     ),
     Command(
@@ -126,6 +222,7 @@ COMMANDS = (
         "Start a conversation of which nothing is written; it is gone when kvchat ends.",
         "",
         "private",
+        conversations.private,
     ),
     Command(
         "map",
@@ -133,14 +230,17 @@ COMMANDS = (
         "The cache of this conversation as a picture: whose tokens, how stored, what they cost.",
         "f5",
         "cache map",
+        view("map"),
+        instead="`kvchat cache show` lists what is saved of a cache",
     ),
-    Command("why", "Why", "Why the last turn read something again.", "f6", "cache why"),
+    Command("why", "Why", "Why the last turn read something again.", "f6", "cache why", view("why")),
     Command(
         "timeline",
         "Cache timeline",
         "Everything that happened to the cache of this conversation, drawn in order.",
         "",
         "cache timeline",
+        view("timeline"),
     ),
     Command(
         "compare",
@@ -148,16 +248,34 @@ COMMANDS = (
         "The same question with the cache and without, side by side: the prompt's, or the last one.",
         "f7",
         "cache compare",
+        view("compare"),
         "QUESTION",
+        instead="/cache off and then /regen answer the last question without a cache, /cache on with it",
     ),
-    Command("tour", "Tour", "Eight things a KV cache does, done and measured, in three minutes.", "", "tour"),
-    Command("caches", "Caches", "Every cache: in memory, on disk; pin, move, drop, budget.", "f8", "caches"),
+    Command(
+        "tour",
+        "Tour",
+        "Eight things a KV cache does, done and measured, in three minutes.",
+        "",
+        "tour",
+        view("tour"),
+    ),
+    Command(
+        "caches",
+        "Caches",
+        "Every cache: in memory, on disk; pin, move, drop, budget.",
+        "f8",
+        "caches",
+        view("caches"),
+        instead="`kvchat cache` lists the caches on disk and deletes them; /budget sets their memory",
+    ),
     Command(
         "policy",
         "Eviction policy",
         "What is dropped when the context is full; says what that would be now, and what it costs.",
         "",
         "policy",
+        caches.policy,
         "none|turns|sinks|snapkv",
     ),
     Command(
@@ -166,22 +284,57 @@ COMMANDS = (
         "Store keys and values of this conversation in fewer bits.",
         "",
         "kv",
+        caches.precision,
         "auto|fp32|bf16|int8|int4",
     ),
-    Command("budget", "KV budget", "Memory that all caches may take together.", "", "budget", "SIZE"),
-    Command("system", "System prompt", "Set the system prompt of this conversation.", "", "system", "TEXT"),
+    Command(
+        "budget",
+        "KV budget",
+        "Memory that all caches may take together.",
+        "",
+        "budget",
+        caches.budget,
+        "SIZE",
+    ),
+    Command(
+        "system",
+        "System prompt",
+        "Set the system prompt of this conversation.",
+        "",
+        "system",
+        conversations.system,
+        "TEXT",
+    ),
     Command(
         "options",
         "Chat options",
         "System prompt and sampling of this conversation on one screen, with named presets.",
         "ctrl+o",
         "options",
+        view("options"),
     ),
-    Command("rename", "Rename", "Give this conversation another title.", "", "rename", "TITLE"),
-    Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear"),
-    Command("delete", "Delete", "Delete this conversation for good.", "", "delete"),
-    Command("theme", "Theme", "Other colours; without a name, choose from a list.", "", "theme", "NAME"),
-    Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit"),
+    Command(
+        "rename",
+        "Rename",
+        "Give this conversation another title.",
+        "",
+        "rename",
+        conversations.rename,
+        "TITLE",
+    ),
+    Command("clear", "Clear", "Empty this conversation and its cache.", "", "clear", conversations.clear),
+    Command("delete", "Delete", "Delete this conversation for good.", "", "delete", conversations.delete),
+    Command(
+        "theme",
+        "Theme",
+        "Other colours; without a name, choose from a list.",
+        "",
+        "theme",
+        view("theme"),
+        "NAME",
+        instead="there are no colours to choose",
+    ),
+    Command("leave", "Quit", "Leave kvchat; unsent text stays.", "ctrl+q", "exit", view("leave")),
 )
 
 ALIASES = {
@@ -193,27 +346,6 @@ ALIASES = {
     "resume": "sessions",
     "why": "cache why",
 }
-
-
-UNBOUND = "unbound-"
-"""How the key of a command begins that has none: no terminal sends it, and `[keys]` replaces it."""
-
-
-def bindings() -> list[BindingType]:
-    """The keys, each with the command's name as its id so that it can be re-mapped."""
-    return [
-        Binding(
-            command.key or UNBOUND + command.name,
-            command.name,
-            command.footer or command.title,
-            show=bool(command.footer),
-            # Esc belongs to whatever has the focus first
-            priority=command.key != "escape",
-            id=command.name,
-            tooltip=command.help,
-        )
-        for command in COMMANDS
-    ]
 
 
 def remapped(keys: Mapping[str, str]) -> tuple[Command, ...]:
@@ -232,52 +364,3 @@ def parse_slash(text: str) -> tuple[Command, str] | None:
         if command:
             return command, argument.strip()
     return None
-
-
-def key_label(key: str) -> str:
-    """`ctrl+n` → `Ctrl+N`; of several keys, all."""
-    keys = key.replace("escape", "esc").split(",")
-    return ", ".join("+".join(part.strip().capitalize() for part in each.split("+")) for each in keys)
-
-
-def table(commands: Sequence[Command] = COMMANDS) -> str:
-    """Keys, slash words and what they do, as a Markdown table: for the help and the README."""
-    rows = [f"| {key_label(c.key)} | {_slash_label(c)} | {c.help} |" for c in commands]
-    return "\n".join(("| key | command | what it does |", "|---|---|---|", *rows))
-
-
-def help_markdown(commands: Sequence[Command] = COMMANDS) -> str:
-    """The help screen's text."""
-    return f"{table(commands)}\n\n{MORE_HELP}"
-
-
-def _slash_label(command: Command) -> str:
-    """`/cache on/turn/off` as code; a bar would end the table's cell."""
-    words = f"/{command.slash} {command.argument}".strip().replace("|", "/")
-    return f"`{words}`"
-
-
-MORE_HELP = """\
-**Writing.** Enter sends; Shift+Enter, Ctrl+J or Alt+Enter breaks the line; Up and Down at the edges bring \
-back what was sent before. Type `/` and the commands are offered: Tab takes one, Enter runs it. \
-Ctrl+P opens the palette. Ctrl+C copies a selection, else stops the answer, else \
-asks before it quits.
-
-**Reading.** Tab goes from the prompt to the messages: Up and Down walk over them, Y copies one, C its code \
-block (again: the next one), E edits a question, F goes on from there in another conversation, Enter unfolds \
-what is folded, Esc goes back. Page Up and Page Down scroll, Home goes to the first message of all.
-
-**Reading the panel.** *reused* tokens were in the cache and cost nothing; *read* tokens went through the \
-model once; *written* ones were generated. *TTFT* is the time to the first text. A KV cache grows with every \
-token by 2 (keys and values) × layers × KV heads × head dim × bytes of a number.
-
-**Reading the strip.** Beside every message stands what the last turn did with its tokens: ▒ reused, █ read, \
-▓ written, × evicted, · never cached. With the mouse over it, it tells the numbers.
-
-**The three modes.** `on` keeps the cache across turns: a turn reads its new tokens only. `turn` throws it \
-away after each answer: the next turn reads everything once. `off` never makes one: every single token reads \
-everything again. Press F4 and send a message to feel the difference.
-
-**Other keys.** A table `[keys]` in the configuration file gives any command another key, by its id: \
-`panel = "f9"`. `kvchat config keys` prints the ids.
-"""
