@@ -189,6 +189,11 @@ class Session:
         self._store = Store(None)
         self.new()
 
+    @property
+    def is_aside(self) -> bool:
+        """Whether the file is left alone now."""
+        return self._outside is not None
+
     def back(self) -> str:
         """Goes back to the file and the conversation that was open; returns the one that is gone now."""
         gone = self.current.id

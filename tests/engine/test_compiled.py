@@ -26,8 +26,9 @@ from transformers import Gemma2Config
 from kvchat.bench.verify import QUESTIONS, can_check_compiled, run_compiled_checks
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import DenseLayer, Memory
+from kvchat.chat.port import EngineEvent
 from kvchat.config.paths import find_paths
-from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling, Status
+from kvchat.contract import CacheMode, Died, KVPrecision, Ready, Sampling
 from kvchat.engine.compiled import build as building
 from kvchat.engine.compiled.package import (
     LIBRARIES,
@@ -613,7 +614,7 @@ def test_native_code_that_was_put_into_a_package_is_not_loaded(llama: Built, tmp
 def test_the_engine_in_a_child_process_loads_the_step_of_its_data_folder(
     llama: Built, tmp_path: Path
 ) -> None:
-    statuses = SimpleQueue[Status]()
+    statuses = SimpleQueue[EngineEvent]()
     options = EngineOptions(llama.folder, "tiny", tmp_path / "log", "fp32", 1, compiled=llama.root)
     engine = LinkedEngine(options, statuses.put)
     engine.start()

@@ -233,6 +233,7 @@ async def settings(chat: Chat) -> None:
 async def models(chat: Chat) -> None:
     """Ctrl+L, one model here, one being fetched, and the others not."""
     await chat.ask("Which pass over the Alps is open in May?")
+    assert chat.screen.controller.models
     chat.screen.controller.models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
     await chat.press("ctrl+l")
     await chat.dialog(ModelScreen)

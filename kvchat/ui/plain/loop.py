@@ -1,7 +1,7 @@
 """The chat line by line, for screen readers and dumb terminals: nothing is redrawn, and there are no colours.
 
-What is typed is a line, what is answered is text, and the figures of a turn are one sentence. The controller is
-that of the screen.
+What is typed is a line, what is answered is text, and the figures of a turn are one sentence. It has the
+controller of the screen.
 """
 
 import asyncio
@@ -259,7 +259,7 @@ class PlainChat:
                 self.write_line(f"\n{turn_sentence(event.stats)}")
             case TurnFailed():
                 self.write_line(f"\n{one_line(event.reason)}")
-                if state.not_sent:
+                if state.not_sent and not self.controller.session.is_aside:
                     self.controller.editing = state.not_sent.edited
                     how = ASK_AGAIN if state.not_sent.edited else SEND_AGAIN
                     self.write_line(f"Not sent: {short(state.not_sent.text)}\n{how}")
