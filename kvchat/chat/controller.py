@@ -92,6 +92,7 @@ class ChatController:
         """Id of the question that the next message replaces."""
         self.budget: SetBudget | None = None
         """What all caches may take, where that was changed in this run."""
+        self._show_turns()
 
     # --- events -------------------------------------------------------------------------------------------
 
