@@ -160,7 +160,7 @@ async def test_an_answer_that_could_not_be_written_again_is_shown_again() -> Non
     engine = ScriptedEngine().answers("One.").answers(TOO_LONG)
     async with running(engine) as chat:
         await chat.ask("First")
-        await chat.screen.run_action("regenerate")
+        await chat.screen.run_action("run_command('regenerate')")
         await chat.until_noticed(TOO_LONG.reason)
         await chat.until_idle()
         await chat.until(lambda: chat.answers() == ["One."], "the answer is there")
@@ -183,7 +183,7 @@ async def test_after_a_death_the_message_is_sent_again(again: str) -> None:
         await chat.until(lambda: chat.prompt.text == "Second", "it is in the prompt")
         await chat.until(lambda: "ready" in chat.status(), "the engine is there again")
         if again == "/regen":
-            await chat.screen.run_action("regenerate")
+            await chat.screen.run_action("run_command('regenerate')")
         else:
             await chat.press("enter")
         await chat.until(lambda: len(chat.answers()) == 2, "it is answered")

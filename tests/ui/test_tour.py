@@ -143,7 +143,7 @@ async def test_there_is_one_tour_at_a_time() -> None:
     async with running() as chat:
         await chat.send("/tour")
         await chat.until(lambda: "1 of" in card(chat), "the first step is announced")
-        await chat.screen.run_action("tour")
+        await chat.screen.run_action("run_command('tour')")
         assert len(chat.screen.query(TourCard)) == 1
 
 
