@@ -52,7 +52,7 @@ from kvchat.contract import (
     Warm,
     WarmCache,
 )
-from kvchat.engine_process import client
+from kvchat.engine_process import client, server
 from kvchat.engine_process.client import LOG_TAIL_LINES, LinkedEngine, log_tail
 from kvchat.engine_process.server import BATCH_S, EngineOptions, batched
 from tests.support.samples import TOKENIZER, finished, piece
@@ -752,7 +752,7 @@ def batches(timed: Sequence[tuple[float, TurnEvent]]) -> list[tuple[float, TurnE
             yield event
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "time", clock)
+        patch.setattr(server, "time", clock)
         return [(clock.now, event) for event in batched(arriving())]
 
 
