@@ -58,74 +58,64 @@ class Asking(StrEnum):
     CONTINUED = "continued"
 
 
-class Port(Protocol):
-    """A front end, as far as the controller uses it."""
+class NoViewError(Exception):
+    """This front end has no view for a command."""
+
+
+class Port:
+    """A front end, as far as the controller uses it; this one shows nothing, has no views and never asks."""
 
     def say(self, text: str) -> None:
         """Tells the user something in passing; the text may come from anywhere."""
-        ...
 
     def tell(self, text: str) -> None:
         """Tells what a front end that draws the state shows anyway."""
-        ...
 
     def confirm(self, question: str, yes: str, act: Act) -> None:
         """Asks, with the word for yes, and acts where the answer is yes."""
-        ...
 
     def ask_line(self, question: str, value: str, act: Callable[[str], object], otherwise: str) -> None:
         """Asks for a line of text and acts with it; says `otherwise` where nobody can be asked.
 
         `act` may return an awaitable. `value` is the text to start with.
         """
-        ...
+        self.say(otherwise)
 
     def not_saved(self, error: KvchatError) -> None:
         """Something of a turn could not be saved; it can still be shown."""
-        ...
 
     def show_cost(self, cost: "Reckoning") -> None:
         """Shows what sending the text in the prompt would cost."""
-        ...
 
     async def open_conversation(self, words: str = "") -> None:
         """Shows the open conversation, which is another one now, and its unsent text.
 
         `words` say that, for a front end that draws nothing.
         """
-        ...
 
     async def show_conversation(self, words: str = "") -> None:
         """Shows the open conversation, which has other messages now."""
-        ...
 
     def messages_deleted(self) -> None:
         """What was sent before may be gone from the file."""
-        ...
 
     def focus_prompt(self) -> None:
         """The user is about to write."""
-        ...
 
     async def begin_answer(self, asking: Asking) -> None:
         """Shows the question that is about to be answered, and the beginning of its answer."""
-        ...
 
     def give_back(self, text: str) -> None:
         """Takes a question that was taken back, to be sent again."""
-        ...
 
     def edit(self, text: str) -> None:
         """Takes an earlier question; what is sent next replaces it."""
-        ...
 
     def save_draft(self) -> None:
         """Saves what is typed and not sent: another conversation is opened next."""
-        ...
 
     async def engine_replaced(self) -> None:
         """Another model's engine starts."""
-        ...
 
     def open_view(self, name: str, argument: str) -> Awaitable[None] | None:
         """Opens the view of a command.
@@ -133,64 +123,6 @@ class Port(Protocol):
         Raises:
             NoViewError: this front end has none.
         """
-        ...
-
-
-class NoViewError(Exception):
-    """This front end has no view for a command."""
-
-
-class SilentPort:
-    """A front end that shows nothing, has no views and never asks; a part of the others."""
-
-    def say(self, text: str) -> None:
-        """Drops it."""
-
-    def tell(self, text: str) -> None:
-        """Drops it."""
-
-    def not_saved(self, error: KvchatError) -> None:
-        """Drops it."""
-
-    def show_cost(self, cost: "Reckoning") -> None:
-        """Drops it."""
-
-    def confirm(self, question: str, yes: str, act: Act) -> None:
-        """Nobody agrees."""
-
-    def ask_line(self, question: str, value: str, act: Callable[[str], object], otherwise: str) -> None:
-        """Nobody answers."""
-        self.say(otherwise)
-
-    async def open_conversation(self, words: str = "") -> None:
-        """Shows nothing."""
-
-    async def show_conversation(self, words: str = "") -> None:
-        """Shows nothing."""
-
-    def messages_deleted(self) -> None:
-        """Nothing can be recalled."""
-
-    def focus_prompt(self) -> None:
-        """There is no prompt."""
-
-    async def begin_answer(self, asking: Asking) -> None:
-        """Shows nothing."""
-
-    def give_back(self, text: str) -> None:
-        """Drops it."""
-
-    def edit(self, text: str) -> None:
-        """Drops it."""
-
-    def save_draft(self) -> None:
-        """There is no draft."""
-
-    async def engine_replaced(self) -> None:
-        """Shows nothing."""
-
-    def open_view(self, name: str, argument: str) -> Awaitable[None] | None:
-        """There is none."""
         raise NoViewError
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from kvchat.chat.controller import ChatController
 from kvchat.chat.engine_supervisor import EngineSupervisor
 from kvchat.chat.local_engine import LocalEngine
-from kvchat.chat.port import EngineEvent, SilentPort, complete
+from kvchat.chat.port import EngineEvent, Port, complete
 from kvchat.chat.session import Session
 from kvchat.contract import Engine, FinishReason, Tokens, TurnFailed, TurnFinished, TurnStats
 from kvchat.errors import KvchatError
@@ -48,7 +48,7 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
     return 0
 
 
-class _Turns(SilentPort):
+class _Turns(Port):
     """One turn after the other; a signal stops one, and a second signal does not wait for that."""
 
     def __init__(self, session: Session, engine: Engine, *, echo: bool) -> None:

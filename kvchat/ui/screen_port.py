@@ -5,7 +5,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING
 
-from kvchat.chat.port import Act, Asking
+from kvchat.chat.port import Act, Asking, Port
 from kvchat.chat.prompt_cost import Reckoning
 from kvchat.errors import KvchatError
 from kvchat.text import clean
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EDITING = "Enter asks it in the old one's place, which stays as another branch; Esc leaves it."
 
 
-class ScreenPort:
-    """Satisfies `kvchat.chat.port.Port`."""
+class ScreenPort(Port):
+    """Notifications, dialogs, the transcript and the prompt."""
 
     def __init__(self, screen: "ChatScreen") -> None:
         self._screen = screen
@@ -29,9 +29,6 @@ class ScreenPort:
     def say(self, text: str) -> None:
         """Shows a notification."""
         self._screen.notify(clean(text), markup=False)
-
-    def tell(self, text: str) -> None:
-        """The screen shows it anyway."""
 
     def not_saved(self, error: KvchatError) -> None:
         """Says why."""

@@ -35,11 +35,6 @@ def settings(screen: "ChatScreen", _argument: str) -> None:
     screen.app.push_screen(SettingsScreen(screen.preferences, Tuning(screen.app, screen.controller).changed))
 
 
-def panel(screen: "ChatScreen", _argument: str) -> None:
-    """The panel, whatever the width would have it be."""
-    screen.toggle("panel")
-
-
 def conversations(screen: "ChatScreen", _argument: str) -> None:
     """The list; from the list, back to the prompt."""
     listed = screen.query_one(ConversationList)
@@ -74,16 +69,6 @@ def models(screen: "ChatScreen", _argument: str) -> None:
         controller.models, loaded, lambda choice: switch_price(choice, loaded, context, rate)
     )
     screen.app.push_screen(dialog, chosen)
-
-
-def copy(screen: "ChatScreen", _argument: str) -> None:
-    """The focused message, or the last answer, to the clipboard."""
-    screen.query_one(Transcript).chosen.action_copy()
-
-
-def code(screen: "ChatScreen", _argument: str) -> None:
-    """A code block of that message to the clipboard."""
-    screen.query_one(Transcript).chosen.action_copy_code()
 
 
 def thinking(screen: "ChatScreen", _argument: str) -> None:
@@ -146,25 +131,20 @@ def theme(screen: "ChatScreen", name: str) -> None:
         screen.app.search_themes()
 
 
-def leave(screen: "ChatScreen", _argument: str) -> None:
-    """The end."""
-    screen.app.exit()
-
-
 VIEWS: Mapping[str, View] = {
     "help": show_help,
     "settings": settings,
-    "panel": panel,
+    "panel": lambda screen, _: screen.toggle("panel"),
     "conversations": conversations,
     "stop": prompt,
     "model": models,
-    "copy": copy,
-    "code": code,
+    "copy": lambda screen, _: screen.query_one(Transcript).chosen.action_copy(),
+    "code": lambda screen, _: screen.query_one(Transcript).chosen.action_copy_code(),
     "thinking": thinking,
     "search": search,
     "options": options,
     "theme": theme,
-    "leave": leave,
+    "leave": lambda screen, _: screen.app.exit(),
     "why": why,
     "map": lambda screen, _: screen.inspectors.map(),
     "timeline": lambda screen, _: screen.inspectors.timeline(),

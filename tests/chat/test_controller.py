@@ -11,7 +11,7 @@ from kvchat.chat.commands import COMMANDS, Command, parse_slash
 from kvchat.chat.controller import ChatController
 from kvchat.chat.conversation_commands import delete_now
 from kvchat.chat.engine_supervisor import EngineSupervisor
-from kvchat.chat.port import Act, Asking, EngineEvent, NoViewError, SilentPort, complete
+from kvchat.chat.port import Act, Asking, EngineEvent, NoViewError, Port, complete
 from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.contract import (
@@ -32,7 +32,7 @@ from tests.support.scripted_engine import PATIENCE_S, Fails, ScriptedEngine
 MISS = Miss("system prompt edited", 1100, 2.0)
 
 
-class Recorder(SilentPort):
+class Recorder(Port):
     """Notes everything, and answers as the test says."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from kvchat.chat.commands import (
 from kvchat.chat.controller import ChatController
 from kvchat.chat.engine_supervisor import EngineSupervisor
 from kvchat.chat.model_choice import Models, ModelShelf
-from kvchat.chat.port import SilentPort, complete
+from kvchat.chat.port import Port, complete
 from kvchat.contract import CacheMode
 from kvchat.ui.help_text import help_markdown, key_label
 from kvchat.ui.key_bindings import UNBOUND, bindings
@@ -27,7 +27,7 @@ from tests.support.screen_driver import MODEL, running, session_over
 from tests.support.scripted_engine import ScriptedEngine
 
 
-class ViewsOnly(SilentPort):
+class ViewsOnly(Port):
     """Notes which views are opened."""
 
     def __init__(self) -> None:
@@ -40,9 +40,8 @@ class ViewsOnly(SilentPort):
 def views_of(command: Command) -> list[str]:
     """The views that a command opens in an empty conversation, with a model to choose."""
     port, engine = ViewsOnly(), ScriptedEngine()
-    models = Models(
-        ModelShelf(Path("/nowhere"), lambda *_: engine.attach, lambda name: [name]), port.say, int
-    )
+    shelf = ModelShelf(Path("/nowhere"), lambda *_: engine.attach, lambda name: [name])
+    models = Models(shelf, port.say, lambda: None)
     chat = ChatController(
         session_over(), EngineSupervisor(engine.attach, lambda _: None), port, MODEL, models
     )

@@ -1,10 +1,10 @@
 """A terminal of lines as the controller uses it: what it says is written, what it asks is a line."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from inspect import iscoroutine
 from typing import TYPE_CHECKING
 
-from kvchat.chat.port import Act, Asking, NoViewError, SilentPort, complete
+from kvchat.chat.port import Act, Asking, NoViewError, Port, complete
 from kvchat.chat.prompt_cost import Reckoning
 from kvchat.errors import KvchatError
 from kvchat.text import one_line
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kvchat.ui.plain.loop import PlainChat
 
 
-class PlainPort(SilentPort):
-    """Satisfies `kvchat.chat.port.Port`; none of its methods waits for the loop of asyncio."""
+class PlainPort(Port):
+    """Lines; none of its methods waits for the loop of asyncio."""
 
     def __init__(self, chat: "PlainChat") -> None:
         self._chat = chat
@@ -44,10 +44,6 @@ class PlainPort(SilentPort):
             self.say("Nothing was changed.")
         elif iscoroutine(done := act()):
             complete(done)
-
-    def ask_line(self, question: str, value: str, act: Callable[[str], object], otherwise: str) -> None:
-        """What is asked for is written behind the command."""
-        self.say(otherwise)
 
     async def open_conversation(self, words: str = "") -> None:
         """Tells it."""
