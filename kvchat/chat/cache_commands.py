@@ -61,7 +61,7 @@ def budget(chat: "ChatController", size: str) -> None:
 
 
 def set_budget(chat: "ChatController", size: str) -> None:
-    """Changes how much memory all caches may take; an engine that starts later is told again."""
+    """Changes how much memory all caches may take; an engine that starts later gets the same budget."""
     try:
         wanted = parse_size(size)
     except (ValueError, OverflowError):

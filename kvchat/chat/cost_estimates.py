@@ -44,7 +44,7 @@ class CostEstimates:
         """Key of the estimate that was asked for when the open conversation was opened."""
 
     def opened(self) -> None:
-        """Asks what going on with the open conversation costs; told only where something is read again."""
+        """Asks what going on with the open conversation costs; said only where something is read again."""
         request = self.next_turn()
         if request and self._can_estimate():
             self._opened = OPENED + secrets.token_hex(4)

@@ -17,10 +17,10 @@ def tokens(count: int) -> str:
     return f"{count:,} token{'s' * (count != 1)}"
 
 
-def price_words(quote: CostEstimate) -> str:
+def price_words(estimate: CostEstimate) -> str:
     """What the next turn would read."""
-    words = f"the next turn reads {tokens(quote.prefilled_tokens)}{about(quote.seconds)}"
-    return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
+    words = f"the next turn reads {tokens(estimate.prefilled_tokens)}{about(estimate.seconds)}"
+    return f"{words}, {estimate.miss.tokens:,} of them again." if estimate.miss else f"{words}."
 
 
 def sentence(words: str) -> str:
@@ -29,9 +29,9 @@ def sentence(words: str) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
-def policy_words(quote: CostEstimate) -> str:
+def policy_words(estimate: CostEstimate) -> str:
     """What the next turn would read, and what the policy would drop."""
-    return f"{price_words(quote)} When the context is full: {quote.preview}."
+    return f"{price_words(estimate)} When the context is full: {estimate.preview}."
 
 
 def converted_words(converted: Converted) -> str:

@@ -1,7 +1,6 @@
 """The chat: composes the widgets, passes keys, lines and events on to the controller, and draws its state."""
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from inspect import isawaitable
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.content import Content
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static, TextArea
@@ -25,7 +23,7 @@ from kvchat.chat.session import Session
 from kvchat.contract import Ready, TurnEvent
 from kvchat.errors import KvchatError
 from kvchat.models.cards import load_cards
-from kvchat.text import clean, one_line
+from kvchat.text import clean
 from kvchat.ui.engine_listener import tell
 from kvchat.ui.key_bindings import bindings
 from kvchat.ui.messages import EngineReported
@@ -39,24 +37,20 @@ from kvchat.ui.widgets.panel import CachePanel
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.prompt_cost import ReckoningLine
 from kvchat.ui.widgets.status import StatusLine
-from kvchat.ui.widgets.strip import ReuseStrip, beside
+from kvchat.ui.widgets.strip import ReuseStrip
 from kvchat.ui.widgets.transcript import Transcript
-from kvchat.ui.widgets.welcome import Welcome
 
 if TYPE_CHECKING:
     from kvchat.chat.controller import ChatController
     from kvchat.chat.model_choice import ModelShelf
     from kvchat.ui.inspectors import Inspectors
+    from kvchat.ui.state_view import StateView
     from kvchat.ui.turn_presenter import TurnPresenter
 
-SOON_S = 0.01
-"""Not 0: Textual divides by a timer's seconds where the timer comes late, as on a busy machine."""
 RECKON_AFTER_S = 0.3
 """The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
-PANEL_EVERY_S = 1.0
-"""The figures are drawn this often at most while an answer streams."""
 DRAWING = "kvchat.ui.widgets.markdown_layout"
 """What draws answers; heavy, and not needed before there is one."""
 SELDOM = 50
@@ -83,9 +77,10 @@ class ChatScreen(Screen[None]):
     AUTO_FOCUS = "#prompt"
 
     controller: "ChatController"
-    """Made after the first paint, as the two below."""
+    """Made after the first paint, as the three below."""
     presenter: "TurnPresenter"
     inspectors: "Inspectors"
+    state_view: "StateView"
 
     def __init__(
         self,
@@ -112,9 +107,6 @@ class ChatScreen(Screen[None]):
         self.prompt = Prompt(self._completions)
         self._draft_timer: Timer | None = None
         self._reckon_timer: Timer | None = None
-        self._figures_timer: Timer | None = None
-        self._figures_at = 0.0
-        """When the figures were drawn last, on the monotonic clock."""
 
     def compose(self) -> ComposeResult:
         yield StatusLine()
@@ -166,6 +158,7 @@ class ChatScreen(Screen[None]):
         from kvchat.chat.model_choice import Models
         from kvchat.ui.inspectors import Inspectors
         from kvchat.ui.screen_port import ScreenPort
+        from kvchat.ui.state_view import StateView
         from kvchat.ui.turn_presenter import TurnPresenter
 
         models = Models(self._shelf, self.say, self._download_went_on) if self._shelf else None
@@ -174,6 +167,7 @@ class ChatScreen(Screen[None]):
         self.controller = ChatController(session, self.engine, port, self._model, models)
         self.presenter = TurnPresenter(self.controller, self.query_one(Transcript))
         self.inspectors = Inspectors(self)
+        self.state_view = StateView(self)
 
     def leave(self) -> None:
         """Saves what isn't saved and ends the engine; once."""
@@ -273,9 +267,8 @@ class ChatScreen(Screen[None]):
         tell(self.app.screen_stack, event)
         if not isinstance(event, TurnEvent) or (pending and not controller.answering):
             self.refresh_all()
-        elif controller.answering and self._figures_timer is None:
-            wait = PANEL_EVERY_S - (time.monotonic() - self._figures_at)
-            self._figures_timer = self.set_timer(max(SOON_S, wait), self.refresh_figures)
+        elif controller.answering:
+            self.state_view.draw_figures_soon()
         if isinstance(event, Ready) or (pending and not controller.answering):
             self._reckon()
 
@@ -299,35 +292,9 @@ class ChatScreen(Screen[None]):
         """Whether an answer is under way."""
         return self._begun and self.controller.answering is not None
 
-    def refresh_figures(self) -> None:
-        """Draws the figures of the panel, the status and the strip."""
-        if self._figures_timer:
-            self._figures_timer.stop()
-        self._figures_timer, self._figures_at = None, time.monotonic()
-        state, session = self.controller.refresh(), self.controller.session
-        doing = "writing, Esc stops" if state.active and state.model else state.status
-        self.query_one(CachePanel).show(state)
-        self.query_one(StatusLine).show(state, doing)
-        self.query_one(ReuseStrip).show(beside(session.current, session.last_turn))
-        for welcome in self.query(Welcome):
-            welcome.ready = state.model is not None
-
     def refresh_all(self) -> None:
         """Draws everything but the transcript."""
-        self.refresh_figures()
-        session = self.controller.session
-        current = session.current
-        private = "private, nothing is written · " if session.is_private(current.id) else ""
-        title = f"{private}{one_line(current.title) or 'new conversation'}"
-        self.query_one("#title", Static).update(Content(title))
-        try:
-            summaries = session.conversations()
-        except KvchatError as error:
-            self.say(str(error))
-            return
-        self.query_one(ConversationList).show(summaries, self.controller.state.caches, current.id)
-        self.query_one("#none-yet").display = not summaries
-        self.inspectors.show_pool()
+        self.state_view.draw()
 
     def toggle(self, part: str, shown: bool | None = None) -> None:
         """Shows or hides the list or the panel."""
