@@ -17,7 +17,7 @@ from kvchat.chat.conversation_files import Archive
 from kvchat.chat.cost_estimates import CostEstimates
 from kvchat.chat.engine_supervisor import EngineSupervisor
 from kvchat.chat.port import Asking, EngineEvent, NoViewError, Port
-from kvchat.chat.prompt_cost import Reckoner
+from kvchat.chat.prompt_cost import PromptCost
 from kvchat.chat.reducer import (
     Abandoned,
     Asked,
@@ -87,7 +87,7 @@ class ChatController:
         self.state = ChatState(model_name=name, model_title=model_title)
         self.costs = CostEstimates(self)
         self.archive = Archive(session, port.say)
-        self.prompt_cost = Reckoner(session, engine, port.show_cost, Path.cwd())
+        self.prompt_cost = PromptCost(session, engine, port.show_cost, Path.cwd())
         self.editing: int | None = None
         """Id of the question that the next message replaces."""
         self.budget: SetBudget | None = None

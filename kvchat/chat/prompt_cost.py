@@ -53,7 +53,7 @@ class Reckoning:
         return [*lines, figures if self.new is None else f"{figures} · will read {self.new:,} new"]
 
 
-class Reckoner:
+class PromptCost:
     """Follows the prompt."""
 
     def __init__(
