@@ -23,6 +23,7 @@ NEVER_LOADED = {
     "kvchat.engine_process.client": TENSORS | SCREEN | ENGINE | STORAGE,
     "kvchat.ui.app": TENSORS | ENGINE,
     "kvchat.chat.session": TENSORS | SCREEN | ENGINE,
+    "kvchat.chat.controller": TENSORS | SCREEN | ENGINE,
     "kvchat.cli.run": TENSORS | SCREEN | ENGINE,
     "kvchat.chat.store": TENSORS | SCREEN | ENGINE,
     "kvchat.chat.conversation": TENSORS | SCREEN | ENGINE | STORAGE,

@@ -8,7 +8,7 @@ textual and processes.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from kvchat.chat.conversation import (
     one_id,
     title_from,
 )
+from kvchat.chat.state import largest_prefill
 from kvchat.chat.token_status import ANSWER, TokenStatuses, token_statuses
 from kvchat.contract import (
     CacheEvent,
@@ -68,9 +69,9 @@ class ConversationDefaults:
     """Nothing is written, of the text or of the cache."""
 
 
-def known_rate(turns: Sequence[TurnStats]) -> float:
-    """Tokens a second of the largest prefill among these turns; 0 without any."""
-    largest = max(turns, key=lambda stats: stats.prefilled_tokens, default=None)
+def known_rate(turns: Iterable[TurnStats]) -> float:
+    """Tokens a second that the model read in these turns; 0 where no prefill was long enough to tell."""
+    largest = largest_prefill(turns)
     return largest.prefill_tok_s if largest else 0.0
 
 
@@ -200,6 +201,11 @@ class Session:
         self._outside = (self._store, self.current)
         self._store = Store(None)
         self.new()
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether the file is left alone now."""
+        return self._outside is not None
 
     def back(self) -> str:
         """Goes back to the file and the conversation that was open; returns the one that is gone now."""

@@ -72,6 +72,8 @@ class Store:
             KvchatError: the file can't be opened, or is not a kvchat database.
         """
         self._path = path
+        self._listed: tuple[int, list[Summary]] | None = None
+        """What `summaries` returned, and the version of the file that it was read from."""
         try:
             self._db = open_database(path)
         except (sqlite3.Error, OSError) as error:
@@ -90,12 +92,14 @@ class Store:
         self._db.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[Database]:
-        """A transaction with the write lock from the start.
+    def _writing(self, *, lists: bool = True) -> Iterator[Database]:
+        """A transaction with the write lock from the start; with `lists` false, `summaries` stays the same.
 
         Raises:
             KvchatError: SQLite failed; the transaction is rolled back.
         """
+        if lists:
+            self._listed = None
         try:
             self._db.conn.execute("BEGIN IMMEDIATE")
             try:
@@ -115,7 +119,14 @@ class Store:
         return owner_hint(Path(refused)) or owner_hint(self._path.parent)
 
     def summaries(self) -> list[Summary]:
-        """All conversations, most recently used first."""
+        """All conversations, most recently used first; read again only after a write that changes them."""
+        # changes when another connection commits, of this process or of another one
+        (version,) = self._db.conn.execute("PRAGMA data_version").fetchone()
+        if self._listed is None or self._listed[0] != version:
+            self._listed = version, self._read_summaries()
+        return list(self._listed[1])
+
+    def _read_summaries(self) -> list[Summary]:
         rows = self._db.query(
             "select c.id, c.title, c.updated_at, count(m.id) as messages from conversations c "
             "left join messages m on m.conversation = c.id group by c.id "
@@ -248,17 +259,17 @@ class Store:
     def save_preset(self, preset: Preset) -> None:
         """Saves a preset; replaces one with the same name."""
         row = {"system_prompt": preset.system_prompt, "sampling": write_json(asdict(preset.sampling))}
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             db.table("presets").upsert({"name": preset.name, **row}, pk="name")
 
     def delete_preset(self, name: str) -> None:
         """Deletes a preset; an unknown one is no error."""
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             db.execute("delete from presets where name = ?", [name])
 
     def add_events(self, events: Sequence[CacheEvent]) -> None:
         """Saves cache events; ignores those of unknown conversations."""
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             known = {row["id"] for row in db.query("select id from conversations")}
             db.table("cache_events").insert_all(
                 asdict(event) for event in events if event.conversation in known
@@ -283,7 +294,7 @@ class Store:
 
     def save_last_turn(self, conversation: str, statuses: TokenStatuses) -> None:
         """Saves the token statuses of the last turn."""
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             db.execute(
                 "update conversations set last_turn = ? where id = ?", [write_json(statuses), conversation]
             )
@@ -322,7 +333,7 @@ class Store:
 
     def update_message(self, message: Message) -> None:
         """Saves text, token ids, finish reason and statistics of a message."""
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             db.table("messages").update(message.id, _message_row(message))
             if message.stats is not None:
                 db.table("turns").upsert({"message": message.id, **asdict(message.stats)}, pk="message")
@@ -339,7 +350,7 @@ class Store:
 
     def save_draft(self, conversation: str, text: str) -> None:
         """Saves an unsent prompt; deletes it if it is empty."""
-        with self._writing() as db:
+        with self._writing(lists=False) as db:
             if text:
                 db.table("drafts").upsert({"conversation": conversation, "text": text}, pk="conversation")
             else:

@@ -79,7 +79,8 @@ def unset(name: str) -> None:
 @click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/keys.md.")
 def keys(markdown: bool) -> None:
     """Print every command: its name in [keys], its key, its slash command, and what it does."""
-    from kvchat.ui.commands import key_label, remapped, table
+    from kvchat.chat.commands import remapped
+    from kvchat.ui.help_text import key_label, table
     from kvchat.ui.key_bindings import checked_keys
 
     if markdown:

@@ -4,12 +4,8 @@ Must import heavy packages inside commands only: the engine's child process impo
 screen must appear before torch is imported.
 """
 
-import gc
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
     from kvchat.bench.verify import Check
     from kvchat.chat.session import Session
     from kvchat.ui.preferences import Preferences
-    from kvchat.ui.turn_thread import EngineFactory
 
 EXPLICIT = {ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT}
 """Sources of values that override the settings of a resumed conversation."""
@@ -141,89 +136,30 @@ def cli() -> None:
 @click.pass_context
 def chat(ctx: click.Context, /, plain: bool, *, begin_with: str = "", **given: Any) -> None:  # noqa: ANN401
     """Open the chat."""
-    from kvchat.engine_process.client import LinkedEngine, allow_spawning
-    from kvchat.engine_process.diagnostics import report_on_signal
-    from kvchat.engine_process.server import EngineOptions
-    from kvchat.models.resolve import is_prepared
-
     if not plain and not has_terminal():
         raise KvchatError(
             "The chat needs a terminal. `kvchat chat --plain` and `kvchat run PROMPT` work without one."
         )
+    from kvchat.cli import chat as parts
+    from kvchat.engine_process.client import allow_spawning
+    from kvchat.engine_process.diagnostics import report_on_signal
+
     preferences = _preferences(given)
     paths = find_paths(given["data_dir"])
     # opened after the first paint, unless the conversation decides which model it is
     opened = cache(lambda: open_session(ctx, paths))
     resumes = given["resume"] or given["resume_latest"]
     name = opened().current.model if resumes else given["model"] or DEFAULT_MODEL
-    folder = is_prepared(name, paths.models)
-    if folder is None or (given["precision"] == "auto" and lacks_step(folder, paths)):
-        from kvchat.cli.models import pull_as_child
-
-        if code := pull_as_child(name, given["data_dir"]):
-            sys.exit(code)
-        folder = is_prepared(name, paths.models)
-    assert folder is not None
+    folder = parts.ready_folder(name, paths, given)
     report_on_signal(paths.logs)
     allow_spawning()
-    options = EngineOptions(
-        folder,
-        name,
-        paths.logs / f"engine-{os.getpid()}.log",
-        given["precision"],
-        given["threads"],
-        given["context"],
-        given["device"],
-        given["kv_budget"],
-        None if given["private"] else paths.kv,
-        given["kv_disk"],
-        given["draft"],
-        draft_folder(given["draft"], paths),
-        60 * given["unload_after"],
-        paths.compiled,
-    )
-
-    def engine_of(folder: Path, name: str) -> "EngineFactory":
-        wanted = replace(options, folder=folder, name=name)
-        return lambda on_status: LinkedEngine(wanted, on_status)
-
-    def fetching(wanted: str) -> list[str]:
-        from kvchat.cli.models import pull_command
-
-        return pull_command(wanted, given["data_dir"])
-
-    if not plain:
-        gc.disable()  # what is made before the first paint stays, and looking for garbage in it takes a while
-    from kvchat.ui.model_switch import ModelShelf
-
-    shelf = ModelShelf(paths.models, engine_of, fetching, paths.compiled)
+    options = parts.engine_options(folder, name, paths, given)
+    shelf = parts.model_shelf(options, paths, given)
     if plain:
-        from kvchat.ui.plain.loop import talk
-
-        code = talk(opened(), engine_of(folder, name), shown_name(name), shelf, begin_with)
+        code = parts.talk_in_lines(opened, options, shelf, begin_with)
     else:
-        from kvchat.ui.app import ChatApp
-
-        def open_painted() -> "Session":
-            gc.freeze()
-            gc.enable()
-            return opened()
-
-        app = ChatApp(
-            open_painted,
-            engine_of(folder, name),
-            model=shown_name(name),
-            preferences=preferences,
-            shelf=shelf,
-        )
-        if begin_with:
-            app.begin_with(begin_with)
-        code = app.run_in_terminal()
-    options.log_file.unlink(missing_ok=True)
-    from kvchat.cli.cache import collect_garbage
-
-    with suppress(KvchatError, OSError):  # the next chat tries again
-        collect_garbage(paths)
+        code = parts.talk_on_screen(opened, options, shelf, preferences, begin_with)
+    parts.clean_up(options, paths)
     if code:
         sys.exit(code)
     conversation = opened().current
@@ -423,13 +359,6 @@ def open_session(ctx: click.Context, paths: Paths) -> "Session":
     return session
 
 
-def lacks_step(folder: Path, paths: Paths) -> bool:
-    """Whether a prepared model has to be compiled first."""
-    from kvchat.engine.compiled.package import wants_step
-
-    return wants_step(paths.compiled, folder)
-
-
 def draft_folder(draft: str, paths: Paths) -> Path | None:
     """The folder of the draft model; None without one.
 
@@ -460,12 +389,6 @@ def lasting_name(model: str, models_dir: Path) -> str:
         return model
     refuse_bytes(str(place.path), "The path of the model")
     return str(place.path)
-
-
-def shown_name(model: str) -> str:
-    """A model's title: that of its card, or the last part of a path or hub id."""
-    card = find_card(model)
-    return card.title if card else Path(model).name
 
 
 @cli.command(name="paths")

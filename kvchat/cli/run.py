@@ -1,20 +1,16 @@
 """Turns without a screen: the answer goes to stdout, figures go to stderr, or both to stdout as JSON."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
+from kvchat.chat.controller import ChatController
+from kvchat.chat.engine_supervisor import EngineSupervisor
+from kvchat.chat.local_engine import LocalEngine
+from kvchat.chat.port import EngineEvent, Port, complete
 from kvchat.chat.session import Session
-from kvchat.contract import (
-    Engine,
-    FinishReason,
-    Tokens,
-    TurnFailed,
-    TurnFinished,
-    TurnRequest,
-    TurnStarted,
-    TurnStats,
-)
+from kvchat.contract import Engine, FinishReason, Tokens, TurnFailed, TurnFinished, TurnStats
 from kvchat.errors import KvchatError
 from kvchat.system.interrupts import Ended, exit_code, on_signals
 from kvchat.text import clean, megabytes
@@ -31,9 +27,9 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
             turn has the prompt of one that failed.
         Ended: a second signal came before the answer stopped; what there is of it is saved.
     """
+    turns = _Turns(session, engine, echo=not as_json)
     for prompt in prompts:
-        turn = _Turn(session, engine, session.begin_turn(prompt), echo=not as_json)
-        finished = turn.run()
+        finished = turns.run(prompt)
         if as_json:
             line = {
                 "text": finished.text,
@@ -45,67 +41,61 @@ def run_turns(session: Session, engine: Engine, prompts: Sequence[str], *, as_js
             print(file=sys.stdout, flush=True)  # noqa: T201
             if sys.stderr:  # without one, print would take stdout
                 print(f"[{figures(finished.stats)} · {session.current.id}]", file=sys.stderr, flush=True)  # noqa: T201
-        if turn.unsaved:
-            raise turn.unsaved
-        if turn.signals:
-            return exit_code(turn.signals[0])
+        if turns.unsaved:
+            raise turns.unsaved
+        if turns.signals:
+            return exit_code(turns.signals[0])
     return 0
 
 
-class _Turn:
-    """One turn; a signal stops it, and a second one does not wait for that."""
+class _Turns(Port):
+    """One turn after the other; a signal stops one, and a second signal does not wait for that."""
 
-    def __init__(self, session: Session, engine: Engine, request: TurnRequest, *, echo: bool) -> None:
-        self._session = session
-        self._engine = engine
-        self._request = request
+    def __init__(self, session: Session, engine: Engine, *, echo: bool) -> None:
         self._echo = echo
-        self._running = True
+        self._running = False
         """Whether a second signal may interrupt; not once the answer is saved for the last time."""
         self.signals: list[int] = []
         """Those that came."""
         self.unsaved: KvchatError | None = None
         """Why the answer is not saved as it is shown."""
+        self._last: TurnFinished | TurnFailed | None = None
+        supervisor = EngineSupervisor(partial(LocalEngine, engine), self._on_event)
+        self._controller = ChatController(session, supervisor, self)
 
-    def run(self) -> TurnFinished:
+    def run(self, prompt: str) -> TurnFinished:
         """Answers."""
+        self._running, self._last = True, None
         with on_signals(self._signalled):
             try:
-                return self._answer()
+                complete(self._controller.send(clean(prompt)))
             finally:
                 self._running = False
-                self._keep(self._session.abandon_turn)
+                self._controller.abandon()
+        return self._ended()
+
+    def _ended(self) -> TurnFinished:
+        if isinstance(self._last, TurnFinished):
+            return self._last
+        raise KvchatError(self._last.reason if self._last else "The engine ended the turn without an answer.")
+
+    def not_saved(self, error: KvchatError) -> None:
+        """It is reported after the answer, which can still be read."""
+        self.unsaved = error
 
     def _signalled(self, number: int) -> None:
         self.signals.append(number)
-        self._engine.stop(self._request.turn)
+        self._controller.stop()
         if len(self.signals) > 1 and self._running:
             raise Ended(self.signals[0])
 
-    def _answer(self) -> TurnFinished:
-        session = self._session
-        for event in self._engine.turn(self._request):
-            if isinstance(event, TurnStarted):
-                session.note_started(event)
-            elif isinstance(event, Tokens):
-                self._keep(session.keep_partial, event)
-                if self._echo:
-                    print(clean(event.text), end="", flush=True)  # noqa: T201
-            elif isinstance(event, TurnFailed):
-                self._keep(session.fail_turn, event.turn)
-                raise KvchatError(event.reason)
-            elif isinstance(event, TurnFinished):
-                self._running = False
-                self._keep(session.finish_turn, event)
-                return event
-        raise KvchatError("The engine ended the turn without an answer.")
-
-    def _keep(self, save: Callable[..., object], *given: object) -> None:
-        """Saves; what fails is reported after the answer, which can still be read."""
-        try:
-            save(*given)
-        except KvchatError as error:
-            self.unsaved = error
+    def _on_event(self, event: EngineEvent) -> None:
+        if isinstance(event, TurnFinished | TurnFailed):
+            self._last = event
+            self._running = False
+        self._controller.on_event(event)
+        if isinstance(event, Tokens) and self._echo:
+            print(clean(event.text), end="", flush=True)  # noqa: T201
 
 
 def figures(stats: TurnStats) -> str:

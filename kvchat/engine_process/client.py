@@ -1,7 +1,8 @@
 """The client of the engine process: starts the child, sends requests, receives events.
 
-No method but `turn` waits for the child: one thread writes requests, one reads events, and the process's
-sentinel shows when the child has ended. Must not import textual, torch or the engine.
+No method but `close` waits for the child: one thread writes requests, one reads events and passes them to a
+callback, and the process's sentinel shows when the child has ended. Must not import textual, torch or the
+engine.
 """
 
 import signal
@@ -38,13 +39,14 @@ def allow_spawning() -> None:
 
 
 class LinkedEngine:
-    """An engine in a child process; implements `contract.Engine`. Only `turn` blocks."""
+    """An engine in a child process; implements `kvchat.chat.port.EngineClient`. Only `close` blocks."""
 
-    def __init__(self, options: EngineOptions, on_status: Callable[[Status], None]) -> None:
-        """`on_status` is called from a thread of this object."""
+    def __init__(self, options: EngineOptions, on_event: Callable[[TurnEvent | Status], None]) -> None:
+        """`on_event` is called from a thread of this object, or from that of the caller."""
         self._options = options
-        self._on_status = on_status
-        self._waiting: dict[str, SimpleQueue[TurnEvent]] = {}
+        self._on_event = on_event
+        self._waiting: dict[str, TurnRequest] = {}
+        """Turns whose last event has not come, by their ids."""
         self._outbox: SimpleQueue[Request | None] = SimpleQueue()
         self._closing = False
         self._process: SpawnProcess | None = None
@@ -71,21 +73,13 @@ class LinkedEngine:
         """Process id of the child."""
         return self._process.pid if self._process else None
 
-    def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
-        """Sends the request and yields what comes back; blocks between events."""
-        events = self._waiting[request.turn] = SimpleQueue()
+    def submit(self, request: TurnRequest) -> None:
+        """Sends a request; every event of the turn is reported, the last one exactly once."""
+        self._waiting[request.turn] = request
         if self._dead:
-            events.put(TurnFailed(request.turn, "The engine is not running."))
+            self._fail(request.turn, "The engine is not running.")
         else:
             self._outbox.put(request)
-        try:
-            while True:
-                event = events.get()
-                yield event
-                if isinstance(event, TurnFinished | TurnFailed):
-                    return
-        finally:
-            del self._waiting[request.turn]
 
     def stop(self, turn: str) -> None:
         """Ends that turn soon."""
@@ -94,7 +88,7 @@ class LinkedEngine:
     def command(self, command: CacheCommand) -> None:
         """Executes a command after the current turn; the result is reported as a status."""
         if self._dead:
-            self._on_status(Refused("The engine is not running."))
+            self._on_event(Refused("The engine is not running."))
         else:
             self._outbox.put(command)
 
@@ -127,9 +121,11 @@ class LinkedEngine:
                     if isinstance(event, Died):
                         failed = event.reason
                     elif isinstance(event, Loading | Ready | Report):
-                        self._on_status(event)
-                    elif events := self._waiting.get(event.turn):
-                        events.put(event)
+                        self._on_event(event)
+                    elif event.turn in self._waiting:
+                        if isinstance(event, TurnFinished | TurnFailed):
+                            del self._waiting[event.turn]
+                        self._on_event(event)
             except (EOFError, OSError):
                 break
             if process.sentinel in ready and not pipe.poll():
@@ -138,13 +134,18 @@ class LinkedEngine:
         self._report_end(failed or _cause_of_death(process.exitcode), explained=bool(failed))
 
     def _report_end(self, reason: str, *, explained: bool) -> None:
-        """Reports the child's end: waiting turns fail, and the status is `Died`."""
+        """The child has ended: every turn without an end fails, and the status is `Died`."""
         self._dead = True
         self._outbox.put(None)
-        for turn, events in list(self._waiting.items()):
-            events.put(TurnFailed(turn, reason))
+        for turn in list(self._waiting):
+            self._fail(turn, reason)
         if not self._closing:
-            self._on_status(Died(reason, () if explained else log_tail(self._options.log_file)))
+            self._on_event(Died(reason, () if explained else log_tail(self._options.log_file)))
+
+    def _fail(self, turn: str, reason: str) -> None:
+        # two threads may get here for one turn; `pop` lets one of them report
+        if self._waiting.pop(turn, None):
+            self._on_event(TurnFailed(turn, reason))
 
 
 @contextmanager

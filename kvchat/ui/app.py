@@ -16,6 +16,8 @@ from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import Input, TextArea
 
+from kvchat.chat.commands import COMMANDS
+from kvchat.chat.port import EngineFactory
 from kvchat.chat.session import Session
 from kvchat.config.file import write_setting
 from kvchat.config.settings import find_setting
@@ -23,15 +25,13 @@ from kvchat.errors import KvchatError, as_sentence, cause
 from kvchat.system.interrupts import Ended, exit_code, on_signals
 from kvchat.text import clean
 from kvchat.ui.clipboard import fill_system_clipboard
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.redraw_rate import keep_still
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.themes import OWN
-from kvchat.ui.turn_thread import EngineFactory
 
 if TYPE_CHECKING:
-    from kvchat.ui.model_switch import ModelShelf
+    from kvchat.chat.model_choice import ModelShelf
 
 QUIT_WITHIN_S = 2.0
 """A second Ctrl-C within this time quits."""
@@ -135,7 +135,7 @@ class ChatApp(App[None]):
             self.copy_to_clipboard(selected)
             self.notify("Sent to the clipboard.", markup=False)
         elif self._chat.answering:
-            self._chat.action_stop()
+            self._chat.controller.stop()
         elif time.monotonic() - self._interrupted_at < QUIT_WITHIN_S:
             self.exit()
         else:
@@ -201,6 +201,6 @@ class ChatApp(App[None]):
 
     def _runner(self, name: str) -> Callable[[], Awaitable[None]]:
         async def run() -> None:
-            await self._chat.run_action(name)
+            await self._chat.run_action(f"run_command('{name}')")
 
         return run

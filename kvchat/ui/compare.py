@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from kvchat.chat.wording import tokens
 from kvchat.contract import (
     CacheMode,
     FinishReason,
@@ -19,7 +20,7 @@ from kvchat.contract import (
     TurnStats,
 )
 from kvchat.text import one_line
-from kvchat.ui.formatting import tokens, visible
+from kvchat.ui.formatting import visible
 
 UNCACHED_TOKENS = 32
 """Of the answer without a cache: every one of them reads the whole conversation again."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvchat.chat.attachments import mention, path_completions
-from kvchat.ui.commands import ALIASES, COMMANDS, Command, parse_slash
+from kvchat.chat.commands import ALIASES, COMMANDS, Command, parse_slash
 
 NO_MATCH = 3
 

@@ -1,15 +1,14 @@
-"""What a cache costs and why, in words. Plain values in, text out; no widgets, no engine."""
+"""What a turn did with a cache, in words with colours. Plain values in, text out; no widgets, no engine."""
 
 import re
 from collections.abc import Mapping
 
 from textual.content import Content
 
-from kvchat.contract import Converted, CostEstimate, Miss, TokenStatus
-from kvchat.text import clean, megabytes, one_line
+from kvchat.chat.wording import about, tokens
+from kvchat.contract import Miss, TokenStatus
+from kvchat.text import clean, one_line
 
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
-"""Of one number; scales of quantised blocks come on top."""
 FATES = {
     TokenStatus.REUSED: ("▒", "$text-success"),
     TokenStatus.READ: ("█", "$text-warning"),
@@ -22,49 +21,9 @@ LOST_SPACE = re.compile(r"^ | $|(?<= ) | (?= )")
 """Spaces that the eye would miss: at the ends, and next to each other."""
 
 
-def about(seconds: float | None) -> str:
-    """`, about 0.7 s`; nothing where nothing was measured yet."""
-    return "" if seconds is None else f", about {seconds:.1f} s"
-
-
-def tokens(count: int) -> str:
-    """`1 token`, `1,204 tokens`."""
-    return f"{count:,} token{'s' * (count != 1)}"
-
-
 def fate_words(counts: Mapping[TokenStatus, int]) -> str:
     """`reused 120 · read 4`: what the last turn did with a message."""
     return " · ".join(f"{fate} {count:,}" if count else fate.value for fate, count in counts.items())
-
-
-def price_words(quote: CostEstimate) -> str:
-    """What the next turn would read."""
-    words = f"the next turn reads {tokens(quote.prefilled_tokens)}{about(quote.seconds)}"
-    return f"{words}, {quote.miss.tokens:,} of them again." if quote.miss else f"{words}."
-
-
-def sentence(words: str) -> str:
-    """`words` with a capital letter and a full stop."""
-    said = one_line(words)
-    return f"{said[:1].upper()}{said[1:]}."
-
-
-def policy_words(quote: CostEstimate) -> str:
-    """What the next turn would read, and what the policy would drop."""
-    return f"{price_words(quote)} When the context is full: {quote.preview}."
-
-
-def converted_words(converted: Converted) -> str:
-    """Bytes before and after, and how far the model still agrees with itself."""
-    words = f"Keys and values: {converted.kv_dtype}"
-    if converted.bytes_after != converted.bytes_before:
-        words += f", {megabytes(converted.bytes_before)} → {megabytes(converted.bytes_after)}"
-    if converted.compared_tokens:
-        words += (
-            f"; of the last {converted.compared_tokens} tokens, the model would choose "
-            f"{converted.agreeing_tokens} as before"
-        )
-    return f"{words}; {converted.note}." if converted.note else f"{words}."
 
 
 def miss_words(miss: Miss | None, note: str = "") -> Content:

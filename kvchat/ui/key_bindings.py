@@ -1,12 +1,14 @@
-"""The keys that a user gave to commands: `[keys]` of the configuration file, checked."""
+"""The keys of commands: bindings of the screen, and `[keys]` of the configuration file, checked."""
 
 from collections import Counter
 from collections.abc import Mapping
 
+from textual.binding import Binding, BindingType
 from textual.keys import Keys
 
+from kvchat.chat.commands import COMMANDS, remapped
 from kvchat.errors import KvchatError
-from kvchat.ui.commands import COMMANDS, key_label, remapped
+from kvchat.ui.help_text import key_label
 
 MODIFIERS = ("ctrl", "alt", "shift", "super")
 NAMED = {key.value for key in Keys if not key.value.startswith("<")}
@@ -22,6 +24,8 @@ TAKEN = {
     "backspace": "deletes",
 }
 """Keys that no command may have, and why."""
+UNBOUND = "unbound-"
+"""How the key of a command begins that has none: no terminal sends it, and `[keys]` replaces it."""
 EXAMPLES = "Keys are written f9, ctrl+g, alt+shift+k."
 
 
@@ -69,3 +73,20 @@ def _refuse_clashes(keys: Mapping[str, str]) -> None:
             raise KvchatError(
                 f"[keys] leaves {key_label(key)} to {' and '.join(both)}. Give one of them another key too."
             )
+
+
+def bindings() -> list[BindingType]:
+    """The keys, each with the command's name as its id so that it can be re-mapped."""
+    return [
+        Binding(
+            command.key or UNBOUND + command.name,
+            f"run_command('{command.name}')",
+            command.footer or command.title,
+            show=bool(command.footer),
+            # Esc belongs to whatever has the focus first
+            priority=command.key != "escape",
+            id=command.name,
+            tooltip=command.help,
+        )
+        for command in COMMANDS
+    ]

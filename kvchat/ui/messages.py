@@ -2,20 +2,12 @@
 
 from textual.message import Message
 
-from kvchat.contract import Status, TurnEvent
+from kvchat.chat.port import EngineEvent
 
 
-class EngineStatus(Message):
-    """The engine is loading, ready or dead."""
+class EngineReported(Message):
+    """The engine reported something about itself, its caches or a turn."""
 
-    def __init__(self, status: Status) -> None:
-        super().__init__()
-        self.status = status
-
-
-class TurnProgress(Message):
-    """Something happened in the turn under way."""
-
-    def __init__(self, event: TurnEvent) -> None:
+    def __init__(self, event: EngineEvent) -> None:
         super().__init__()
         self.event = event

@@ -7,28 +7,24 @@ here is prepared: what a step says afterwards is what it measured.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from kvchat.chat.active_turn import ActiveTurn
-from kvchat.chat.session import Session
+from kvchat.chat.cache_commands import precision
+from kvchat.chat.wording import tokens
 from kvchat.contract import (
     CacheMode,
     Drop,
     EvictionPolicy,
     KVPrecision,
     ModelFacts,
-    PoolState,
     SetBudget,
-    TurnRequest,
     TurnStats,
-    WarmCache,
 )
 from kvchat.errors import KvchatError
 from kvchat.text import megabytes, one_line
-from kvchat.ui.cache_actions import CacheDesk
-from kvchat.ui.formatting import tokens
-from kvchat.ui.panel_model import Figures
-from kvchat.ui.turn_thread import EngineBridge
+
+if TYPE_CHECKING:
+    from kvchat.chat.controller import ChatController
 
 LOOKS_EVERY_S = 0.05
 STEP_TOKENS = 256
@@ -60,47 +56,40 @@ class Step:
     """What was measured."""
 
 
-class Asked(Protocol):
-    """What the guide needs of the turns of a chat, with a screen or without."""
-
-    figures: Figures
-    warm: dict[str, WarmCache]
-    """The caches that there are, by their conversations."""
-    pool: PoolState | None
-    """None while no engine is ready."""
-
-    @property
-    def answering(self) -> ActiveTurn | None:
-        """The turn under way."""
-        ...
-
-    async def send(self, text: str) -> TurnRequest:
-        """Asks in the open conversation."""
-        ...
-
-    def lost(self, status: str) -> None:
-        """There is no engine any more."""
-        ...
-
-
 class Guide:
-    """Does the steps in the open conversation, and remembers what they measured."""
+    """Does the steps in the open conversation, and keeps what they measured."""
 
-    def __init__(self, session: Session, bridge: EngineBridge, turns: Asked, desk: CacheDesk) -> None:
-        self._session = session
-        self._bridge = bridge
-        self._turns = turns
-        self._desk = desk
+    def __init__(self, controller: "ChatController") -> None:
+        self._controller = controller
+        self._session = controller.session
         self.measured: list[TurnStats] = []
         self.budget = 0
         """What all caches may take outside of the tour; 0 while that is not changed."""
         self.bytes_before = 0
         """Of the cache before it was stored in fewer bits."""
 
+    @classmethod
+    def begin(cls, controller: "ChatController") -> "Guide":
+        """Sets the conversations aside and opens an empty one for the tour.
+
+        Raises:
+            KvchatError: an answer is under way.
+        """
+        controller.session.aside()
+        controller.session.configure(
+            mode=CacheMode.ON, system_prompt="", kv=KVPrecision.AUTO, policy=EvictionPolicy.TURNS
+        )
+        return cls(controller)
+
+    def end(self) -> None:
+        """Brings the conversations back; nothing of the tour stays."""
+        self.restore_budget()
+        self._controller.forget(self._session.back())
+
     @property
     def model(self) -> ModelFacts:
         """What is loaded."""
-        model = self._turns.figures.state.model
+        model = self._controller.state.model
         assert model is not None
         return model
 
@@ -112,23 +101,23 @@ class Guide:
     @property
     def kv_bytes(self) -> int:
         """What the cache of the tour takes in memory."""
-        held = self._turns.warm.get(self._session.current.id)
+        held = self._controller.state.caches.get(self._session.current.id)
         return held.bytes if held else 0
 
     @property
     def agreement(self) -> tuple[int, int]:
         """(tokens that the model would still choose after the conversion, of so many)."""
-        done = self._desk.converted
+        done = self._controller.state.converted
         return (done.agreeing_tokens, done.compared_tokens) if done else (0, 0)
 
     def seconds_to_read(self, count: int) -> float | None:
-        """What reading so many tokens takes at the rate of the longest read of the tour."""
-        longest = max(self.measured, key=lambda stats: stats.prefilled_tokens)
-        return count / longest.prefill_tok_s if longest.prefill_tok_s else None
+        """What reading so many tokens takes; None where no read was long enough to tell."""
+        rate = self._controller.state.prefill_rate
+        return count / rate if rate else None
 
     async def ready(self) -> None:
         """Waits for the engine."""
-        await until(lambda: self._turns.figures.state.model and self._turns.pool)
+        await until(lambda: self._controller.state.ready and self._controller.state.pool)
 
     async def ask(self, text: str, longest: int = ANSWER_TOKENS) -> None:
         """Asks in the chat, and waits for the end of the answer.
@@ -139,8 +128,8 @@ class Guide:
         await self.ready()
         sampling = replace(self._session.current.sampling, temperature=0.0, max_tokens=longest)
         self._session.configure(sampling=sampling)
-        await self._turns.send(text)
-        await until(lambda: not self._turns.answering)
+        await self._controller.send(text)
+        await until(lambda: not self._controller.answering)
         head = self._session.current.head
         if head is None or head.stats is None:
             raise KvchatError("The tour ends here: the question was not answered.")
@@ -157,41 +146,40 @@ class Guide:
     async def drop(self) -> None:
         """Frees the cache, and asks."""
         conversation = self._session.current.id
-        self._desk.command(Drop(conversation))
-        await until(lambda: conversation not in self._turns.warm)
+        self._controller.engine.command(Drop(conversation))
+        await until(lambda: conversation not in self._controller.state.caches)
         await self.ask("And who wants to be early?", 16)
 
     async def fill(self) -> None:
         """Makes the budget so small that the next turn is too much for it."""
-        held = self._turns.figures.state.turn.context
+        held = self._controller.state.turn.context
         rows = max(1, (held - 1) // STEP_TOKENS) * STEP_TOKENS
         size = self.model.kv_bytes_per_token * rows
-        pool = self._turns.pool
+        pool = self._controller.state.pool
         self.budget = pool.budget_bytes if pool else 0
         self._session.configure(policy=EvictionPolicy.TURNS)
         # while a layer grows, its old memory is held besides
-        self._desk.command(SetBudget(size + 2 * size // max(1, self.model.layers)))
+        self._controller.engine.command(SetBudget(size + 2 * size // max(1, self.model.layers)))
         await self.ask("What do we have with us?", 16)
         self.restore_budget()
 
     def restore_budget(self) -> None:
         """Gives all caches what they had before."""
         if self.budget:
-            self._desk.command(SetBudget(self.budget))
+            self._controller.engine.command(SetBudget(self.budget))
         self.budget = 0
 
     async def quantise(self) -> None:
         """Stores the cache in 8 bits, and asks."""
-        self.bytes_before, self._desk.converted = self.kv_bytes, None
-        self._desk.precision(KVPrecision.INT8)
-        await until(lambda: self._desk.converted)
+        self.bytes_before, before = self.kv_bytes, self._controller.state.converted
+        precision(self._controller, KVPrecision.INT8)
+        await until(lambda: self._controller.state.converted is not before)
         await self.ask("And the weather?", 16)
 
     async def restart(self) -> None:
         """Ends the engine's process, starts another one, and asks."""
-        self._turns.lost("starting …")
-        self._bridge.restart()
-        await until(lambda: self._turns.pool)
+        self._controller.restart_engine()
+        await until(lambda: self._controller.state.pool)
         await self.ask("Thank you! Any last advice?", 16)
 
 

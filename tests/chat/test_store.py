@@ -16,7 +16,7 @@ import pytest
 from sqlite_utils import Database
 
 from kvchat.chat import store as store_module
-from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.conversation import Conversation, Message, Summary
 from kvchat.chat.migrations import migrations
 from kvchat.chat.session import UNSAVED
 from kvchat.chat.store import Store
@@ -758,3 +758,34 @@ def test_an_import_through_another_connection_is_visible(store: Store, path: Pat
     question = Message(1, None, "user", "Which?", TALK.created_at)
     assert store_module.import_into(path, [replace(TALK, messages=(question,))]) == 1
     assert store.load(TALK.id).messages[0].text == "Which?"
+
+
+def test_the_list_is_read_again_only_where_something_of_it_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = list[None]()
+    read = Store._read_summaries
+
+    def counted(store: Store) -> list[Summary]:
+        reads.append(None)
+        return read(store)
+
+    monkeypatch.setattr(Store, "_read_summaries", counted)
+    with closing(Store(path)) as store, closing(Store(path)) as other:
+        store.create(Conversation("a", "First"))
+        answer = store.add_message("a", Message(0, None, "user", "Hi", ""))
+        listed = store.summaries()
+        listed.clear()  # a caller's own list
+        store.add_events([CacheEvent("a", CacheEventKind.MISS, 1)])
+        store.save_draft("a", "later")
+        store.update_message(replace(answer, text="Ho"))
+        assert [(each.title, each.messages) for each in store.summaries()] == [("First", 1)]
+        assert len(reads) == 1
+        for change, expected in (
+            (lambda: store.save_settings(Conversation("a", "Second")), [("Second", 1)]),
+            (lambda: store.add_message("a", Message(0, 1, "assistant", "Ho", "")), [("Second", 2)]),
+            (lambda: other.create(Conversation("b", "Other")), [("Other", 0), ("Second", 2)]),
+            (lambda: store.delete("b"), [("Second", 2)]),
+        ):
+            change()
+            assert sorted((each.title, each.messages) for each in store.summaries()) == expected

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kvchat.chat.commands import COMMANDS
 from kvchat.cli.main import cli
 from kvchat.config.settings import SETTINGS
 from kvchat.errors import KvchatError
-from kvchat.ui.commands import COMMANDS, table
+from kvchat.ui.help_text import table
 
 
 @pytest.fixture(autouse=True)

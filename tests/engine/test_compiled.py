@@ -28,6 +28,7 @@ from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.layer import Memory
 from kvchat.cache.packed_rows import pack_rows, unpack_rows
+from kvchat.chat.port import EngineEvent
 from kvchat.config.paths import find_paths
 from kvchat.contract import (
     CacheCommand,
@@ -48,7 +49,6 @@ from kvchat.contract import (
     SetBudget,
     SetPrecision,
     Spill,
-    Status,
     Warm,
 )
 from kvchat.engine.compiled import build as building
@@ -677,7 +677,7 @@ def test_native_code_that_was_put_into_a_package_is_not_loaded(llama: Built, tmp
 def test_the_engine_in_a_child_process_loads_the_step_of_its_data_folder(
     llama: Built, tmp_path: Path
 ) -> None:
-    statuses = SimpleQueue[Status]()
+    statuses = SimpleQueue[EngineEvent]()
     options = EngineOptions(llama.folder, "tiny", tmp_path / "log", "fp32", 1, compiled=llama.root)
     engine = LinkedEngine(options, statuses.put)
     engine.start()

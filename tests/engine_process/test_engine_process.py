@@ -68,11 +68,35 @@ LONG = 700
 numbers = count(1)
 
 
+class PulledEngine(LinkedEngine):
+    """An engine in a child process whose turns are read one event after the other."""
+
+    def __init__(self, options: EngineOptions, on_status: Callable[[Status], None]) -> None:
+        self._turns: dict[str, Queue[TurnEvent]] = {}
+
+        def sort(event: TurnEvent | Status) -> None:
+            if isinstance(event, TurnEvent):
+                self._turns[event.turn].put(event)
+            else:
+                on_status(event)
+
+        super().__init__(options, sort)
+
+    def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
+        """Asks when the first event is wanted; ends after the last event of the turn."""
+        events = self._turns[request.turn] = Queue()
+        self.submit(request)
+        event: TurnEvent | None = None
+        while not isinstance(event, TurnFinished | TurnFailed):
+            event = events.get()
+            yield event
+
+
 @dataclass
 class Linked:
     """An engine in a child process, and what it reported."""
 
-    engine: LinkedEngine
+    engine: PulledEngine
     statuses: "Queue[Status]"
     log_file: Path
     kv_folder: Path
@@ -123,7 +147,7 @@ def linked(folder: Path, log_file: Path) -> Linked:
     options = EngineOptions(
         folder, "tiny", log_file, precision="fp32", threads=1, kv_folder=kv_folder, kv_disk=DISK
     )
-    return Linked(LinkedEngine(options, statuses.put), statuses, log_file, kv_folder)
+    return Linked(PulledEngine(options, statuses.put), statuses, log_file, kv_folder)
 
 
 def cache_of(pool: PoolState, conversation: str) -> WarmCache | None:
@@ -653,17 +677,17 @@ from kvchat.engine_process.server import EngineOptions
 
 folder, log, when = sys.argv[1:]
 
-def on_status(status):
-    if when in type(status).__name__:
+def on_event(event):
+    if when in type(event).__name__:
         print(engine.pid, flush=True)
 
-engine = LinkedEngine(EngineOptions(Path(folder), "tiny", Path(log), "fp32", 1), on_status)
+engine = LinkedEngine(EngineOptions(Path(folder), "tiny", Path(log), "fp32", 1), on_event)
 engine.start()
 if when == "Ready":
     sys.stdin.read()
 message = PromptMessage("user", "Tell me about the sea.")
-for event in engine.turn(TurnRequest("t", "c", (message,), CacheMode.OFF, Sampling(max_tokens=900))):
-    on_status(event)
+engine.submit(TurnRequest("t", "c", (message,), CacheMode.OFF, Sampling(max_tokens=900)))
+sys.stdin.read()
 """
 
 

@@ -15,11 +15,11 @@ from textual.strip import Strip
 from textual.widgets import Static
 
 from kvchat.chat.conversation import Conversation, Message, title_from
+from kvchat.chat.model_choice import ModelShelf
 from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.contract import CacheMode
 from kvchat.ui.app import ChatApp
-from kvchat.ui.model_switch import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.chat import ChatScreen
 from kvchat.ui.widgets.conversations import ConversationList, Row

@@ -3,8 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from threading import Condition
+from threading import Condition, Thread
 
+from kvchat.chat.cost_estimates import OPENED
+from kvchat.chat.port import OnEvent
+from kvchat.chat.prompt_cost import TYPED
 from kvchat.contract import (
     CacheBlock,
     CacheCommand,
@@ -34,7 +37,6 @@ from kvchat.contract import (
     SetBudget,
     SetPrecision,
     Spill,
-    Status,
     TokenCounts,
     Tokens,
     TokenSpan,
@@ -48,8 +50,6 @@ from kvchat.contract import (
     Warm,
     WarmCache,
 )
-from kvchat.ui.cache_actions import OPENED
-from kvchat.ui.prompt_cost import TYPED
 
 FACTS = ModelFacts(
     name="scripted",
@@ -113,11 +113,11 @@ class Script:
 
 
 class ScriptedEngine:
-    """Satisfies `kvchat.ui.turn_thread.StartableEngine`; hand its `attach` to the app as the factory."""
+    """Satisfies `kvchat.chat.port.EngineClient`; hand its `attach` to the app as the factory."""
 
     def __init__(self, *, loads_at_once: bool = True) -> None:
         self._changed = Condition()
-        self._on_status: Callable[[Status], None] = lambda _status: None
+        self._on_status: OnEvent = lambda _event: None
         self._scripts: deque[Script] = deque()
         self._deaths_on_load: deque[Died] = deque()
         self._stopped: set[str] = set()
@@ -147,9 +147,9 @@ class ScriptedEngine:
         """Whether anything comes of an act at all."""
         self.starts = 0
 
-    def attach(self, on_status: Callable[[Status], None]) -> "ScriptedEngine":
+    def attach(self, on_event: OnEvent) -> "ScriptedEngine":
         """The factory of an app."""
-        self._on_status = on_status
+        self._on_status = on_event
         return self
 
     def gate(self) -> Gate:
@@ -208,6 +208,13 @@ class ScriptedEngine:
         self._on_status(Ready(FACTS, RSS))
         self._on_status(self.pool())
         self._catch_up()
+
+    def submit(self, request: TurnRequest) -> None:
+        def follow() -> None:
+            for event in self.turn(request):
+                self._on_status(event)
+
+        Thread(target=follow, daemon=True, name="scripted-turn").start()
 
     def turn(self, request: TurnRequest) -> Iterator[TurnEvent]:
         lives = self._lives

@@ -71,7 +71,7 @@ async def test_undo_twice_empties_the_conversation_and_a_third_time_says_so() ->
 async def test_undo_comes_before_what_is_typed() -> None:
     async with running(session=held_before()) as chat:
         await chat.write(" and more")
-        await chat.screen.run_action("undo")
+        await chat.screen.run_action("run_command('undo')")
         assert chat.prompt.text == "Two and more"
 
 
@@ -146,7 +146,7 @@ async def test_an_empty_conversation_has_no_question_to_edit() -> None:
 async def test_escape_leaves_the_edit_and_brings_the_draft_back() -> None:
     async with running(session=held_before()) as chat:
         await chat.write("my own")
-        await chat.screen.run_action("edit")
+        await chat.screen.run_action("run_command('edit')")
         await chat.until(lambda: chat.prompt.text == "Two", "the question is in the prompt")
         await chat.press("x", "escape")
         assert chat.prompt.text == "my own"
@@ -205,7 +205,7 @@ async def test_continue_streams_after_the_old_text(size: tuple[int, int]) -> Non
         assert chat.kept() == [("user", "Go", None), ("assistant", "Half an answer.", "stop")]
         request = engine.requests[1]
         assert [(m.role, m.text) for m in request.messages] == [("user", "Go"), ("assistant", "Half an ")]
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.answers() == ["Half an answer."]
 
 
@@ -220,7 +220,7 @@ async def test_a_continued_answer_is_whole_after_looking_elsewhere() -> None:
         await chat.until_reached(gate)
         await chat.press("ctrl+n")
         chat.session.open(talk)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until_drawn("Half an answ")
         gate.open()
         await chat.until_idle()
@@ -306,7 +306,7 @@ async def test_a_fork_is_warm_at_once_and_the_draft_stays_with_its_parent() -> N
         await chat.ask("One")
         parent = chat.session.current.id
         await chat.write("not sent")
-        await chat.screen.run_action("fork")
+        await chat.screen.run_action("run_command('fork')")
         await chat.until(lambda: [line[0] for line in chat.listed()] == ["●", "●"], "both are warm")
         assert chat.prompt.text == ""
         assert chat.store.draft(parent) == "not sent"

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from textual.widgets import DataTable, Static
 
+from kvchat.chat.conversation_commands import delete_now
 from kvchat.chat.session import Session
 from kvchat.contract import CacheCommand, Drop, Pin, PoolState, SetBudget, Spill, Warm, WarmCache
 from kvchat.ui.screens.caches import CachesScreen, budget_line
@@ -140,7 +141,7 @@ async def test_the_table_follows_what_happens_meanwhile() -> None:
     engine.answers("Half", gate)
     async with running(engine, session) as chat:
         session.open(named(chat, "Cold"))
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.send("Go")
         await chat.until_drawn("Half")
         screen = await opened(chat)
@@ -237,7 +238,7 @@ async def test_a_deleted_conversation_leaves_no_cache() -> None:
     session, engine = several_caches()
     async with running(engine, session) as chat:
         gone = named(chat, "Disk")
-        await chat.screen._delete(gone)
+        await delete_now(chat.screen.controller, gone)
         screen = await opened(chat)
         assert [row[1] for row in cells(screen)] == ["Pinned", "Going", "Cold"]
 

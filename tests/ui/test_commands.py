@@ -1,32 +1,59 @@
 """Commands: one table, reached by key, slash word and palette; and what each of them does."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from textual.command import CommandPalette
 from textual.widgets import Input, Markdown
 
-from kvchat.contract import CacheMode
-from kvchat.ui.commands import (
+from kvchat.chat.commands import (
     ALIASES,
     COMMANDS,
-    UNBOUND,
     Command,
-    bindings,
-    help_markdown,
-    key_label,
     parse_slash,
 )
-from kvchat.ui.screens.chat import ChatScreen
+from kvchat.chat.controller import ChatController
+from kvchat.chat.engine_supervisor import EngineSupervisor
+from kvchat.chat.model_choice import Models, ModelShelf
+from kvchat.chat.port import Port, complete
+from kvchat.contract import CacheMode
+from kvchat.ui.help_text import help_markdown, key_label
+from kvchat.ui.key_bindings import UNBOUND, bindings
 from kvchat.ui.screens.dialogs import AskLine, Help
+from kvchat.ui.views import VIEWS
 from kvchat.ui.widgets.panel import MEANING
-from tests.support.screen_driver import running
+from tests.support.screen_driver import MODEL, running, session_over
 from tests.support.scripted_engine import ScriptedEngine
+
+
+class ViewsOnly(Port):
+    """Notes which views are opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def open_view(self, name: str, argument: str) -> None:
+        self.opened.append(name)
+
+
+def views_of(command: Command) -> list[str]:
+    """The views that a command opens in an empty conversation, with a model to choose."""
+    port, engine = ViewsOnly(), ScriptedEngine()
+    shelf = ModelShelf(Path("/nowhere"), lambda *_: engine.attach, lambda name: [name])
+    models = Models(shelf, port.say, lambda: None)
+    chat = ChatController(
+        session_over(), EngineSupervisor(engine.attach, lambda _: None), port, MODEL, models
+    )
+    complete(chat.run(command))
+    return port.opened
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_an_action_and_stands_in_the_help(command: Command) -> None:
-    assert callable(getattr(ChatScreen, f"action_{command.name}", None))
+    opened = views_of(command)
+    assert set(opened) <= set(VIEWS)
+    assert bool(command.instead) <= bool(opened)
     assert f"`/{command.slash}" in help_markdown()
     assert command.help in help_markdown()
     assert not command.key or key_label(command.key) in help_markdown()
@@ -47,7 +74,9 @@ def test_every_alias_means_a_command() -> None:
 
 def test_every_key_is_bound_to_its_command() -> None:
     bound = {(binding.key, binding.action) for binding in bindings() if not isinstance(binding, tuple)}
-    assert bound == {(command.key or UNBOUND + command.name, command.name) for command in COMMANDS}
+    assert bound == {
+        (command.key or UNBOUND + command.name, f"run_command('{command.name}')") for command in COMMANDS
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
+from kvchat.chat.commands import COMMANDS
 from kvchat.contract import CacheMode
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.completion import completions
 from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.widgets.completions import Completions, shortened

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from kvchat.chat.conversation_commands import set_system
+from kvchat.chat.cost_estimates import WORTH_ASKING_S
 from kvchat.chat.session import Session
 from kvchat.contract import (
     CacheCommand,
@@ -17,7 +19,6 @@ from kvchat.contract import (
     WarmCache,
 )
 from kvchat.text import megabytes
-from kvchat.ui.cache_actions import WORTH_ASKING_S
 from kvchat.ui.screens.dialogs import AskLine, Confirm
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
 from tests.support.scripted_engine import PREVIEW, ScriptedEngine
@@ -174,7 +175,7 @@ async def test_a_dear_system_prompt_is_set_only_when_agreed(key: str, prompt: st
     engine = ScriptedEngine().prices(DEAR, MISS)
     async with running(engine) as chat:
         await warmed(chat)
-        chat.screen._set_system(WORST)
+        set_system(chat.screen.controller, WORST)
         await chat.dialog(Confirm)
         assert_harmless(chat)
         await chat.press(key)
@@ -387,7 +388,7 @@ async def test_a_price_that_comes_late_changes_no_other_conversation() -> None:
         await chat.until(lambda: engine.acts, "the price is asked")
         key = asked(chat).key
         session.open(other.id)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         for _ in range(2):
             engine._on_status(CostEstimate(key, 1, 0, 1, 0.1, None, PREVIEW))
         await chat.until_said("another conversation is open")

@@ -3,9 +3,9 @@
 import pytest
 
 from kvchat.chat import session as conductor
+from kvchat.chat.engine_supervisor import RESTARTS
 from kvchat.contract import PrefillProgress
 from kvchat.ui.screens.settings import SettingsScreen
-from kvchat.ui.turn_thread import RESTARTS
 from tests.support.screen_driver import running
 from tests.support.scripted_engine import NOT_RUNNING, ScriptedEngine
 

@@ -7,10 +7,10 @@ import pytest
 from rich.segment import Segment
 from textual.widgets import Input
 
+from kvchat.chat.model_choice import ModelShelf
 from kvchat.contract import Loading
 from kvchat.models.resolve import MARKER
 from kvchat.text import clean, one_line
-from kvchat.ui.model_switch import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import AskLine, Confirm
 from kvchat.ui.widgets.conversations import TitleField
@@ -91,7 +91,7 @@ async def test_a_hostile_message_and_a_hostile_answer_are_shown_and_kept_as_they
     middle = len(text) // 2
     engine.answers(text[:middle], gate, *text[middle:])
     async with running(engine) as chat:
-        await chat.screen._turns.send(text)
+        await chat.screen.controller.send(text)
         await chat.until_reached(gate)
         await chat.pilot.pause()
         assert_harmless(chat)
@@ -139,7 +139,7 @@ async def test_hostile_titles_are_harmless_wherever_they_stand() -> None:
     async with running(session=session) as chat:
         for text, summary in zip(reversed(HOSTILE.values()), session.conversations(), strict=True):
             session.open(summary.id)
-            await chat.screen._opened()
+            await chat.screen.controller.opened()
             assert chat.title() == (one_line(text) or "new conversation")
             assert_harmless(chat)
         chat.conversations.focus()
@@ -172,7 +172,7 @@ async def test_a_hostile_system_prompt_a_hostile_command_and_a_hostile_mode() ->
             chat.prompt.text = ""
             chat.app.clear_notifications()
         assert chat.session.current.system_prompt == clean(WORST)
-        chat.screen._say(f"An error: {WORST}")
+        chat.screen.say(f"An error: {WORST}")
         await chat.until_visible("An error: ")
         assert_harmless(chat)
         await chat.send("/system")

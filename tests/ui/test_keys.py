@@ -2,8 +2,9 @@
 
 import pytest
 
+from kvchat.chat.commands import COMMANDS, remapped
 from kvchat.errors import KvchatError
-from kvchat.ui.commands import COMMANDS, help_markdown, remapped
+from kvchat.ui.help_text import help_markdown
 from kvchat.ui.key_bindings import checked_keys
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.dialogs import Help

@@ -99,7 +99,7 @@ async def test_a_draft_is_saved_without_quitting() -> None:
 async def test_a_message_that_was_sent_is_no_draft_of_the_next_conversation() -> None:
     async with running() as chat:
         await chat.write("Thought about for long")
-        chat.screen._save_draft()
+        chat.screen.save_draft()
         await chat.press("enter")
         await chat.until(lambda: chat.questions(), "it is sent")
         await chat.until_idle()

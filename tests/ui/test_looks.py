@@ -9,15 +9,15 @@ from textual.color import Color
 from textual.command import CommandPalette
 from textual.widgets import Input
 
+from kvchat.chat.commands import COMMANDS
+from kvchat.chat.state import ChatState
 from kvchat.config.file import read_config
 from kvchat.errors import KvchatError
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.redraw_rate import FASTEST_S, SLOWEST_S, STILL, STILL_S, pause_after
 from kvchat.ui.screens.dialogs import Help
 from kvchat.ui.themes import DARK, LIGHT, NAMES, OWN, checked_theme
 from kvchat.ui.widgets.key_hints import KeyLine, fitting
-from kvchat.ui.widgets.panel import PanelState
 from kvchat.ui.widgets.prompt import Prompt
 from kvchat.ui.widgets.status import status_content
 from tests.support.screen_driver import Chat, rendered, running, saved_conversation, session_over
@@ -221,7 +221,9 @@ async def test_the_mouse_reaches_list_prompt_and_palette() -> None:
 
 @pytest.mark.parametrize("width", [58, 70, 90, 120, 248])
 def test_the_status_fits_and_says_what_is_done(width: int) -> None:
-    text = str(status_content(PanelState(), "loading scripted …", "A model with a rather long name", width))
+    text = str(
+        status_content(ChatState(model_title="A model with a rather long name"), "loading scripted …", width)
+    )
     assert len(text) <= width
     assert "loading scripted …" in text
     assert text.startswith("kvchat  cache on")

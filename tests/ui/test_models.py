@@ -1,20 +1,19 @@
 """Ctrl+L: which model answers, what is here, and what is fetched."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from textual.widgets import OptionList, Static
 
+from kvchat.chat.model_choice import ModelChoice, ModelShelf, progress_of, switch_price
+from kvchat.chat.port import EngineFactory, OnEvent
 from kvchat.config.settings import sampling_of
-from kvchat.contract import Status
 from kvchat.models.cards import DEFAULT_MODEL, find_card, load_cards
 from kvchat.models.resolve import MARKER
 from kvchat.models.staging import Progress
-from kvchat.ui.model_switch import ModelChoice, ModelShelf, progress_of, switch_price
 from kvchat.ui.screens.models import ModelScreen, facts_line, progress_line, state_words
-from kvchat.ui.turn_thread import EngineFactory
 from tests.support.screen_driver import Chat, running, saved_conversation, session_over
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -46,9 +45,9 @@ class Shop:
     def _open(self, folder: Path, name: str) -> EngineFactory:
         self.opened.append((folder.name, name))
 
-        def attach(on_status: Callable[[Status], None]) -> ScriptedEngine:
+        def attach(on_event: OnEvent) -> ScriptedEngine:
             self.engines.append(ScriptedEngine())
-            return self.engines[-1].attach(on_status)
+            return self.engines[-1].attach(on_event)
 
         return attach
 
@@ -167,7 +166,7 @@ async def test_a_conversation_held_with_another_model_says_so_when_it_is_opened(
         await chat.send(f"/model {DEFAULT_MODEL}")
         await chat.until(lambda: f"ready · {TITLE}" in chat.status(), "the new one is ready")
         session.open(saved.id)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until_said(f"This conversation was held with scripted; {TITLE} goes on")
 
 
@@ -211,7 +210,9 @@ async def test_leaving_ends_a_download(tmp_path: Path) -> None:
         listed = await open_at(chat, OTHER)
         await chat.press("enter")
         await chat.until(lambda: "25%" in card(listed, OTHER), "it is under way")
-        (child,) = chat.screen._models._children.values()
+        models = chat.screen.controller.models
+        assert models
+        (child,) = models._children.values()
     assert await child.wait() != 0
 
 

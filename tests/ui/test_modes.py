@@ -47,7 +47,7 @@ async def test_the_mode_belongs_to_the_conversation_and_is_saved_with_it() -> No
         await chat.press("ctrl+n")
         assert shows_mode(chat, CacheMode.ON)
         session.open(first)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert shows_mode(chat, CacheMode.TURN)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kvchat.chat.answer_commands import begin_edit
 from kvchat.chat.session import ConversationDefaults, Session
 from kvchat.chat.store import Store
 from kvchat.contract import EstimateCost
@@ -143,7 +144,7 @@ async def test_an_edit_that_failed_brings_the_old_question_back_and_is_asked_in_
     async with running(engine) as chat:
         await chat.ask("First")
         await chat.ask("Second")
-        chat.screen._edit("1")
+        begin_edit(chat.screen.controller, chat.session.current.messages[0].id)
         chat.prompt.text = ""
         await lost(chat, "A long one")
         assert chat.questions() == ["First", "Second"]
@@ -159,7 +160,7 @@ async def test_an_answer_that_could_not_be_written_again_is_shown_again() -> Non
     engine = ScriptedEngine().answers("One.").answers(TOO_LONG)
     async with running(engine) as chat:
         await chat.ask("First")
-        await chat.screen.run_action("regenerate")
+        await chat.screen.run_action("run_command('regenerate')")
         await chat.until_noticed(TOO_LONG.reason)
         await chat.until_idle()
         await chat.until(lambda: chat.answers() == ["One."], "the answer is there")
@@ -182,7 +183,7 @@ async def test_after_a_death_the_message_is_sent_again(again: str) -> None:
         await chat.until(lambda: chat.prompt.text == "Second", "it is in the prompt")
         await chat.until(lambda: "ready" in chat.status(), "the engine is there again")
         if again == "/regen":
-            await chat.screen.run_action("regenerate")
+            await chat.screen.run_action("run_command('regenerate')")
         else:
             await chat.press("enter")
         await chat.until(lambda: len(chat.answers()) == 2, "it is answered")
@@ -213,7 +214,7 @@ async def test_nothing_is_priced_and_no_map_is_asked_for_where_nothing_was_sent(
     engine = ScriptedEngine().answers(TOO_LONG)
     async with running(engine) as chat:
         await lost(chat, "A long one")
-        assert chat.screen._desk._next() is None
+        assert chat.screen.controller.costs.next_turn() is None
         chat.prompt.text = ""
         await chat.send("/cache map")
         await chat.pilot.pause()

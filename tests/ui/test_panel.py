@@ -6,33 +6,25 @@ from math import prod
 import pytest
 from textual.content import Content
 
-from kvchat.chat.conversation import Conversation, Message
+from kvchat.chat.reducer import KEPT_STEPS
+from kvchat.chat.state import ChatState, TurnFigures, figures_of
 from kvchat.contract import (
     CacheMode,
-    Evicted,
     EvictionPolicy,
     FinishReason,
     ModelFacts,
     PoolState,
-    PrefillProgress,
     PromptMessage,
     Sampling,
     Tokens,
-    TurnFinished,
     TurnRequest,
-    TurnStarted,
     TurnStats,
-    WarmCache,
 )
 from kvchat.text import megabytes
-from kvchat.ui.panel_model import KEPT_STEPS, Figures, figures_of
 from kvchat.ui.redraw_rate import CPU_SHARE, FASTEST_S, SLOWEST_S, pause_after
 from kvchat.ui.widgets.panel import (
-    ENOUGH_TOKENS,
     INNER_WIDTH,
     WHEN_FULL,
-    PanelState,
-    TurnFigures,
     bar,
     big_letters,
     comparison_lines,
@@ -48,7 +40,7 @@ from kvchat.ui.widgets.panel import (
     ttft_lines,
     turn_lines,
 )
-from tests.support.scripted_engine import FACTS, RSS, stats_of
+from tests.support.scripted_engine import FACTS, stats_of
 
 
 def stats(
@@ -82,7 +74,7 @@ LARGE = replace(
 @pytest.mark.parametrize("model", [FACTS, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("held", [0, 1, 1347])
 def test_the_formula_is_the_models_own_and_gives_the_bytes_shown(model: ModelFacts, held: int) -> None:
-    state = PanelState(model=model, turn=TurnFigures(kv_tokens=held, kv_bytes=held * 7))
+    state = ChatState(model=model, turn=TurnFigures(kv_tokens=held, kv_bytes=held * 7))
     shown = text(kv_lines(state))
     formula = shown.partition("used")[0].replace("KV cache", "")
     factors = [int(word.replace(",", "")) for word in formula.split() if word.replace(",", "").isdigit()]
@@ -98,7 +90,7 @@ def test_the_formula_is_the_models_own_and_gives_the_bytes_shown(model: ModelFac
     [("fp32", "4 bytes", 32), ("bf16", "2 bytes", 16), ("int8", "8 bits", 8), ("int4", "4 bits", 4)],
 )
 def test_the_formula_is_that_of_the_precision_that_is_stored(stored_as: str, size: str, bits: int) -> None:
-    state = PanelState(model=FACTS, turn=TurnFigures(kv_tokens=1000, kv_dtype=stored_as))
+    state = ChatState(model=FACTS, turn=TurnFigures(kv_tokens=1000, kv_dtype=stored_as))
     shown = text(kv_lines(state))
     assert f"× 64 dim × {size} × 1,000" in shown
     numbers = 2 * FACTS.layers * FACTS.kv_heads * FACTS.head_dim * 1000
@@ -107,11 +99,11 @@ def test_the_formula_is_that_of_the_precision_that_is_stored(stored_as: str, siz
 
 def test_a_cache_that_the_turn_threw_away_is_said_to_be_freed() -> None:
     turn = TurnFigures(kv_tokens=10)
-    assert "then freed" in text(kv_lines(PanelState(mode=CacheMode.TURN, model=FACTS, turn=turn)))
-    assert "then freed" not in text(kv_lines(PanelState(model=FACTS, turn=turn)))
+    assert "then freed" in text(kv_lines(ChatState(mode=CacheMode.TURN, model=FACTS, turn=turn)))
+    assert "then freed" not in text(kv_lines(ChatState(model=FACTS, turn=turn)))
 
 
-def lines_of(state: PanelState) -> dict[str, list[str]]:
+def lines_of(state: ChatState) -> dict[str, list[str]]:
     """The panel's rows by their first words."""
     rows = [line.plain for line in (*turn_lines(state), *memory_lines(state), *kv_lines(state))]
     return {line[:10].strip(): line[10:].split() for line in rows}
@@ -119,41 +111,41 @@ def lines_of(state: PanelState) -> dict[str, list[str]]:
 
 def test_what_came_from_disk_and_what_was_dropped_is_shown_where_there_is_some() -> None:
     turn = TurnFigures(reused=1204, restored=1100, evicted=512)
-    shown = lines_of(PanelState(turn=turn))
+    shown = lines_of(ChatState(turn=turn))
     assert shown["restored"] == ["1,100", "from", "disk"]
     assert shown["evicted"] == ["512", "context", "full"]
-    assert not {"restored", "evicted"} & set(lines_of(PanelState(turn=TurnFigures(reused=1204))))
+    assert not {"restored", "evicted"} & set(lines_of(ChatState(turn=TurnFigures(reused=1204))))
 
 
 def test_all_caches_are_counted_against_the_budget_and_those_on_disk_against_its_cap() -> None:
     pool = PoolState((), 31_000_000, 2_000_000_000, 94_000_000, 8_000_000_000)
-    shown = lines_of(PanelState(model=FACTS, pool=pool))
+    shown = lines_of(ChatState(model=FACTS, pool=pool))
     assert shown["all KV"] == ["31.0", "MB", "of", "2.00", "GB"]
     assert shown["on disk"] == ["94.0", "MB", "of", "8.00", "GB"]
-    shown = lines_of(PanelState(model=FACTS, pool=replace(pool, disk_cap_bytes=0)))
+    shown = lines_of(ChatState(model=FACTS, pool=replace(pool, disk_cap_bytes=0)))
     assert "on disk" not in shown
-    assert "all KV" not in lines_of(PanelState(model=FACTS))
+    assert "all KV" not in lines_of(ChatState(model=FACTS))
 
 
 @pytest.mark.parametrize("policy", list(EvictionPolicy))
 def test_the_policy_and_whether_it_is_exact_are_shown(policy: EvictionPolicy) -> None:
-    shown = lines_of(PanelState(model=FACTS, policy=policy))
+    shown = lines_of(ChatState(model=FACTS, policy=policy))
     assert shown["when full"] == [policy.value, *WHEN_FULL[policy].split()]
 
 
 def test_the_notes_of_the_model_are_shown_without_control_characters() -> None:
     model = replace(FACTS, notes=("3 of 30 layers slide\x1b[31m over 512 [/b] tokens.",))
-    assert text(kv_lines(PanelState(model=model))).endswith("3 of 30 layers slide[31m over 512 [/b] tokens.")
+    assert text(kv_lines(ChatState(model=model))).endswith("3 of 30 layers slide[31m over 512 [/b] tokens.")
 
 
 def test_the_limit_is_the_one_of_the_last_turn() -> None:
-    assert lines_of(PanelState(model=FACTS))["context"] == ["0", "of", "8,192"]
-    state = PanelState(model=FACTS, turn=TurnFigures(reused=7, limit=4096))
+    assert lines_of(ChatState(model=FACTS))["context"] == ["0", "of", "8,192"]
+    state = ChatState(model=FACTS, turn=TurnFigures(reused=7, limit=4096))
     assert lines_of(state)["context"] == ["7", "of", "4,096"]
 
 
 def test_without_a_model_there_is_no_formula() -> None:
-    assert kv_lines(PanelState()) == []
+    assert kv_lines(ChatState()) == []
 
 
 @pytest.mark.parametrize(
@@ -189,11 +181,11 @@ def test_a_sparkline_shows_the_latest_values(values: list[float], width: int, sh
 def test_the_mode_stands_in_large_letters_of_one_width(mode: CacheMode) -> None:
     rows = big_letters(mode.value)
     assert len({len(row) for row in rows}) == 1
-    assert text(mode_lines(PanelState(mode=mode))).startswith("\n".join(rows))
+    assert text(mode_lines(ChatState(mode=mode))).startswith("\n".join(rows))
 
 
 def test_what_is_not_known_yet_is_a_dash() -> None:
-    words = [line.plain.split() for line in turn_lines(PanelState())[1:] if line.plain]
+    words = [line.plain.split() for line in turn_lines(ChatState())[1:] if line.plain]
     lines = {name: rest for name, *rest in words}
     assert lines["reused"] == ["0"]
     assert lines["TTFT"] == ["–"]
@@ -203,22 +195,24 @@ def test_what_is_not_known_yet_is_a_dash() -> None:
 
 def test_a_reading_in_progress_comes_before_the_note() -> None:
     turn = TurnFigures(reuse_note="template changed")
-    assert text(turn_lines(PanelState(turn=turn))).endswith("template changed")
+    assert text(turn_lines(ChatState(turn=turn))).endswith("template changed")
     turn = replace(turn, reading="reading 5 of 10")
-    assert text(turn_lines(PanelState(turn=turn))).endswith("reading 5 of 10")
+    assert text(turn_lines(ChatState(turn=turn))).endswith("reading 5 of 10")
 
 
 def test_the_ledger_adds_up_all_turns_and_says_that_seconds_are_an_estimate() -> None:
     turns = (stats(reused=50), stats(CacheMode.OFF), stats(reused=90))
-    state = PanelState(turn=figures_of(turns[-1]), prefill_rate=100.0, turns=turns)
+    state = ChatState(
+        turn=figures_of(turns[-1]), largest_prefill=replace(turns[0], prefill_tok_s=100.0), turns=turns
+    )
     shown = text(saving_lines(state))
     assert "this turn        90 tok ≈ 0.90 s" in shown
     assert "all turns       140 tok ≈ 1.40 s" in shown
     assert "estimate at 100 tok/s" in shown
-    unmeasured = text(saving_lines(replace(state, prefill_rate=0.0)))
+    unmeasured = text(saving_lines(replace(state, largest_prefill=None)))
     assert "140" in unmeasured
     assert "≈" not in unmeasured
-    assert saving_lines(PanelState(turns=(stats(CacheMode.OFF),))) == []
+    assert saving_lines(ChatState(turns=(stats(CacheMode.OFF),))) == []
 
 
 @pytest.mark.parametrize(
@@ -247,8 +241,8 @@ def test_cells_are_shared_out_and_nothing_that_is_there_vanishes(
 
 
 def test_the_memory_bar_has_a_glyph_for_each_part_and_a_row_with_its_bytes() -> None:
-    pool = replace(POOL, free_bytes=8_000_000_000)
-    state = PanelState(model=FACTS, turn=TurnFigures(kv_bytes=31_000_000), others_bytes=12_000_000, pool=pool)
+    pool = replace(POOL, used_bytes=12_000_000, free_bytes=8_000_000_000)
+    state = ChatState(model=FACTS, turn=TurnFigures(kv_bytes=31_000_000), pool=pool)
     _, filled, *rows = memory_lines(state)
     assert len(filled.plain) == INNER_WIDTH
     assert list(dict.fromkeys(filled.plain)) == ["▓", "█", "▒", "░"]
@@ -258,40 +252,40 @@ def test_the_memory_bar_has_a_glyph_for_each_part_and_a_row_with_its_bytes() -> 
         "▒ other KV  12.0 MB ",
         "░ free      8.00 GB ",
     ]
-    assert memory_lines(PanelState()) == []
+    assert memory_lines(ChatState()) == []
 
 
 def test_bars_of_ttft_are_as_long_as_it_was_and_show_what_was_reused_and_what_read() -> None:
     turns = (stats(prompt=104), stats(reused=94), replace(stats(reused=52), ttft_s=0.208))
-    legend, *bars = [line.plain for line in ttft_lines(PanelState(turns=turns))]
+    legend, *bars = [line.plain for line in ttft_lines(ChatState(turns=turns))]
     assert "▒ reused" in legend
     assert "█ read" in legend
     counted = [(line.count("▒"), line.count("█")) for line in bars]
     assert counted == [(0, 18), (1, 1), (9, 9)]
     assert [line.split()[0] for line in bars] == ["1", "2", "3"]
     assert bars[0].endswith("0.21 s")
-    assert ttft_lines(PanelState()) == []
-    many = [line.plain.split()[0] for line in ttft_lines(PanelState(turns=turns * 5))[1:]]
+    assert ttft_lines(ChatState()) == []
+    many = [line.plain.split()[0] for line in ttft_lines(ChatState(turns=turns * 5))[1:]]
     assert many == ["8", "9", "10", "11", "12", "13", "14", "15"]
 
 
 def test_drafting_is_shown_only_where_something_was_drafted() -> None:
-    assert "drafted" not in text(turn_lines(PanelState()))
+    assert "drafted" not in text(turn_lines(ChatState()))
     drafting = replace(figures_of(stats()), drafted=16, accepted=12)
-    assert "drafted" in text(turn_lines(PanelState(turn=drafting)))
-    assert "16 75% kept" in text(turn_lines(PanelState(turn=drafting)))
+    assert "drafted" in text(turn_lines(ChatState(turn=drafting)))
+    assert "16 75% kept" in text(turn_lines(ChatState(turn=drafting)))
 
 
 def test_the_path_is_shown_with_the_reason_why_it_is_no_faster_one() -> None:
     model = replace(FACTS, notes=("decode is not compiled: no compiler", "4 layers see 512 tokens"))
-    state = PanelState(model=model)
+    state = ChatState(model=model)
     assert "path      eager bf16\ndecode is not compiled: no compiler" in text(turn_lines(state))
     assert "compiled" not in text(kv_lines(state))
     assert "4 layers see 512 tokens" in text(kv_lines(state))
 
 
 def test_without_a_finished_turn_nothing_is_compared() -> None:
-    assert comparison_lines(PanelState()) == []
+    assert comparison_lines(ChatState()) == []
 
 
 @pytest.mark.parametrize(
@@ -309,18 +303,18 @@ def test_without_a_finished_turn_nothing_is_compared() -> None:
 def test_ratios_are_shown_only_where_both_sides_were_measured(modes: list[str], ratios: list[str]) -> None:
     by_mode = {mode: stats(CacheMode(mode), reused=94 if mode == "on" else 0) for mode in modes}
     assert [line.plain for line in ratio_lines(by_mode)] == ratios
-    shown = [line.plain for line in comparison_lines(PanelState(by_mode=by_mode))]
+    shown = [line.plain for line in comparison_lines(ChatState(by_mode=by_mode))]
     assert [line for line in shown if "×" in line] == ratios
 
 
 def test_nothing_is_divided_by_zero() -> None:
     zero = {mode.value: replace(stats(mode), ttft_s=0.0, decode_tok_s=0.0) for mode in CacheMode}
     assert ratio_lines(zero) == []
-    assert len(comparison_lines(PanelState(by_mode=zero))) == 2 + len(CacheMode)
+    assert len(comparison_lines(ChatState(by_mode=zero))) == 2 + len(CacheMode)
 
 
 def test_the_comparison_has_a_line_for_every_mode() -> None:
-    state = PanelState(by_mode={"turn": stats(CacheMode.TURN)})
+    state = ChatState(by_mode={"turn": stats(CacheMode.TURN)})
     assert [line.plain.split() for line in comparison_lines(state)[2:]] == [
         ["on", "–", "–", "–"],
         ["turn", "0.21", "s", "80.0", "114"],
@@ -335,7 +329,7 @@ def test_the_comparison_has_a_line_for_every_mode() -> None:
 def test_no_line_is_wider_than_the_panel(model: ModelFacts, context: int) -> None:
     on = stats(reused=context - 30, prompt=context - 20)
     off = replace(on, cache_mode="off", decode_tok_s=0.31, ttft_s=20.45)
-    state = PanelState(
+    state = ChatState(
         model=model,
         turn=replace(
             figures_of(on),
@@ -349,151 +343,12 @@ def test_no_line_is_wider_than_the_panel(model: ModelFacts, context: int) -> Non
         pool=PoolState((), 999_900_000, 99_990_000_000, 999_900_000, 99_990_000_000, (), 99_990_000_000),
         step_ms=(5.0, 3211.0) * KEPT_STEPS,
         rss_bytes=999_900_000,
-        prefill_rate=1234.5,
-        others_bytes=999_900_000,
+        largest_prefill=replace(on, prefill_tok_s=1234.5),
         by_mode={"on": replace(on, decode_tok_s=128.0), "turn": off, "off": off},
         turns=(replace(on, ttft_s=123.4), off, on) * 40,
     )
     lines = panel_content(state).plain.splitlines()
     assert [line for line in lines if len(line) > INNER_WIDTH] == []
-
-
-# --- figures ---------------------------------------------------------------------------------------------
-
-
-def answered(figures: Figures, *given: TurnStats) -> None:
-    """So many turns are over."""
-    for each in given:
-        figures.asked()
-        figures.finished(TurnFinished("turn", "text", (1,), "scripted", each, POOL))
-
-
-def test_a_turn_is_counted_while_it_goes_on() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.started(TurnStarted("turn", 30, 20, 10, "system prompt changed"))
-    figures.tokens(tokens(1, said="", seconds=9.0))
-    assert figures.state.turn.ttft_s is None
-    figures.tokens(tokens(2))
-    turn = figures.state.turn
-    assert (turn.reused, turn.read, turn.written, turn.context) == (20, 10, 3, 33)
-    assert turn.reuse_note == "system prompt changed"
-    assert turn.ttft_s is not None
-    # the first token's step is the prefill: 9 s would be no decode step
-    assert figures.state.step_ms == (20.0, 20.0)
-    assert turn.decode_tok_s == pytest.approx(50.0)
-
-
-def test_every_eviction_of_a_turn_is_counted_and_the_next_turn_begins_at_nothing() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.evicted(Evicted("turn", 500, "", 2))
-    figures.evicted(Evicted("turn", 12, "", 4))
-    assert figures.state.turn.evicted == 512
-    figures.asked()
-    assert figures.state.turn.evicted == 0
-
-
-def test_what_was_restored_is_known_before_the_first_token() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.started(TurnStarted("turn", 30, 20, 10, "", restored_tokens=15))
-    assert figures.state.turn.restored == 15
-
-
-def test_what_happens_to_a_cache_between_turns_changes_what_it_holds() -> None:
-    figures = Figures()
-    answered(figures, stats(reused=90))
-    pool = PoolState((WarmCache("other", 1, 1), WarmCache("mine", 57, 5700)), 5701, 10_000, 0, 0)
-    figures.pool(pool, "mine")
-    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (57, 5700)
-    assert figures.state.turn.reused == 90
-    figures.pool(POOL, "mine")
-    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (0, 0)
-
-
-def test_measured_figures_replace_counted_ones() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.tokens(tokens(3))
-    measured = stats(reused=90)
-    figures.finished(TurnFinished("turn", "text", (1,), "scripted", measured, POOL))
-    assert figures.state.turn == figures_of(measured)
-    assert figures.state.rss_bytes == measured.rss_bytes
-
-
-def test_the_last_turn_of_each_mode_is_remembered() -> None:
-    figures = Figures()
-    first, second = stats(written=10), stats(written=20)
-    off = stats(CacheMode.OFF)
-    answered(figures, first, off, second)
-    assert figures.state.by_mode == {"on": second, "off": off}
-
-
-def test_only_the_latest_steps_are_kept() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.tokens(tokens(10 * KEPT_STEPS))
-    assert len(figures.state.step_ms) == KEPT_STEPS
-
-
-def test_the_rate_of_reading_comes_from_the_largest_prompt_that_was_long_enough() -> None:
-    figures = Figures()
-    answered(figures, replace(stats(prompt=ENOUGH_TOKENS - 1), prefill_tok_s=1.0))
-    assert figures.state.prefill_rate == 0
-    answered(figures, replace(stats(prompt=1000), prefill_tok_s=2.0))
-    assert figures.state.prefill_rate == 2.0
-    answered(figures, replace(stats(prompt=ENOUGH_TOKENS), prefill_tok_s=3.0))
-    assert figures.state.prefill_rate == 2.0
-    answered(figures, replace(stats(prompt=2000), prefill_tok_s=4.0))
-    assert figures.state.prefill_rate == 4.0
-
-
-def test_a_new_turn_keeps_what_the_cache_holds_and_forgets_the_rest() -> None:
-    figures = Figures()
-    answered(figures, stats(reused=90))
-    figures.asked()
-    assert figures.state.turn == TurnFigures(kv_tokens=114, kv_bytes=114 * FACTS.kv_bytes_per_token)
-    assert figures.state.step_ms == ()
-
-
-def test_an_opened_conversation_shows_its_last_turn_and_what_is_warm() -> None:
-    on, off = stats(reused=90), stats(CacheMode.OFF)
-    messages = tuple(Message(n, None, "assistant", "a", "", stats=each) for n, each in enumerate((off, on)))
-    conversation = Conversation("id", mode=CacheMode.TURN, policy=EvictionPolicy.SINKS, messages=messages)
-    figures = Figures()
-    figures.opened(conversation, WarmCache("id", 114, 5000))
-    figures.settings(conversation.mode, conversation.policy)
-    assert figures.state.mode is CacheMode.TURN
-    assert figures.state.policy is EvictionPolicy.SINKS
-    assert figures.state.turn == replace(figures_of(on), kv_tokens=114, kv_bytes=5000)
-    assert figures.state.by_mode == {"off": off, "on": on}
-    figures.opened(conversation, None)
-    assert (figures.state.turn.kv_tokens, figures.state.turn.kv_bytes) == (0, 0)
-    figures.opened(Conversation("other"), None)
-    assert figures.state.turn == TurnFigures()
-    assert figures.state.by_mode == {}
-
-
-def test_an_answer_that_is_come_back_to_counts_on_and_claims_no_ttft() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.resumed(40)
-    figures.tokens(tokens(2))
-    assert figures.state.turn.written == 42
-    assert figures.state.turn.ttft_s is None
-    assert len(figures.state.step_ms) == 2
-
-
-def test_a_short_prefill_says_nothing_and_a_long_one_how_much_is_left() -> None:
-    figures = Figures()
-    figures.asked()
-    figures.prefilled(PrefillProgress("turn", 1_000_000_000, 1_000_000_001))
-    assert figures.state.turn.reading == ""
-    figures.prefilled(PrefillProgress("turn", 1, 1_000_000_000_000))
-    assert figures.state.turn.reading.startswith("reading 1 of 1,000,000,000,000, ")
-    figures.tokens(tokens(1))
-    assert figures.state.turn.reading == ""
 
 
 # --- pace ------------------------------------------------------------------------------------------------
@@ -505,14 +360,3 @@ def test_a_short_prefill_says_nothing_and_a_long_one_how_much_is_left() -> None:
 )
 def test_the_pause_after_a_draw_follows_from_its_cost(cpu_s: float, pause_s: float) -> None:
     assert pause_after(cpu_s) == pytest.approx(pause_s)
-
-
-def test_with_the_engine_the_panel_loses_what_it_held() -> None:
-    figures = Figures()
-    figures.ready(FACTS, RSS)
-    figures.pool(replace(POOL, used_bytes=9), "id")
-    figures.state = replace(figures.state, turn=TurnFigures(read=9, kv_tokens=9, kv_bytes=9))
-    figures.lost()
-    held = figures.state
-    assert (held.turn.kv_tokens, held.turn.kv_bytes, held.rss_bytes, held.turn.read) == (0, 0, 0, 9)
-    assert held.pool is None

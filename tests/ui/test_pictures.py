@@ -12,6 +12,7 @@ import pytest
 from textual.pilot import Pilot
 
 from kvchat.chat.conversation import Preset
+from kvchat.chat.model_choice import ModelShelf
 from kvchat.chat.session import Session
 from kvchat.contract import (
     CacheBlock,
@@ -29,7 +30,6 @@ from kvchat.models.cards import DEFAULT_MODEL
 from kvchat.models.resolve import MARKER
 from kvchat.models.staging import Progress
 from kvchat.ui.app import ChatApp
-from kvchat.ui.model_switch import ModelShelf
 from kvchat.ui.preferences import Preferences
 from kvchat.ui.screens.cache_map import MapScreen
 from kvchat.ui.screens.caches import CachesScreen
@@ -233,7 +233,8 @@ async def settings(chat: Chat) -> None:
 async def models(chat: Chat) -> None:
     """Ctrl+L, one model here, one being fetched, and the others not."""
     await chat.ask("Which pass over the Alps is open in May?")
-    chat.screen._models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
+    assert chat.screen.controller.models
+    chat.screen.controller.models.fetching["qwen3-0.6b"] = Progress("download", 310_000_000, 1_190_000_000)
     await chat.press("ctrl+l")
     await chat.dialog(ModelScreen)
     await chat.until_visible("26%")
@@ -260,7 +261,7 @@ async def searching(chat: Chat) -> None:
     await chat.ask("Which pass is open?")
     await chat.ask("How high is it?")
     chat.session.undo()
-    await chat.screen._opened()
+    await chat.screen.controller.opened()
     await chat.press("ctrl+f")
     await chat.dialog(SearchScreen)
     await chat.press(*"how")

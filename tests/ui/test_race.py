@@ -196,7 +196,8 @@ async def test_a_cache_on_disk_is_brought_into_memory_first() -> None:
     async with running() as chat:
         await chat.ask("Which pass is open?")
         name = chat.session.current.id
-        chat.screen._turns.warm[name] = WarmCache(name, 0, 0, disk_bytes=9)
+        on_disk = WarmCache(name, 0, 0, disk_bytes=9)
+        chat.screen.controller.on_event(replace(chat.engine.pool(), caches=(on_disk,)))
         await chat.press("f7")
         await chat.dialog(RaceScreen)
         await chat.until_visible("keeps the answer it had")

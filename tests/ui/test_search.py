@@ -7,6 +7,7 @@ import pytest
 from rich.segment import Segment
 from textual.widgets import Input, OptionList
 
+from kvchat.chat.conversation_commands import delete_now
 from kvchat.chat.store import Store
 from kvchat.text import excerpt
 from kvchat.ui.screens.search import SearchScreen
@@ -126,7 +127,7 @@ async def test_a_hit_on_another_branch_says_so_and_opens_that_branch() -> None:
         await chat.ask("And then?")
         turn = chat.session.edit(chat.session.current.messages[0].id, "Where?").turn
         chat.session.finish_turn(finished(turn, "There.", 1))
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.questions() == ["Where?"]
         await search(chat, "needle", 1)
         assert hits(chat)[0].startswith("Which? · answer · other branch · ")
@@ -243,11 +244,11 @@ async def test_nothing_of_a_private_conversation_is_written(tmp_path: Path) -> N
         await chat.ask("A secret question")
         assert chat.answers() == ["The secret answer."]
         await chat.write("a secret draft")
-        await chat.screen.run_action("rename('Secret title')")
+        await chat.screen.run_action("run_command('rename', 'Secret title')")
         assert [request.persist for request in engine.requests] == [True, False]
         assert [line.split()[1] for line in chat.listed()] == ["✱", "An"]
         assert [hit.title for hit in chat.session.search(["secret"])]
-        await chat.screen.run_action("fork")
+        await chat.screen.run_action("run_command('fork')")
         await chat.until(lambda: "(fork)" in chat.title(), "it is forked")
         assert "private" in chat.title()
         await chat.ask("A secret second question")
@@ -268,9 +269,9 @@ async def test_a_private_conversation_can_be_left_opened_again_and_deleted() -> 
         await chat.ask("Open")
         assert chat.engine.requests[-1].persist
         chat.session.open(secret)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.questions() == ["Secret"]
-        await chat.screen._delete(secret)
+        await delete_now(chat.screen.controller, secret)
         assert [s.title for s in chat.session.conversations()] == ["Open"]
 
 
@@ -308,10 +309,10 @@ async def test_an_export_of_the_shown_branch_says_what_it_lacks_and_json_lacks_n
     session.begin_turn("Which lake?")
     session.abandon_turn()
     async with running(session=session) as chat:
-        await chat.screen.run_action("export('a.json')")
+        await chat.screen.run_action("run_command('export', 'a.json')")
         await chat.until_said("a.json")
         assert not any("branch" in said for said in chat.said())
-        await chat.screen.run_action("export('a.md')")
+        await chat.screen.run_action("run_command('export', 'a.md')")
         await chat.until_said("2 messages on other branches are not in this file")
     assert "Brenner" in (tmp_path / "a.json").read_text()
     assert "Brenner" not in (tmp_path / "a.md").read_text()

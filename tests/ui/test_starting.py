@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from kvchat.chat.commands import COMMANDS
 from kvchat.chat.session import Session
 from kvchat.errors import KvchatError
 from kvchat.ui.app import ChatApp
-from kvchat.ui.commands import COMMANDS
 from kvchat.ui.screens.chat import ChatScreen
 from tests.support.screen_driver import MODEL, Chat, running, saved_conversation, session_over
 from tests.support.scripted_engine import ScriptedEngine
@@ -93,7 +93,7 @@ def test_the_first_paint_waits_for_nothing_that_is_needed_later() -> None:
     later |= {"kvchat.ui.screens.dialogs", "kvchat.ui.widgets.markdown_layout"}
     modules = (
         "kvchat.cli.main, kvchat.engine_process.client, kvchat.models.resolve, "
-        "kvchat.ui.model_switch, kvchat.ui.key_bindings, kvchat.ui.app"
+        "kvchat.chat.model_choice, kvchat.ui.key_bindings, kvchat.ui.app"
     )
     program = f"import sys, {modules}, kvchat.engine.compiled.package as _; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -87,7 +87,7 @@ async def test_an_answer_drawn_piece_by_piece_looks_as_one_drawn_at_once(parts: 
             gate.open()
         await chat.until_idle()
         streamed = blocks(chat)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until(lambda: chat.transcript.query(MarkdownText).last().size.width, "it is laid out")
         assert len(streamed) > 1 or "```" in parts[0]
         assert blocks(chat) == streamed

@@ -86,7 +86,7 @@ async def test_another_conversation_has_a_strip_of_its_own() -> None:
         await chat.press("ctrl+n")
         await chat.until(lambda: drawn(chat) == {}, "nothing stands beside the welcome")
         chat.session.open(first)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until(lambda: "▓" in drawn(chat).get(1, ""), "the strip is there again")
 
 
@@ -120,7 +120,7 @@ async def test_on_another_branch_nothing_stands_beside_what_the_last_turn_did_no
         await chat.send("/undo")
         await chat.until(lambda: list(drawn(chat)) == [0, 1], "two messages stay")
         await chat.until(lambda: drawn(chat)[1].strip(" ") != "", "with what was done to them")
-        await chat.screen.run_action("system('Be brief.')")
+        await chat.screen.run_action("run_command('system', 'Be brief.')")
         await chat.until(lambda: chat.session.current.system_prompt, "the places in the prompt are others")
         await chat.until(lambda: "▒" in drawn(chat)[0], "the messages are the same")
 

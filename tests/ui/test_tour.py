@@ -4,6 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from kvchat.chat.controller import ChatController
+from kvchat.chat.engine_supervisor import EngineSupervisor
+from kvchat.chat.port import Port
+from kvchat.chat.reducer import Opened, reduce
 from kvchat.contract import CacheMode, Drop, KVPrecision, SetBudget, SetPrecision
 from kvchat.ui.tour import (
     STEPS,
@@ -14,7 +18,7 @@ from kvchat.ui.tour import (
     ms,
 )
 from kvchat.ui.widgets.tour_card import TourCard
-from tests.support.screen_driver import Chat, running
+from tests.support.screen_driver import Chat, running, session_over
 from tests.support.scripted_engine import BUDGET, Fails, ScriptedEngine
 from tests.ui.test_panel import stats
 
@@ -143,7 +147,7 @@ async def test_there_is_one_tour_at_a_time() -> None:
     async with running() as chat:
         await chat.send("/tour")
         await chat.until(lambda: "1 of" in card(chat), "the first step is announced")
-        await chat.screen.run_action("tour")
+        await chat.screen.run_action("run_command('tour')")
         assert len(chat.screen.query(TourCard)) == 1
 
 
@@ -153,8 +157,12 @@ async def test_there_is_one_tour_at_a_time() -> None:
 @pytest.fixture
 def guide() -> Guide:
     """A guide that measured one long read."""
-    guide = Guide.__new__(Guide)
-    guide.measured = [replace(stats(prompt=1000), prefill_tok_s=500.0)]
+    supervisor = EngineSupervisor(ScriptedEngine().attach, lambda _event: None)
+    chat = ChatController(session_over(), supervisor, Port())
+    long = replace(stats(prompt=1000), prefill_tok_s=500.0)
+    chat.state = reduce(chat.state, Opened(chat.session.current.id, (long,)))
+    guide = Guide(chat)
+    guide.measured = [long]
     return guide
 
 

@@ -422,7 +422,7 @@ async def test_thinking_is_folded_shown_by_ctrl_t_and_saved_apart_from_the_answe
         await chat.ask("And?")
         read = engine.requests[1].messages[1]
         assert (read.text, len(read.token_ids)) == (THOUGHT, len(THOUGHT))
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         await chat.until(lambda: len(thinking(chat)) == 1, "it is shown again")
         assert "The pass in May?" in thinking(chat)[0]
         await chat.press("ctrl+t")

@@ -85,7 +85,7 @@ async def test_of_a_turn_before_the_program_started_its_note_is_told() -> None:
         assert (await why(chat)).startswith(NOTHING)
         await chat.press("escape")
         chat.session.open(talk)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert await why(chat) == "system prompt edited"
 
 
@@ -158,7 +158,7 @@ async def test_what_was_dropped_is_said_above_the_answer_and_dimmed(size: tuple[
         assert chat.answers()[-1] == "Half done"
         assert chat.figure("evicted") == "512"
         assert chat.session.current.evicted_messages == 4
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.dimmed() == [True] * 4 + [False] * 4
         await chat.ask("Next")
         assert engine.requests[-1].evicted_messages == 4
@@ -175,7 +175,7 @@ async def test_what_was_dropped_is_there_on_coming_back_to_the_answer() -> None:
         await chat.press("ctrl+n")
         assert chat.notices() == []
         chat.session.open(talk)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         assert chat.dimmed() == [True] * 4 + [False] * 4
         assert chat.notices() == ["The context was full: 2 turns left out."]
         assert chat.figure("evicted") == "512"
@@ -194,7 +194,7 @@ async def test_what_is_dropped_elsewhere_dims_nothing_here() -> None:
         await chat.send("Go on")
         await chat.until_reached(before)
         session.open(other.id)
-        await chat.screen._opened()
+        await chat.screen.controller.opened()
         before.open()
         await chat.until_reached(after)
         after.open()

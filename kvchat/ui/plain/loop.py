@@ -1,52 +1,37 @@
 """The chat line by line, for screen readers and dumb terminals: nothing is redrawn, and there are no colours.
 
-What is typed is a line, what is answered is text, and the figures of a turn are one sentence. It takes the
-same session, engine, prices and slash words as the screen.
+What is typed is a line, what is answered is text, and the figures of a turn are one sentence. It has the
+controller of the screen.
 """
 
+import asyncio
 import errno
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from io import TextIOWrapper
-from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TextIO
-
-from textual.message import Message
+from typing import Any, TextIO
 
 from kvchat.chat.attachments import mentions
+from kvchat.chat.commands import parse_slash
+from kvchat.chat.controller import ChatController
+from kvchat.chat.conversation_commands import goes_on
+from kvchat.chat.engine_supervisor import EngineSupervisor
+from kvchat.chat.model_choice import Models, ModelShelf
+from kvchat.chat.port import EngineEvent, EngineFactory
 from kvchat.chat.session import Session
-from kvchat.contract import (
-    Died,
-    Evicted,
-    FinishReason,
-    Loading,
-    PoolState,
-    Ready,
-    Status,
-    Tokens,
-    TurnEvent,
-    TurnFailed,
-    TurnFinished,
-    TurnRequest,
-    TurnStarted,
-    TurnStats,
-)
+from kvchat.chat.wording import sentence, tokens
+from kvchat.contract import Died, Evicted, FinishReason, Loading, Tokens, TurnFailed, TurnFinished, TurnStats
 from kvchat.errors import KvchatError
 from kvchat.system.interrupts import Ended, exit_code, on_signals
 from kvchat.text import clean, megabytes, one_line
-from kvchat.ui.cache_actions import CacheDesk
-from kvchat.ui.commands import parse_slash
-from kvchat.ui.formatting import sentence, tokens
-from kvchat.ui.messages import EngineStatus, TurnProgress
-from kvchat.ui.model_switch import ModelDesk, ModelShelf
-from kvchat.ui.plain.commands import PlainActs, short
-from kvchat.ui.plain.tour import PlainTour, PlainTurns
-from kvchat.ui.prompt_cost import Reckoner, Reckoning
-from kvchat.ui.turn_thread import EngineBridge, EngineFactory
+from kvchat.ui.plain.commands import short
+from kvchat.ui.plain.port import PlainPort
+from kvchat.ui.plain.tour import run_tour
 from kvchat.ui.widgets.message import ENDINGS
 
 PROMPT = "you: "
@@ -86,12 +71,11 @@ def turn_sentence(stats: TurnStats) -> str:
     return " ".join(map(sentence, [words, *notes]))
 
 
-class Signalled(Message):
+@dataclass(frozen=True, slots=True)
+class Signalled:
     """A signal came."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+    number: int
 
 
 class PlainChat:
@@ -107,34 +91,22 @@ class PlainChat:
         shelf: ModelShelf | None = None,
     ) -> None:
         """Without a `shelf` there is one model, and no other to choose."""
-        self._session = session
-        self._name = model
-        """What the model that answers is called."""
         self._lines = lines
         self._out = out
-        self._inbox: SimpleQueue[Message] = SimpleQueue()
-        self._bridge = EngineBridge(factory, self)
-        self._turns = PlainTurns(session, self.answer)
-        self._desk = CacheDesk(session, self._bridge, lambda: self._turns.warm, self.say, self.confirm)
-        self._acts = PlainActs(session, self._bridge, self._desk, self)
-        self._models = ModelDesk(session, self._bridge, shelf, self.say, lambda: None) if shelf else None
-        self._reckoner = Reckoner(session, self._bridge, self._reckoned, Path.cwd())
-        self._reckoning = Reckoning()
-        self._ready = False
-        self._given_up = False
+        self._inbox: SimpleQueue[EngineEvent | Signalled] = SimpleQueue()
+        self._engine = EngineSupervisor(factory, self._inbox.put)
+        self._port = PlainPort(self)
+        models = Models(shelf, self.write_line, lambda: None) if shelf else None
+        self.controller = ChatController(session, self._engine, self._port, model, models)
         self._left = False
         self._reading = False
         """Whether a line is waited for."""
         self._signals: list[int] = []
         """Those that came."""
 
-    def post_message(self, message: Message) -> None:
-        """Takes what the engine tells; called from its threads."""
-        self._inbox.put(message)
-
     def run(self) -> int:
         """Chats; returns the exit code."""
-        self.say(f"kvchat with {one_line(self._name)}, line by line. /help lists the commands, /exit leaves.")
+        self.write_line(f"kvchat with {self._title}, line by line. /help lists the commands, /exit leaves.")
         return self._with_engine(self._chat)
 
     def run_tour(self) -> int:
@@ -143,20 +115,26 @@ class PlainChat:
         Raises:
             KvchatError: a question was not answered.
         """
-        self.say(f"The tour of kvchat with {one_line(self._name)}, line by line.")
-        return self._with_engine(self.tour)
+        self.write_line(f"The tour of kvchat with {self._title}, line by line.")
+        return self._with_engine(lambda: asyncio.run(self.tour()))
+
+    @property
+    def _title(self) -> str:
+        return one_line(self.controller.state.model_title)
 
     def _chat(self) -> None:
-        self.tell_where()
+        going_on = self.controller.session.current.messages
+        self._act(self.controller.opened(goes_on(self.controller) if going_on else ""))
         while not self._left and (line := self._next_line()) is not None:
+            self._hear()
             self._take(line)
 
     def _with_engine(self, act: Callable[[], None]) -> int:
         """Acts once the engine is ready, and ends it; returns the exit code."""
         with on_signals(self._signalled):
-            self._bridge.start()
+            self._engine.start()
             try:
-                if not self._until_ready():
+                if not self.until_ready():
                     return 1
                 act()
                 return 0
@@ -168,9 +146,9 @@ class PlainChat:
                 return exit_code(HANGUP)  # the terminal is gone, and takes no words
             finally:
                 self._reading = False  # nothing interrupts what is saved now
-                with suppress(KvchatError):
-                    self._session.abandon_turn()
-                self._bridge.close()
+                self.controller.close()
+
+    # --- lines --------------------------------------------------------------------------------------------
 
     def _signalled(self, number: int) -> None:
         """Ends the wait for a line at once; everything else looks into the inbox soon, and may save first."""
@@ -193,25 +171,37 @@ class PlainChat:
 
     def _next_line(self) -> str | None:
         """What is typed next; None where the input ends."""
-        self._out.write(PROMPT)
-        self._out.flush()
+        self.write(PROMPT)
         line = self._read_line()
         if not line:
-            self.say("")
+            self.write_line("")
         return line.rstrip("\r\n") if line else None
+
+    def ask(self, question: str) -> str:
+        """What is typed as an answer."""
+        self.write(clean(question))
+        return self._read_line().strip()
 
     def _take(self, line: str) -> None:
         """Does what a line asks for."""
-        self._hear()
-        try:
-            if line.startswith("/") and (parsed := parse_slash(line)):
-                self._acts.do(*parsed)
-            elif line.startswith("/"):
-                self.say(f"There is no command {one_line(line.split()[0])}. /help lists them.")
-            elif line.strip():
-                self.answer(self._acts.ask(self._with_files(line)))
-        except KvchatError as error:
-            self.say(str(error))
+        if line.startswith("/") and (parsed := parse_slash(line)):
+            self._act(self.controller.run(*parsed))
+        elif line.startswith("/"):
+            self.write_line(f"There is no command {one_line(line.split()[0])}. /help lists them.")
+        elif line.strip():
+            try:
+                self._act(self.controller.send(self._with_files(line)))
+            except KvchatError as error:
+                self.write_line(str(error))
+
+    def _act(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Acts, writes the answer if one begins, and waits for what the engine says about it."""
+        sent = self._engine.commands
+        asyncio.run(coroutine)
+        while self.controller.answering:
+            self._on_message(self._inbox.get())
+        if self._engine.commands != sent:
+            self._settle()
 
     def _with_files(self, line: str) -> str:
         """The message with every file that it mentions; what each of them counts is told.
@@ -220,156 +210,90 @@ class PlainChat:
             KvchatError: a file is no text, or larger than the context.
         """
         if not mentions(line):
-            return line
-        self._reckoner.typed(line, self._acts.editing)
+            return self.controller.prompt_cost.composed(line)
+        self.controller.prompt_cost.typed(line, self.controller.editing)
         end = time.monotonic() + COUNT_S
         with suppress(Empty):
-            while self._ready and self._counting():
+            while self.controller.state.ready and self._counting():
                 self._on_message(self._inbox.get(timeout=max(0, end - time.monotonic())))
-        message = self._reckoner.composed(line)
-        for name, count in self._reckoning.files:
-            self.say(sentence(f"attached {name}" + (f", {tokens(count)}" if count is not None else "")))
+        message = self.controller.prompt_cost.composed(line)
+        for name, count in self._port.cost.files:
+            self.write_line(
+                sentence(f"attached {name}" + (f", {tokens(count)}" if count is not None else ""))
+            )
         return message
 
     def _counting(self) -> bool:
         """Whether the tokens of a file that can be attached are still unknown."""
-        return any(count is None for _, count in self._reckoning.files)
+        return any(count is None for _, count in self._port.cost.files)
 
-    def _reckoned(self, reckoning: Reckoning) -> None:
-        self._reckoning = reckoning
-
-    def answer(self, request: TurnRequest) -> None:
-        """Writes the answer as it comes; Ctrl-C stops it and keeps what there is."""
-        self._out.write(f"{one_line(self._name)}: ")
-        self._out.flush()
-        self._bridge.run_turn(request)
-        while self._session.pending:
-            try:
-                self._on_message(self._inbox.get())
-            except KvchatError as error:  # it can't be saved, and can still be read
-                self.say(f"\n{error}")
-
-    def _on_message(self, message: Message) -> None:
-        if isinstance(message, Signalled):
-            self._on_signal(message.number)
-        elif isinstance(message, TurnProgress):
-            self._on_event(message.event)
-        elif isinstance(message, EngineStatus):
-            self._on_status(message.status)
-
-    def _on_signal(self, number: int) -> None:
-        """Ctrl-C stops an answer and keeps what there is of it; everything else ends the chat."""
-        if number == signal.SIGINT and self._session.pending:
-            self._bridge.stop(self._session.pending.turn)
-        else:
-            raise Ended(number)
-
-    def _on_event(self, event: TurnEvent) -> None:
-        match event:
-            case TurnStarted():
-                self._session.note_started(event)
-            case Tokens():
-                self._out.write(clean(event.text))
-                self._out.flush()
-                self._session.keep_partial(event)
-            case Evicted():
-                self.say(f"\nThe context was full: {one_line(event.note)}.")
-            case TurnFinished():
-                self._turns.on_finished(event)
-                self._session.finish_turn(event)
-                self.say(f"\n{turn_sentence(event.stats)}")
-            case TurnFailed():
-                not_sent = self._session.fail_turn(event.turn)
-                self.say(f"\n{one_line(event.reason)}")
-                if not_sent:
-                    self._acts.editing = not_sent.edited
-                    how = ASK_AGAIN if not_sent.edited else SEND_AGAIN
-                    self.say(f"Not sent: {short(not_sent.text)}\n{how}")
-
-    def _on_status(self, status: Status) -> None:
-        if self._reckoner.on_status(status):
-            return
-        self._turns.on_status(status)
-        match status:
-            case Loading():
-                self.say(f"{one_line(status.stage).capitalize()}.")
-            case Ready():
-                self._ready = True
-            case PoolState():
-                self._session.note_events(status.events)
-            case Died():
-                self._ready, self._given_up = False, status.for_good
-                self.say("\n".join((one_line(status.reason), *map(one_line, status.log_tail))))
-        self._desk.on_status(status)
-
-    def _until_ready(self) -> bool:
-        while not self._ready and not self._given_up:
-            self._on_message(self._inbox.get())
-        return self._ready
-
-    def _hear(self) -> None:
-        """Takes what the engine told meanwhile."""
-        while not self._inbox.empty():
-            self._on_message(self._inbox.get())
-
-    def tell_where(self) -> None:
-        """Says which conversation goes on, whether another model held it, and what going on costs."""
-        current = self._session.current
-        if current.messages:
-            self.say(f"“{one_line(current.title)}”, {len(current.messages)} messages, goes on.")
-            if self._models:
-                self._models.opened()
-            self._desk.opened()
-            self.settle()
-
-    def settle(self) -> None:
-        """Waits for what the engine says about an act; what comes later is told with the next line."""
-        with suppress(Empty):
-            while True:
-                self._on_message(self._inbox.get(timeout=SETTLE_S))
-
-    def model(self, name: str) -> None:
-        """Lets another model answer, and waits until it can; without a name, tells which there are.
-
-        Raises:
-            KvchatError: it is not here, or answers already.
-        """
-        if self._models is None:
-            self.say("No other model can be had here.")
-        elif name:
-            self._name = self._models.switch(name)
-            self._ready = self._given_up = False
-            self._turns.lost("")
-            if self._until_ready():
-                self.say(f"{one_line(self._name)} answers from now on.")
-        else:
-            for choice in self._models.choices():
-                state = "answers" if choice.name == self._models.loaded else "is here" if choice.here else ""
-                self.say(f"{one_line(choice.name)}{', ' * bool(state)}{state}")
-            self.say("/model NAME lets one answer that is here; `kvchat models pull NAME` fetches one.")
-
-    def tour(self) -> None:
-        """Does every step of the tour.
-
-        Raises:
-            KvchatError: a question was not answered.
-        """
-        PlainTour(self._session, self._bridge, self._turns, self._desk, self.say, self._hear).run()
+    def tour(self) -> Coroutine[Any, Any, None]:
+        """Every step of the tour."""
+        return run_tour(self.controller, self._hear)
 
     def leave(self) -> None:
         """Ends after this line."""
         self._left = True
 
-    def confirm(self, question: str, yes: str, act: Callable[[], None]) -> None:
-        """Asks, and acts where the answer is yes."""
-        self._out.write(f"{clean(question)} Type yes to do it: ")
-        self._out.flush()
-        if self._read_line().strip().lower() in ("y", "yes"):
-            act()
-        else:
-            self.say("Nothing was changed.")
+    # --- the engine ---------------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
-        """Writes a line, and nothing in it but text."""
-        self._out.write(f"{clean(text)}\n")
+    def _on_message(self, message: EngineEvent | Signalled) -> None:
+        if isinstance(message, Signalled):
+            self._on_signal(message.number)
+        else:
+            self._on_event(message)
+
+    def _on_signal(self, number: int) -> None:
+        """Ctrl-C stops an answer and keeps what there is of it; everything else ends the chat."""
+        if number != signal.SIGINT or not self.controller.stop():
+            raise Ended(number)
+
+    def _on_event(self, event: EngineEvent) -> None:
+        if isinstance(event, Tokens):
+            self.write(clean(event.text))  # shown first: where it can't be saved, it can still be read
+        state = self.controller.on_event(event)
+        match event:
+            case Evicted():
+                self.write_line(f"\nThe context was full: {one_line(event.note)}.")
+            case TurnFinished():
+                self.write_line(f"\n{turn_sentence(event.stats)}")
+            case TurnFailed():
+                self.write_line(f"\n{one_line(event.reason)}")
+                if state.not_sent and not self.controller.session.is_aside:
+                    self.controller.editing = state.not_sent.edited
+                    how = ASK_AGAIN if state.not_sent.edited else SEND_AGAIN
+                    self.write_line(f"Not sent: {short(state.not_sent.text)}\n{how}")
+            case Loading():
+                self.write_line(f"{one_line(event.stage).capitalize()}.")
+            case Died():
+                self.write_line("\n".join((one_line(event.reason), *map(one_line, event.log_tail))))
+            case _:
+                pass
+
+    def until_ready(self) -> bool:
+        """Waits for the engine; False where it is not started again."""
+        while not self.controller.state.ready and not self.controller.state.gone:
+            self._on_message(self._inbox.get())
+        return self.controller.state.ready
+
+    def _hear(self) -> None:
+        """Takes what the engine reported meanwhile."""
+        while not self._inbox.empty():
+            self._on_message(self._inbox.get())
+
+    def _settle(self) -> None:
+        """Waits for what the engine says about a command; what comes later is told with the next line."""
+        with suppress(Empty):
+            while True:
+                self._on_message(self._inbox.get(timeout=SETTLE_S))
+
+    # --- output -------------------------------------------------------------------------------------------
+
+    def write(self, text: str) -> None:
+        """Writes text as it is."""
+        self._out.write(text)
         self._out.flush()
+
+    def write_line(self, text: str) -> None:
+        """Writes a line, and nothing in it but text."""
+        self.write(f"{clean(text)}\n")

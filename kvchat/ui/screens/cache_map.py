@@ -10,10 +10,11 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from kvchat.chat.wording import tokens
 from kvchat.contract import CacheBlock, CacheMap, Died, LayerGroup, TurnRequest
 from kvchat.text import clean, megabytes, one_line
 from kvchat.ui.engine_listener import Heard, Listener
-from kvchat.ui.formatting import tokens, visible
+from kvchat.ui.formatting import visible
 from kvchat.ui.widgets.cache_grid import CacheGrid, legend, message_names, name_of
 
 WAITING = "Looking at the cache … While an answer is written, this waits for its end."

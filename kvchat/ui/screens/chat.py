@@ -1,26 +1,34 @@
-"""The chat: composes the widgets and routes what they say. Sessions conduct, turns follow, widgets show."""
+"""The chat: composes the widgets, passes keys, lines and events on to the controller, and draws its state."""
 
 import gc
-import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
+from inspect import isawaitable
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.timer import Timer
 from textual.widgets import Static, TextArea
 
 from kvchat.chat.active_turn import NotSent
-from kvchat.contract import Ready
+from kvchat.chat.commands import COMMANDS, parse_slash, remapped
+from kvchat.chat.conversation_commands import ask_delete, open_conversation, set_title
+from kvchat.chat.engine_supervisor import EngineSupervisor
+from kvchat.chat.port import EngineEvent, EngineFactory
+from kvchat.chat.session import Session
+from kvchat.contract import Ready, TurnEvent
 from kvchat.errors import KvchatError
-from kvchat.ui.actions.answers import AnswerActions
-from kvchat.ui.actions.caches import CacheActions
-from kvchat.ui.actions.conversations import ConversationActions
-from kvchat.ui.actions.program import ProgramActions
-from kvchat.ui.commands import bindings, parse_slash
+from kvchat.models.cards import load_cards
+from kvchat.text import clean
 from kvchat.ui.engine_listener import tell
-from kvchat.ui.messages import EngineStatus, TurnProgress
+from kvchat.ui.key_bindings import bindings
+from kvchat.ui.messages import EngineReported
+from kvchat.ui.preferences import Preferences
+from kvchat.ui.themes import NAMES
 from kvchat.ui.widgets.completions import Completions
 from kvchat.ui.widgets.conversations import ConversationList
 from kvchat.ui.widgets.key_hints import KeyLine
@@ -32,14 +40,17 @@ from kvchat.ui.widgets.status import StatusLine
 from kvchat.ui.widgets.strip import ReuseStrip
 from kvchat.ui.widgets.transcript import Transcript
 
-SOON_S = 0.01
-"""Not 0: Textual divides by a timer's seconds where the timer comes late, as on a busy machine."""
+if TYPE_CHECKING:
+    from kvchat.chat.controller import ChatController
+    from kvchat.chat.model_choice import ModelShelf
+    from kvchat.ui.inspectors import Inspectors
+    from kvchat.ui.state_view import StateView
+    from kvchat.ui.turn_presenter import TurnPresenter
+
 RECKON_AFTER_S = 0.3
 """The engine is asked this long after the last key what the text would cost."""
 DRAFT_AFTER_S = 1.0
 """An unsent prompt is saved this long after the last key."""
-PANEL_EVERY_S = 1.0
-"""The figures are drawn this often at most while an answer streams."""
 DRAWING = "kvchat.ui.widgets.markdown_layout"
 """What draws answers; heavy, and not needed before there is one."""
 SELDOM = 50
@@ -59,11 +70,43 @@ def prepare_drawing() -> None:
     gc.set_threshold(young, middle, SELDOM)
 
 
-class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramActions):
+class ChatScreen(Screen[None]):
     """Conversations on the left, the transcript and the prompt in the middle, the cache on the right."""
 
     BINDINGS = bindings()
     AUTO_FOCUS = "#prompt"
+
+    controller: "ChatController"
+    """Made after the first paint, as the three below."""
+    presenter: "TurnPresenter"
+    inspectors: "Inspectors"
+    state_view: "StateView"
+
+    def __init__(
+        self,
+        open_session: Callable[[], Session],
+        factory: EngineFactory,
+        model: str,
+        preferences: Preferences,
+        shelf: "ModelShelf | None",
+    ) -> None:
+        """Without a `shelf` there is one model, and no other to choose."""
+        super().__init__()
+        self._open_session = open_session
+        self.preferences = preferences
+        self._shelf = shelf
+        self._model = model
+        self.commands = remapped(preferences.keys)
+        self.first_command = ""
+        """What is done as soon as the session is open."""
+        self._begun = False
+        """Whether the session is open; until then there is nothing to act on."""
+        self._has_left = False
+        self.engine = EngineSupervisor(factory, self._post)
+        self._completions = Completions(self._words)
+        self.prompt = Prompt(self._completions)
+        self._draft_timer: Timer | None = None
+        self._reckon_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         yield StatusLine()
@@ -79,13 +122,15 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
                     yield ReuseStrip(transcript)
                     yield transcript
                 yield self._completions
-                yield self._prompt
+                yield self.prompt
                 yield ReckoningLine()
             with Vertical(id="panel"):
                 yield Static("cache", classes="head")
                 with VerticalScroll(can_focus=False):
                     yield CachePanel()
-        yield KeyLine(self._commands)
+        yield KeyLine(self.commands)
+
+    # --- beginning and end --------------------------------------------------------------------------------
 
     def on_mount(self) -> None:
         """Paints first; what takes longer comes after."""
@@ -94,121 +139,197 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
     async def _begin(self) -> None:
         """Opens the session and starts the engine."""
         try:
-            self._session = self._open_session()
+            session = self._open_session()
         except KvchatError as error:
             self.app.exit(return_code=1, message=f"kvchat: {error}")
             return
-        self._bridge.start()  # takes longest: the rest is done meanwhile
-        self._gather()
+        self.engine.start()  # takes longest: the rest is done meanwhile
+        self._make_controller(session)
         self._begun = True
-        self._prompt.set_history(self._session.history())
-        await self._opened(typed=self._prompt.text)
+        self.prompt.set_history(session.history())
+        await self.controller.opened()
         if self.first_command:
-            await self.run_action(self.first_command)
+            await self.action_run_command(self.first_command)
         Thread(target=prepare_drawing, daemon=True, name="drawing").start()
 
-    def _gather(self) -> None:
-        """Makes who works with the session; imported here, since nothing of it is painted first."""
-        from kvchat.ui.cache_actions import CacheDesk
-        from kvchat.ui.conversation_files import Archive
-        from kvchat.ui.inspectors import Views
-        from kvchat.ui.model_switch import ModelDesk
-        from kvchat.ui.prompt_cost import Reckoner
-        from kvchat.ui.turn_presenter import Turns
+    def _make_controller(self, session: Session) -> None:
+        """Imported here, since nothing of it is painted first."""
+        from kvchat.chat.controller import ChatController
+        from kvchat.chat.model_choice import Models
+        from kvchat.ui.inspectors import Inspectors
+        from kvchat.ui.screen_port import ScreenPort
+        from kvchat.ui.state_view import StateView
+        from kvchat.ui.turn_presenter import TurnPresenter
 
-        transcript = self.query_one(Transcript)
-        self._turns = Turns(self._session, self._bridge, transcript, self._model, self._give_back)
-        self._desk = CacheDesk(
-            self._session, self._bridge, lambda: self._turns.warm, self._say, self._confirm
-        )
-        self._views = Views(self.app, self._session, self._bridge, self._turns, self._desk)
-        self._archive = Archive(self._session, self._say)
-        self._reckoner = Reckoner(self._session, self._bridge, self.query_one(ReckoningLine).show, Path.cwd())
-        if self._shelf:
-            self._models = ModelDesk(
-                self._session, self._bridge, self._shelf, self._say, self._download_went_on
-            )
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Commands wait until the session is open."""
-        return self._begun
+        models = Models(self._shelf, self.say, self._download_went_on) if self._shelf else None
+        port = ScreenPort(self)
+        port.typed = self.prompt.text
+        self.controller = ChatController(session, self.engine, port, self._model, models)
+        self.presenter = TurnPresenter(self.controller, self.query_one(Transcript))
+        self.inspectors = Inspectors(self)
+        self.state_view = StateView(self)
 
     def leave(self) -> None:
         """Saves what isn't saved and ends the engine; once."""
         if self._has_left:
             return
         self._has_left = True
-        if self._begun:
-            if self._shelf:
-                self._models.close()
-            self._save_draft()
-            with self._telling():
-                self._views.end_tour()
-                if not_sent := self._session.abandon_turn():
-                    self._session.keep_for_later(not_sent)
-        self._bridge.close()
-
-    def _give_back(self, question: NotSent) -> None:
-        """Takes a question that was not sent into the prompt, before what was typed meanwhile."""
-        if self._turns.editing is None and not self._prompt.message.strip():
-            self._turns.editing = question.edited
-        self._prompt.give_back(question.text)
-
-    @on(UserMessage.TakenBack)
-    def _taken_back(self, message: UserMessage.TakenBack) -> None:
-        self._prompt.give_back(message.text)
-        self._prompt.focus()
-
-    @on(EngineStatus)
-    async def _engine_status(self, message: EngineStatus) -> None:
-        if self._reckoner.on_status(message.status):
+        if not self._begun:
+            self.engine.close()
             return
-        if isinstance(message.status, Ready):
-            self._reckon()
-        with self._telling():
-            await self._turns.on_status(message.status)
-        with self._telling():
-            self._desk.on_status(message.status)
-        tell(self.app.screen_stack, message.status)
-        with self._telling():
-            self._refresh_all()
+        self.save_draft()
+        try:
+            self.inspectors.end_tour()
+        except KvchatError as error:
+            self.say(str(error))
+        self.controller.close()
 
-    @on(TurnProgress)
-    async def _turn_progress(self, message: TurnProgress) -> None:
-        was_answering = self._turns.answering
-        with self._telling():
-            await self._turns.on_event(message.event)
-        tell(self.app.screen_stack, message.event)
-        with self._telling():
-            if was_answering and not self._turns.answering:
-                self._refresh_all()
-                self._reckon()
-            elif self._turns.answering and self._figures_timer is None:
-                wait = PANEL_EVERY_S - (time.monotonic() - self._figures_at)
-                self._figures_timer = self.set_timer(max(SOON_S, wait), self._refresh_figures)
+    # --- commands and lines -------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Commands wait until the session is open."""
+        return self._begun
+
+    async def action_run_command(self, name: str, argument: str = "") -> None:
+        """Does a command."""
+        command = next(command for command in COMMANDS if command.name == name)
+        await self.controller.run(command, argument)
+        self.refresh_all()
 
     @on(Prompt.Submitted)
     async def _submitted(self, message: Prompt.Submitted) -> None:
+        text = message.text
         if not self._begun:
-            self._prompt.give_back(message.text)
-            return
+            self.prompt.give_back(text)
+        elif text.startswith("/") and (parsed := parse_slash(text)):
+            await self.action_run_command(parsed[0].name, parsed[1])
+        elif text.startswith("/") and "\n" not in text:
+            self.prompt.give_back(text)
+            self.say(f"There is no command {text.split()[0]}. F1 lists them.")
+        else:
+            await self._send(text)
+
+    async def _send(self, written: str) -> None:
         try:
-            if message.text.startswith("/") and (parsed := parse_slash(message.text)):
-                command, argument = parsed
-                await self.run_action(f"{command.name}({argument!r})" if argument else command.name)
-            elif message.text.startswith("/") and "\n" not in message.text:
-                self._prompt.give_back(message.text)
-                self._say(f"There is no command {message.text.split()[0]}. F1 lists them.")
-            else:
-                # before sending: the first message gives the conversation, and so its draft, another key
-                text = self._reckoner.composed(message.text)
-                self._save_draft()
-                await self._turns.send(text)
-                self._prompt.persist(text)
-                self._refresh_all()
+            text = self.controller.prompt_cost.composed(written)
+            # before sending: the first message gives the conversation, and so its draft, another key
+            self.save_draft()
+            await self.controller.send(text)
+            self.prompt.persist(text)
+            self.refresh_all()
         except KvchatError as error:
-            self._prompt.give_back(message.text)
-            self._say(str(error))
+            self.prompt.give_back(written)
+            self.say(str(error))
+
+    @on(ConversationList.Opened)
+    async def _conversation_opened(self, message: ConversationList.Opened) -> None:
+        await self._do(open_conversation, message.conversation)
+
+    @on(ConversationList.Renamed)
+    async def _renamed(self, message: ConversationList.Renamed) -> None:
+        await self._do(set_title, message.conversation, message.title)
+
+    @on(ConversationList.DeleteAsked)
+    async def _delete_asked(self, message: ConversationList.DeleteAsked) -> None:
+        await self._do(ask_delete, message.conversation)
+
+    async def _do(self, act: Callable[..., object], *given: str) -> None:
+        """Acts with the controller; what can't be done is said."""
+        try:
+            done = act(self.controller, *given)
+            if isawaitable(done):
+                await done
+            self.refresh_all()
+        except KvchatError as error:
+            self.say(str(error))
+
+    async def on_tour_card_ended(self) -> None:
+        """Goes back to the conversations."""
+        await self.query("#tour").remove()
+        self.inspectors.end_tour()
+        await self._do(lambda controller: controller.opened())
+        self.prompt.focus()
+
+    # --- the engine ---------------------------------------------------------------------------------------
+
+    def _post(self, event: EngineEvent) -> None:
+        """Takes an event from a thread of the engine."""
+        self.post_message(EngineReported(event))
+
+    @on(EngineReported)
+    async def _engine_reported(self, message: EngineReported) -> None:
+        controller, event = self.controller, message.event
+        before, pending = controller.state, controller.answering
+        state = controller.on_event(event)
+        await self.presenter.on_event(event, pending, before)
+        if state.not_sent and state.not_sent is not before.not_sent:
+            self._give_back(state.not_sent)
+        tell(self.app.screen_stack, event)
+        if not isinstance(event, TurnEvent) or (pending and not controller.answering):
+            self.refresh_all()
+        elif controller.answering:
+            self.state_view.draw_figures_soon()
+        if isinstance(event, Ready) or (pending and not controller.answering):
+            self._reckon()
+
+    def _give_back(self, question: NotSent) -> None:
+        """Takes a question that was not sent into the prompt, before what was typed meanwhile."""
+        if self.controller.editing is None and not self.prompt.message.strip():
+            self.controller.editing = question.edited
+        self.prompt.give_back(question.text)
+
+    def _download_went_on(self) -> None:
+        from kvchat.ui.screens.models import ModelScreen
+
+        for screen in self.app.screen_stack:
+            if isinstance(screen, ModelScreen) and screen.is_mounted:
+                screen.show()
+
+    # --- drawing ------------------------------------------------------------------------------------------
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is under way."""
+        return self._begun and self.controller.answering is not None
+
+    def refresh_all(self) -> None:
+        """Draws everything but the transcript."""
+        self.state_view.draw()
+
+    def toggle(self, part: str, shown: bool | None = None) -> None:
+        """Shows or hides the list or the panel."""
+        widget = self.query_one(f"#{part}")
+        shown = not widget.display if shown is None else shown
+        if shown and (self.has_class("-medium") or self.has_class("-narrow", "-short")):
+            # there is room for one of them beside the words
+            self.remove_class("show-side", "show-panel")
+        self.set_class(shown, f"show-{part}")
+        self.set_class(not shown, f"hide-{part}")
+
+    def say(self, text: str) -> None:
+        """Says something in passing."""
+        self.notify(clean(text), markup=False)
+
+    # --- the prompt ---------------------------------------------------------------------------------------
+
+    def _words(self) -> Mapping[str, Sequence[str]]:
+        """Words that the arguments of commands may be, where the commands themselves can't know."""
+        return {"theme": NAMES, "model": [card.name for card in load_cards()] if self._shelf else ()}
+
+    def _reckon(self) -> None:
+        self.controller.prompt_cost.typed(self.prompt.message, self.controller.editing)
+
+    def save_draft(self) -> None:
+        """Saves what is typed and not sent."""
+        try:
+            self.controller.session.save_draft(self.prompt.message)
+        except KvchatError as error:
+            self.say(str(error))
+
+    @on(UserMessage.TakenBack)
+    def _taken_back(self, message: UserMessage.TakenBack) -> None:
+        self.prompt.give_back(message.text)
+        self.prompt.focus()
 
     @on(Prompt.ReadAsked)
     def _read_asked(self) -> None:
@@ -220,8 +341,8 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
 
     @on(MessageBlock.Typed)
     def _typed_elsewhere(self, message: MessageBlock.Typed) -> None:
-        self._prompt.focus()
-        self._prompt.insert(message.character)
+        self.prompt.focus()
+        self.prompt.insert(message.character)
 
     @on(TextArea.Changed)
     def _prompt_changed(self) -> None:
@@ -230,10 +351,10 @@ class ChatScreen(ConversationActions, AnswerActions, CacheActions, ProgramAction
         for timer in (self._draft_timer, self._reckon_timer):
             if timer:
                 timer.stop()
-        self._draft_timer = self.set_timer(DRAFT_AFTER_S, self._save_draft)
+        self._draft_timer = self.set_timer(DRAFT_AFTER_S, self.save_draft)
         self._reckon_timer = self.set_timer(RECKON_AFTER_S, self._reckon)
 
     @on(Completions.Taken)
     def _completion_taken(self, message: Completions.Taken) -> None:
-        self._prompt.take(message.completion.text)
-        self._prompt.focus()
+        self.prompt.take(message.completion.text)
+        self.prompt.focus()

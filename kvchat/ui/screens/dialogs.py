@@ -9,8 +9,9 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Markdown, Static
 
+from kvchat.chat.commands import COMMANDS, Command
 from kvchat.text import clean, one_line
-from kvchat.ui.commands import COMMANDS, Command, help_markdown
+from kvchat.ui.help_text import help_markdown
 
 
 class AskLine(ModalScreen[str | None]):

@@ -11,9 +11,9 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
+from kvchat.chat.model_choice import ModelChoice, Models
 from kvchat.models.staging import BYTES, Progress
 from kvchat.text import megabytes, one_line
-from kvchat.ui.model_switch import ModelChoice, ModelDesk
 
 HINT = "Enter lets it answer, or fetches it · C cancels a download · Esc back"
 FILLED, EMPTY, BAR_CELLS = "█", "░", 16
@@ -56,10 +56,16 @@ class ModelScreen(ModalScreen[str | None]):
 
     BINDINGS = [Binding("escape,ctrl+l,q", "dismiss(None)", "Back"), Binding("c", "cancel", "Cancel")]
 
-    def __init__(self, desk: ModelDesk, price: Callable[[ModelChoice], str]) -> None:
-        """`price` says what letting a model answer costs."""
+    def __init__(self, models: Models, loaded: str, price: Callable[[ModelChoice], str]) -> None:
+        """
+        Args:
+            models: those that there are.
+            loaded: name of the one that answers.
+            price: says what letting another one answer costs.
+        """
         super().__init__()
-        self._desk = desk
+        self._models = models
+        self._loaded = loaded
         self._price = price
         self._choices: list[ModelChoice] = []
 
@@ -79,7 +85,7 @@ class ModelScreen(ModalScreen[str | None]):
 
     def show(self) -> None:
         """Draws the models as they are now."""
-        self._choices = self._desk.choices()
+        self._choices = self._models.choices()
         listed = self.query_one(OptionList)
         if listed.option_count == len(self._choices):
             self.tick()
@@ -112,21 +118,21 @@ class ModelScreen(ModalScreen[str | None]):
         if choice.here:
             self.dismiss(None if self._answers(choice.name) else choice.name)
         else:
-            self.app.run_worker(self._desk.fetch(choice.name), group="fetch", exit_on_error=False)
+            self.app.run_worker(self._models.fetch(choice.name), group="fetch", exit_on_error=False)
 
     def action_cancel(self) -> None:
         """Ends the marked model's download."""
         marked = self.query_one(OptionList).highlighted
         if marked is not None:
-            self._desk.cancel(self._choices[marked].name)
+            self._models.cancel(self._choices[marked].name)
 
     def _answers(self, name: str) -> bool:
-        return Path(self._desk.loaded).name == name
+        return Path(self._loaded).name == name
 
     def _card(self, choice: ModelChoice) -> Content:
-        fetching = choice.name in self._desk.fetching
+        fetching = choice.name in self._models.fetching
         state = (
-            progress_line(self._desk.fetching[choice.name])
+            progress_line(self._models.fetching[choice.name])
             if fetching
             else state_words(choice, answers=self._answers(choice.name))
         )
@@ -134,6 +140,6 @@ class ModelScreen(ModalScreen[str | None]):
         lines = [Content.assemble((one_line(choice.title), "bold"), "   ", (state, colour))]
         facts = [line for line in (facts_line(choice), choice.summary) if line]
         lines += [Content.assemble((f"  {line}", "$text-muted")) for line in facts]
-        if reason := self._desk.failed.get(choice.name):
+        if reason := self._models.failed.get(choice.name):
             lines.append(Content.assemble((f"  ✗ {one_line(reason)}", "$text-error")))
         return Content("\n").join([*lines, Content("")])

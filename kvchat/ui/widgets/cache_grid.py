@@ -15,8 +15,8 @@ from textual.geometry import Region, Size
 from textual.message import Message
 from textual.widget import Widget
 
+from kvchat.chat.wording import BITS
 from kvchat.contract import CacheBlock, CacheMap, LayerGroup, PromptMessage
-from kvchat.ui.formatting import BITS
 
 LABEL_CELLS = 13
 CELL = 2

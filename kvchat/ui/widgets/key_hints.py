@@ -7,7 +7,8 @@ from textual.content import Content
 from textual.style import Style
 from textual.widgets import Static
 
-from kvchat.ui.commands import Command, key_label
+from kvchat.chat.commands import Command
+from kvchat.ui.help_text import key_label
 
 GAP = "  "
 PALETTE = ("Ctrl+P", "all commands", "app.command_palette")
@@ -30,7 +31,11 @@ class KeyLine(Static):
     def __init__(self, commands: Sequence[Command]) -> None:
         """`commands` carry the keys that the user gave them."""
         super().__init__(id="keys")
-        named = [(key_label(c.key), c.footer, f"screen.{c.name}") for c in commands if c.footer and c.key]
+        named = [
+            (key_label(c.key), c.footer, f"screen.run_command('{c.name}')")
+            for c in commands
+            if c.footer and c.key
+        ]
         # what stands first stays longest in a narrow terminal
         self._entries = [*named[:1], PALETTE, *named[1:]]
 

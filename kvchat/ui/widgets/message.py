@@ -144,11 +144,11 @@ class MessageBlock(VerticalGroup, can_focus=True):
 
     async def action_edit(self) -> None:
         """Takes the question into the prompt."""
-        await self.screen.run_action(f"edit('{self.number}')")
+        await self.screen.run_action(f"run_command('edit', '{self.number}')")
 
     async def action_fork(self) -> None:
         """Goes on from here in another conversation."""
-        await self.screen.run_action(f"fork('{self.number}')")
+        await self.screen.run_action(f"run_command('fork', '{self.number}')")
 
     def on_key(self, event: events.Key) -> None:
         """A letter that is no key of a message begins a new one."""

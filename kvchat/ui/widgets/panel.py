@@ -1,18 +1,20 @@
 """The panel: what the cache did in this turn, what it holds, and what it was worth.
 
-`PanelState` says what to show; the functions under it turn it into lines. They know figures only, so that
+The functions turn a `ChatState` into lines. They know figures only, so that
 every line can be tested without a screen.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from textual.content import Content
 from textual.widgets import Static
 
+from kvchat.chat.state import ChatState
+from kvchat.chat.wording import BITS
 from kvchat.contract import CacheMode, EvictionPolicy, ModelFacts, PoolState, TokenStatus, TurnStats
 from kvchat.text import clean, megabytes
-from kvchat.ui.formatting import BITS, FATES
+from kvchat.ui.formatting import FATES
 
 GLYPHS = {
     "O": ("█▀█", "█ █", "▀▀▀"),
@@ -46,61 +48,6 @@ TURNS_SHOWN = 8
 TTFT_CELLS = 18
 SPARKS = "▁▂▃▄▅▆▇█"
 INNER_WIDTH = 32
-ENOUGH_TOKENS = 64
-"""A prefill rate measured over fewer tokens says more about overhead than about reading."""
-
-
-@dataclass(frozen=True, slots=True)
-class TurnFigures:
-    """The turn under way or the last one; what is not known yet is None."""
-
-    reused: int = 0
-    read: int = 0
-    written: int = 0
-    ttft_s: float | None = None
-    prefill_tok_s: float | None = None
-    decode_tok_s: float | None = None
-    kv_tokens: int = 0
-    kv_bytes: int = 0
-    reuse_note: str = ""
-    reading: str = ""
-    """Progress of a long prefill."""
-    restored: int = 0
-    """Of the reused ones, those that came from disk in this turn."""
-    evicted: int = 0
-    kv_dtype: str = ""
-    """Empty before the first turn: as the model computes."""
-    limit: int = 0
-    """Tokens that fit; 0 before the first turn."""
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def context(self) -> int:
-        """Tokens of the conversation so far."""
-        return self.reused + self.read + self.written
-
-
-@dataclass(frozen=True, slots=True)
-class PanelState:
-    """Everything the panel shows."""
-
-    mode: CacheMode = CacheMode.ON
-    model: ModelFacts | None = None
-    turn: TurnFigures = field(default_factory=TurnFigures)
-    step_ms: tuple[float, ...] = ()
-    """Milliseconds of the latest tokens."""
-    rss_bytes: int = 0
-    prefill_rate: float = 0.0
-    """Tokens a second, from the largest prefill measured so far; 0 where none was long enough."""
-    policy: EvictionPolicy = EvictionPolicy.TURNS
-    pool: PoolState | None = None
-    others_bytes: int = 0
-    """What the caches of all other conversations take in memory."""
-    by_mode: Mapping[str, TurnStats] = field(default_factory=dict)
-    """The last turn's figures in each mode."""
-    turns: tuple[TurnStats, ...] = ()
-    """Every finished turn of the conversation, oldest first."""
 
 
 def big_letters(word: str) -> tuple[str, str, str]:
@@ -161,19 +108,19 @@ def rate(value: float | None) -> str:
     return "–" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def mode_lines(state: PanelState) -> list[Content]:
+def mode_lines(state: ChatState) -> list[Content]:
     """The cache mode, large, and what it means."""
     style = f"bold {COLOURS[state.mode]}"
     lines = [Content.assemble((line, style)) for line in big_letters(state.mode.value)]
     return [*lines, *mode_line(state)]
 
 
-def mode_line(state: PanelState) -> list[Content]:
+def mode_line(state: ChatState) -> list[Content]:
     """The cache mode in one line; the status line has its name."""
     return [Content.assemble((MEANING[state.mode], COLOURS[state.mode]))]
 
 
-def turn_lines(state: PanelState) -> list[Content]:
+def turn_lines(state: ChatState) -> list[Content]:
     """What this turn reused, read and wrote, and how fast."""
     turn = state.turn
     counts = {"reused": turn.reused, "read": turn.read, "written": turn.written}
@@ -219,7 +166,7 @@ def path_notes(model: ModelFacts) -> list[str]:
     return [note for note in model.notes if "compiled" in note]
 
 
-def ttft_lines(state: PanelState) -> list[Content]:
+def ttft_lines(state: ChatState) -> list[Content]:
     """TTFT of the latest turns as bars, each divided as its prompt was: reused, and read."""
     if not state.turns:
         return []
@@ -247,7 +194,7 @@ def ttft_bar(number: int, turn: TurnStats, longest: float) -> Content:
     )
 
 
-def memory_lines(state: PanelState) -> list[Content]:
+def memory_lines(state: ChatState) -> list[Content]:
     """Weights, this cache, the other ones and what is free: one bar, and bytes."""
     if (model := state.model) is None:
         return []
@@ -271,7 +218,7 @@ def memory_lines(state: PanelState) -> list[Content]:
     return [heading("memory"), filled, *rows, process, *pool_rows(state.pool)]
 
 
-def kv_lines(state: PanelState) -> list[Content]:
+def kv_lines(state: ChatState) -> list[Content]:
     """The formula with this model's numbers, and how full the context is."""
     if (model := state.model) is None:
         return []
@@ -310,7 +257,7 @@ def pool_rows(pool: PoolState | None) -> list[Content]:
     return rows
 
 
-def saving_lines(state: PanelState) -> list[Content]:
+def saving_lines(state: ChatState) -> list[Content]:
     """The ledger: tokens that were not read again, and what that was worth."""
     ledger = {"this turn": state.turn.reused, "all turns": sum(turn.reused_tokens for turn in state.turns)}
     if not any(ledger.values()):
@@ -324,7 +271,7 @@ def saving_lines(state: PanelState) -> list[Content]:
     return [heading("saved by reuse"), *rows, Content.assemble((how, "$text-muted"))]
 
 
-def comparison_lines(state: PanelState) -> list[Content]:
+def comparison_lines(state: ChatState) -> list[Content]:
     """The last figures of each mode side by side: measured, never estimated."""
     if not state.by_mode:
         return []
@@ -352,7 +299,7 @@ def ratio_lines(by_mode: Mapping[str, TurnStats]) -> list[Content]:
     return [Content.assemble((line, "$text-success")) for line in lines]
 
 
-def panel_content(state: PanelState, *, dense: bool = False) -> Content:
+def panel_content(state: ChatState, *, dense: bool = False) -> Content:
     """All lines of the panel; `dense` where it has a few rows only."""
     parts = (
         mode_line if dense else mode_lines,
@@ -367,17 +314,18 @@ def panel_content(state: PanelState, *, dense: bool = False) -> Content:
 
 
 class CachePanel(Static):
-    """Draws a `PanelState`."""
+    """Draws a `ChatState`."""
 
     def __init__(self) -> None:
         super().__init__(id="panel-content")
         # there are none, and looking for some in every line took a tenth of a draw
         self.auto_links = False
-        self._shown = PanelState()
+        self._shown = ChatState()
         self._dense = False
 
-    def show(self, state: PanelState) -> None:
+    def show(self, state: ChatState) -> None:
         """Draws what changed."""
+        state = replace(state, active=None)  # the text of an answer is drawn elsewhere
         if state != self._shown:
             self._shown = state
             content = panel_content(state, dense=self._dense)

@@ -5,7 +5,7 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widgets import Static
 
-from kvchat.ui.prompt_cost import Reckoning
+from kvchat.chat.prompt_cost import Reckoning
 
 HINTS = ("Enter sends", "Ctrl+J breaks the line", "Tab goes to the messages", "Up brings back what you sent")
 GAP = " · "

@@ -1,28 +1,30 @@
 """The line at the top: the cache mode, what the engine does, and how full the context is."""
 
+from dataclasses import replace
+
 from rich.cells import cell_len
 from textual import events
 from textual.content import Content
 from textual.widgets import Static
 
+from kvchat.chat.state import ChatState
 from kvchat.text import one_line
-from kvchat.ui.widgets.panel import COLOURS, PanelState
+from kvchat.ui.widgets.panel import COLOURS
 
 NAME = "kvchat"
 GAP = 2
 
 
-def status_content(state: PanelState, doing: str, model: str, width: int) -> Content:
+def status_content(state: ChatState, doing: str, width: int) -> Content:
     """The line in so many cells: what doesn't fit is left out whole, the least important first.
 
     Args:
-        state: the panel's.
+        state: what is drawn.
         doing: what the engine does.
-        model: its name.
         width: cells; 0 leaves nothing out.
     """
     mode = f"cache {state.mode.value}"
-    parts, context = [doing, one_line(model)], ""
+    parts, context = [doing, one_line(state.model_title)], ""
     if state.model:
         parts += [state.model.path, f"{state.model.threads} thread{'s' * (state.model.threads != 1)}"]
         limit = state.turn.limit or state.model.context_limit
@@ -52,11 +54,11 @@ class StatusLine(Static):
 
     def __init__(self) -> None:
         super().__init__(id="status")
-        self._shown: tuple[PanelState, str, str] = (PanelState(), "starting", "")
+        self._shown: tuple[ChatState, str] = (ChatState(), "starting")
 
-    def show(self, state: PanelState, doing: str, model: str) -> None:
+    def show(self, state: ChatState, doing: str) -> None:
         """Draws it anew."""
-        shown = (state, doing, model)
+        shown = (replace(state, active=None), doing)
         if shown != self._shown:
             self._shown = shown
             self._draw()

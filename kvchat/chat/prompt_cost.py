@@ -1,7 +1,7 @@
 """What the text in the prompt is made of and what sending it would cost, before it is sent.
 
 Counting needs the tokenizer, and so the engine; it is asked once the user pauses, and what a file counts is
-remembered. It knows the session, files and the bridge; it refuses to know widgets.
+kept. It knows the session, files and the engine; it knows no widgets.
 """
 
 import secrets
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from kvchat.chat.attachments import Attachment, compose, mentions, parse_attachments, read_attachment
 from kvchat.chat.conversation import Message
+from kvchat.chat.port import EngineClient
 from kvchat.chat.session import Session
 from kvchat.contract import CostEstimate, CountTokens, Died, EstimateCost, Ready, Status, TokenCounts
 from kvchat.errors import KvchatError
-from kvchat.text import one_line
-from kvchat.ui.turn_thread import EngineBridge
+from kvchat.text import clean, one_line
 
 TYPED = "typed-"
 """How the keys begin of what is asked about text that is not sent yet."""
@@ -53,15 +53,15 @@ class Reckoning:
         return [*lines, figures if self.new is None else f"{figures} · will read {self.new:,} new"]
 
 
-class Reckoner:
+class PromptCost:
     """Follows the prompt."""
 
     def __init__(
-        self, session: Session, bridge: EngineBridge, show: Callable[[Reckoning], None], folder: Path
+        self, session: Session, engine: EngineClient, show: Callable[[Reckoning], None], folder: Path
     ) -> None:
         """`folder` is where the paths of mentioned files start."""
         self._session = session
-        self._bridge = bridge
+        self._engine = engine
         self._show = show
         self._folder = folder
         self._counts: dict[str, int] = {}
@@ -75,12 +75,12 @@ class Reckoner:
         self._now = Reckoning()
 
     def composed(self, message: str) -> str:
-        """The message with every mentioned file in it.
+        """The message with every mentioned file in it, and without control characters.
 
         Raises:
             KvchatError: a file is no text, or larger than the context.
         """
-        written, attached = self._attach(message)
+        written, attached = self._attach(clean(message))
         for each in attached:
             count = self._counts.get(each.text, 0)
             if self._limit and count > self._limit:
@@ -131,12 +131,12 @@ class Reckoner:
         texts = dict.fromkeys((self._text, *(each.text for each in self._attached)))
         self._asked = tuple(text for text in texts if text not in self._counts)
         if self._asked:
-            self._bridge.command(CountTokens(self._key, self._asked))
+            self._engine.command(CountTokens(self._key, self._asked))
         current = self._session.current
         ids = [message.id for message in current.messages]
         kept = current.messages[: ids.index(editing)] if editing in ids else current.messages
         asked = replace(current, messages=(*kept, Message(0, None, "user", self._text, "")))
-        self._bridge.command(EstimateCost(self._key, self._session.request_as_if(messages=asked.prompt())))
+        self._engine.command(EstimateCost(self._key, self._session.request_as_if(messages=asked.prompt())))
 
     def _counted(self) -> Reckoning:
         files = tuple((each.name, self._counts.get(each.text)) for each in self._attached)

@@ -1,6 +1,6 @@
 """Conversations into files and out of them, and what is found in all of them.
 
-It knows the session and files; it refuses to know widgets.
+It knows the session and files; it knows no widgets.
 """
 
 from asyncio import to_thread

@@ -1,25 +1,23 @@
-"""Which models there are, which one answers, and how another one comes to.
+"""Which models there are, and how they are fetched.
 
-It knows the session, the bridge and where models lie; it refuses to know widgets.
+It knows where models lie and the command that fetches one; it knows no widgets.
 """
 
 import asyncio
 import json
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvchat.chat.session import Session
-from kvchat.config.settings import sampling_of
+from kvchat.chat.port import EngineFactory
+from kvchat.chat.wording import about, tokens
 from kvchat.errors import KvchatError
 from kvchat.models.cards import ModelCard, WheelSource, find_card, load_cards
 from kvchat.models.resolve import installed, is_prepared
 from kvchat.system.interrupts import exit_code
 from kvchat.text import one_line
-from kvchat.ui.formatting import about, tokens
-from kvchat.ui.turn_thread import EngineBridge, EngineFactory
 
 if TYPE_CHECKING:
     from kvchat.models.staging import Progress
@@ -94,20 +92,14 @@ class ModelShelf:
         return folder, name if find_card(name) else str(folder)
 
 
-class ModelDesk:
-    """Switches models and fetches them."""
+class Models:
+    """The models that can be chosen, and the downloads under way."""
 
-    def __init__(
-        self, session: Session, bridge: EngineBridge, shelf: ModelShelf, say: Say, changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, shelf: ModelShelf, say: Say, changed: Callable[[], None]) -> None:
         """`changed` is called when a download went on or ended."""
-        self._session = session
-        self._bridge = bridge
         self._shelf = shelf
         self._say = say
         self._changed = changed
-        self.loaded = session.current.model or session.defaults.model
-        """Name of the model that answers."""
         self.fetching: dict[str, Progress | None] = {}
         """Downloads under way; None before their first news."""
         self.failed: dict[str, str] = {}
@@ -118,33 +110,14 @@ class ModelDesk:
         """What there is."""
         return self._shelf.choices()
 
-    def switch(self, name: str) -> str:
-        """Lets another model answer, in the open conversation and in new ones; returns its title.
+    def open(self, name: str) -> tuple[str, EngineFactory]:
+        """(lasting name, how its engine is made) of a model that is here, by whatever it may be called.
 
         Raises:
-            KvchatError: it is not here, or an answer is under way.
+            KvchatError: there is no such model, or it must be fetched first.
         """
-        if self._session.pending:
-            raise KvchatError("An answer is still being written. Esc stops it; then choose the model.")
         folder, lasting = self._shelf.find(name)
-        if lasting == self.loaded:
-            raise KvchatError(f"{title_of(lasting)} answers already.")
-        self._bridge.switch(self._shelf.open_engine(folder, lasting))
-        self.loaded = lasting
-        # a model is sampled as its card recommends
-        sampling = sampling_of(find_card(lasting))
-        self._session.configure(model=lasting, sampling=sampling)
-        self._session.defaults = replace(self._session.defaults, model=lasting, sampling=sampling)
-        return title_of(lasting)
-
-    def opened(self) -> None:
-        """Says where the open conversation was held with another model than the one that answers."""
-        held = self._session.current.model
-        if self._session.current.messages and held and held != self.loaded:
-            self._say(
-                f"This conversation was held with {title_of(held)}; {title_of(self.loaded)} goes on and "
-                "reads it again. /model changes it."
-            )
+        return lasting, self._shelf.open_engine(folder, lasting)
 
     async def fetch(self, name: str) -> None:
         """Fetches a model and makes it ready, in a process of its own; returns when that is over."""
