@@ -13,6 +13,7 @@ from kvchat.cache.dense_layer import DenseLayer
 from kvchat.cache.disk import snapshot
 from kvchat.cache.kv_cache import ConversationKV
 from kvchat.cache.packed_rows import PackedRows, unpack_rows
+from kvchat.cache.token_index import TokenIndex
 from kvchat.engine.model.loader import LoadedModel
 from kvchat.engine.speculative import PromptLookup
 from kvchat.errors import KvchatError
@@ -166,7 +167,7 @@ def keeping_what_was_replaced(patch: pytest.MonkeyPatch) -> None:
 
 def forgetting_positions(patch: pytest.MonkeyPatch) -> None:
     """After an eviction the next token gets the position that ignores the gap."""
-    patch.setattr(ConversationKV, "next_position", property(len))
+    patch.setattr(TokenIndex, "next_position", property(lambda index: len(index.rows)))
 
 
 SPOILED: list[tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = [
@@ -211,7 +212,7 @@ def test_a_refused_restore_is_an_error(tiny: LoadedModel, monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise ValueError("nothing fits")
 
-    monkeypatch.setattr(ConversationKV, "unpack", refuse)
+    monkeypatch.setattr(snapshot, "unpack_rows", refuse)
     with pytest.raises(KvchatError, match=r"Nothing was restored: .*nothing fits"):
         list(run_checks(tiny, QUESTIONS, TOKENS))
 

@@ -476,7 +476,7 @@ def until_positions_move(chat: Chat, journal: Journal) -> int:
         for number in range(FULL, 20):
             played = chat.ask(question(number))
             if journal.positions != list(range(len(journal.ids))):
-                assert any("turned once" in e.note for e in timeline(played, CacheEventKind.EVICT))
+                assert any("rotated once" in e.note for e in timeline(played, CacheEventKind.EVICT))
                 return next(i for i, position in enumerate(journal.positions) if position != i)
     raise AssertionError("positions never ended")
 
@@ -520,7 +520,7 @@ def test_positions_that_end_a_second_time_are_closed_up_by_reading_again(small: 
     for number in range(30):
         played = chat.ask(question(number))
         notes = [event.note for event in timeline(played, CacheEventKind.EVICT)]
-        if again := [note for note in notes if "read again, exactly" in note]:
+        if again := [note for note in notes if "were read again: exact" in note]:
             break
     assert len(again) == 1
     ids, rows = chat.kv.ids, chat.kv.rows
@@ -540,8 +540,8 @@ def test_quantised_keys_are_never_rotated(tiny: LoadedModel, kv: KVPrecision) ->
         for number in range(12)
         for event in timeline(chat.ask(question(number)), CacheEventKind.EVICT)
     ]
-    assert any("read again, exactly" in note for note in notes)
-    assert not any("turned" in note for note in notes)
+    assert any("were read again: exact" in note for note in notes)
+    assert not any("rotated" in note for note in notes)
     assert max(chat.kv.positions) < 7 * BLOCK
 
 

@@ -329,7 +329,7 @@ def test_the_screen_looks_as_it_did(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     moments = (datetime.fromtimestamp(AN_EVENING + n).isoformat() for n in count())
-    monkeypatch.setattr("kvchat.chat.store._now", moments.__next__)
+    monkeypatch.setattr("kvchat.chat.store.now", moments.__next__)
     (tmp_path / "notes.md").write_text("The Brenner is open.\nThe Stelvio is not.\n")
     engine = ScriptedEngine()
     for answer in ("The Brenner is open all year.", "It is, but slower.", ANSWER):
