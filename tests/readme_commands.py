@@ -96,7 +96,7 @@ def runs(*commands: str) -> Callable[[Step], Step]:
 
 @runs("models list", "models path", "models pull")
 def finds_the_model(kvchat: Shell) -> None:
-    assert re.search(rf"^{MODEL} .* here", kvchat("models", "list").out, re.MULTILINE)
+    assert re.search(rf"^{MODEL} .* installed", kvchat("models", "list").out, re.MULTILINE)
     folder = Path(kvchat("models", "path").out.strip())
     assert (folder / "config.json").is_file()
     assert f"{MODEL} is ready in {folder}" in kvchat("models", "pull").err
@@ -107,7 +107,7 @@ def finds_the_model(kvchat: Shell) -> None:
 def says_what_compiled_weights_cost(kvchat: Shell) -> None:
     said = kvchat("models", "prepare").err
     assert f"{MODEL} runs compiled for this CPU: int4, head int8" in said
-    agreeing = re.search(r"most probable after (\d+\.\d)% of them", said)
+    agreeing = re.search(r"the same after (\d+\.\d)% of them", said)
     assert agreeing, said
     assert float(agreeing[1]) > 97
     nats = re.search(r"KL divergence from the same model in fp32 is (\S+) nats", said)
@@ -289,7 +289,7 @@ def removes_a_model(kvchat: Shell) -> None:
     for file in Path(kvchat("models", "path").out.strip()).iterdir():
         (copy / file.name).symlink_to(file)
     assert kvchat("models", "path", "--data-dir", elsewhere).out == f"{copy}\n"
-    assert f"{MODEL} is gone" in kvchat("models", "rm", MODEL, "--data-dir", elsewhere).err
+    assert f"{MODEL} is deleted" in kvchat("models", "rm", MODEL, "--data-dir", elsewhere).err
     kvchat("models", "path", "--data-dir", elsewhere, code=1)
     kvchat("models", "path")
 
