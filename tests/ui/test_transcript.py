@@ -108,6 +108,15 @@ async def test_what_is_read_stays_in_its_place_when_messages_come_above_it() -> 
         assert text == [line[34:76] for line in before.splitlines()]
 
 
+async def settled(chat: Chat) -> str:
+    """The visible text, once it has stopped changing."""
+    before = ""
+    while (now := chat.visible()) != before:
+        before = now
+        await chat.pilot.pause(0.05)
+    return now
+
+
 @pytest.mark.parametrize("rows", [30, 90])
 async def test_pages_show_every_message_on_the_way_up_and_down(rows: int) -> None:
     async with running(session=long_talk(60, lines=3), size=(116, rows)) as chat:
@@ -115,7 +124,7 @@ async def test_pages_show_every_message_on_the_way_up_and_down(rows: int) -> Non
         for pages, last in ((-1, "user 0, line 2"), (1, "assistant 59, line 2")):
             seen: set[str] = set()
             while last not in seen:
-                seen |= set(re.findall(r"(?:user|assistant) \d+, line \d", chat.visible()))
+                seen |= set(re.findall(r"(?:user|assistant) \d+, line \d", await settled(chat)))
                 chat.transcript.scroll_page(pages)
                 await chat.pilot.pause(0.05)
             assert len(seen) == 120 * 3
@@ -322,9 +331,9 @@ async def test_a_long_question_is_folded_until_enter_unfolds_it() -> None:
         assert chat.questions() == ["\n".join(f"line {n}" for n in range(20))]
         await chat.until_visible("28,740 more characters, 3,000 lines")
         await chat.press("tab", "up", "enter")
-        assert chat.questions() == [text]
+        await chat.until(lambda: chat.questions() == [text], "it is unfolded")
         await chat.press("enter")
-        assert len(chat.questions()[0]) < 1000
+        await chat.until(lambda: len(chat.questions()[0]) < 1000, "it is folded again")
         assert question.text == text
 
 
