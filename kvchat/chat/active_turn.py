@@ -1,6 +1,6 @@
 """A turn that is being answered: what is known of it so far.
 
-It knows values; it refuses to know where they are saved, and who answers.
+Plain values. Must not depend on the store or on an engine.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,9 +1,8 @@
-"""The conductor: begins a turn, finishes it, undoes it; and which conversation is open.
+"""The open conversation and the turn under way: begins a turn, finishes it, undoes it.
 
 Everything is saved before anything happens with it: the user's message before the engine sees it, the answer
 while it is being written. A question is saved as not sent until its answer begins: a turn that ends before
-that, in whatever way, changes no later prompt. It knows values and the store; it refuses to know torch,
-textual and processes.
+that, for any reason, changes no later prompt. Must not depend on torch, textual or processes.
 """
 
 import secrets

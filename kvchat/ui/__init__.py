@@ -1,1 +1,1 @@
-"""The screen. It knows sessions and figures; it refuses to know torch, the engine and the cache."""
+"""The screen. Must not import torch, the engine or the cache."""

@@ -1,6 +1,6 @@
 """The same prompt with the KV cache and without it: what was measured of each run, and what that says.
 
-Plain values; it knows events and figures, and refuses to know widgets and engines.
+Plain values made of events and figures. Must not depend on widgets or engines.
 """
 
 import math

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MOST_TOLD = 20
 """Of hits and of events: whoever listens can't skip."""
 NO_SEED = "none"
-"""How it is told, and written, that every turn draws a new one."""
+"""The value of `seed` that draws a new one for every turn."""
 NO_CLIPBOARD = "There is no clipboard here. /export FILE writes the conversation into a file."
 
 View = Callable[["ChatController", str], object]
@@ -174,7 +174,7 @@ def short(text: str) -> str:
 
 
 def hit_line(hit: Hit, words: list[str]) -> str:
-    """A hit as it is told; what it begins with opens it."""
+    """A search hit as one line; it begins with the words that open it."""
     if hit.message is None:
         return f"{hit.conversation}: the title “{one_line(hit.title)}”"
     who = "you" if hit.role == "user" else "the answer"

@@ -204,7 +204,7 @@ class PlainChat:
             self._settle()
 
     def _with_files(self, line: str) -> str:
-        """The message with every file that it mentions; what each of them counts is told.
+        """The message with every file that it mentions; prints the tokens of each file.
 
         Raises:
             KvchatError: a file is no text, or larger than the context.
@@ -282,7 +282,7 @@ class PlainChat:
             self._on_message(self._inbox.get())
 
     def _settle(self) -> None:
-        """Waits for what the engine says about a command; what comes later is told with the next line."""
+        """Waits for the engine's answer to a command; a later answer is printed with the next line."""
         with suppress(Empty):
             while True:
                 self._on_message(self._inbox.get(timeout=SETTLE_S))

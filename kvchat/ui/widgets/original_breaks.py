@@ -1,7 +1,7 @@
 """What was one line before the screen was too narrow for it: copied text has the breaks its author made.
 
 Rich tells nobody where it wrapped a line. So the same text is drawn once more with room enough, and the lines
-are laid beside each other. Knows lines of text; refuses to know Markdown and widgets.
+are laid beside each other. Works on lines of text. Must not depend on Markdown or widgets.
 """
 
 import re
